@@ -1,0 +1,1 @@
+"""The service itself. Knows no web framework and no cloud."""

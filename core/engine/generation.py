@@ -1,0 +1,151 @@
+"""What goes into the engine and what comes out: plain values, tokens and text. Knows no HTTP and no OpenAI shapes.
+
+Glossary, used everywhere: a *request* asks for `n` *sequences* over one prompt; a *slot* is a place in llama.cpp's KV
+cache that holds one sequence; a *piece* is what a sequence gained in one step; *prefill* reads prompt tokens, *decode*
+makes new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; llama.cpp's own sampler chain does it. Defaults are OpenAI's (temperature 1)."""
+
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: drawn from the system
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and how to go on from it.
+
+    `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (`core.engine.constraints`).
+    `top_logprobs` None means no logprobs, 0 the chosen token's only. `tenant` separates prefix caches: a prefix is
+    never shared between tenants. `deadline` is on `time.monotonic()`'s clock: the sequence ends before it with
+    finish "length".
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    grammar: str | None = None
+    top_logprobs: int | None = None
+    tenant: str = ""
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability before any sampling setting; `top` holds the likeliest tokens."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one sequence gained: whole characters (perhaps none yet), the tokens it took, and on the last one why it ended.
+
+    `tokens` counts sampled and forced tokens, the end-of-turn token not included; over a sequence they add up to
+    `completion_tokens`.
+    """
+
+    index: int  # which of the n sequences
+    text: str
+    tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+
+
+class Generation(Protocol):
+    """A running request: iterate for pieces until each of the n sequences has had its `finish`."""
+
+    cached_tokens: int  # prompt tokens that needed no prefill; final once the first piece is out
+
+    def __aiter__(self) -> AsyncIterator[Piece]: ...
+
+    async def __anext__(self) -> Piece: ...
+
+    def cancel(self) -> None:
+        """Stop at the next step and free the slots. Idempotent, callable from any thread, also after the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What is known of a loaded model."""
+
+    name: str  # what clients call it
+    path: str
+    size_bytes: int
+    description: str  # llama.cpp's, e.g. "llama 135M Q4_1"
+    architecture: str
+    n_params: int
+    n_vocab: int
+    n_ctx: int  # the shared KV size, and the most one request may use
+    n_ctx_train: int
+    chat_template: str | None  # Jinja source from the GGUF; None: ChatML is used
+    bos: str  # texts of the special tokens, "" where the model has none
+    eos: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is loaded. `n_threads` 0: as many as there are CPUs for this process."""
+
+    n_ctx: int = 4096
+    n_batch: int = 256
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    n_parallel: int = 4
+    max_queue: int = 64
+    repack: bool = True
+    verbose: bool = False
+
+
+class Engine(Protocol):
+    """One loaded model. Thread-safe: any thread may call any method."""
+
+    card: ModelCard
+    config: EngineConfig
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`, no BOS added; `special` lets "<|im_start|>" and the like become their tokens."""
+        ...
+
+    def check_grammar(self, grammar: str) -> None:
+        """Raise InvalidRequest if the grammar cannot be compiled (too complex, unsatisfiable)."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Queue a request; call on the event loop that will iterate it.
+
+        Raises ContextOverflow if prompt and one token do not fit, Busy if the queue is full.
+        """
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the load: decode_calls, prompt_tokens, cached_tokens, completion_tokens, requests, and now:
+        sequences {running, total}, queued."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what runs, free the memory. Blocks until the engine thread has ended."""
+        ...

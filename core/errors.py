@@ -1,0 +1,125 @@
+"""What can go wrong, as a client is told of it.
+
+    ApiError                        500 server_error             (fixed text; the reason goes to the log)
+    ├── InvalidRequest              400 invalid_request_error
+    │   ├── ContextOverflow         400 context_length_exceeded
+    │   ├── TooLarge                413 request_too_large
+    │   ├── UnsupportedMediaType    415 unsupported_media_type
+    │   ├── NotFound                404 not_found
+    │   │   └── ModelNotFound       404 model_not_found
+    │   ├── MethodNotAllowed        405 method_not_allowed
+    │   ├── Unauthorized            401 invalid_api_key
+    │   └── Forbidden               403 forbidden
+    ├── Busy                        429 rate_limit_error         (+ Retry-After)
+    └── ModelUnavailable            503 model_unavailable        (+ Retry-After)
+
+A class is a promise: its status, type and code are part of the API. Messages are written here or where the error is
+raised, never copied from a foreign exception, and say what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ApiError(Exception):
+    """Anything unforeseen. Its message is for the log; the client is told a fixed sentence and the request id."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = "internal_error"
+    retry_after: int | None = None  # seconds
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's envelope: `{"error": {message, type, param, code}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(ApiError):
+    """The client sent something it can mend. `param` names the field."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+
+class ContextOverflow(InvalidRequest):
+    """The prompt leaves no room for an answer in the context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, n_ctx: int, *, param: str | None = "messages") -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, of which at least one is for the answer. "
+            "Shorten the prompt or raise N_CTX.",
+            param=param,
+        )
+        self.prompt_tokens = prompt_tokens
+        self.n_ctx = n_ctx
+
+
+class TooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class NotFound(InvalidRequest):
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """A model name that is not served here. There is never a fallback to another model."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}.")
+        self.allowed = allowed
+
+
+class Unauthorized(InvalidRequest):
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    status = 403
+    code = "forbidden"
+
+
+class Busy(ApiError):
+    """The queue is full. Nothing was done; the same request may be sent again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "busy"
+    retry_after = 1
+
+
+class ModelUnavailable(ApiError):
+    """No model can answer now: still loading, failed to load, or none configured."""
+
+    status = 503
+    code = "model_unavailable"
+
+    def __init__(self, message: str, *, retry_after: int | None = 5, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after

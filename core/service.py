@@ -1,0 +1,20 @@
+"""Service: what the operations work on. Built once by `adapters.wiring`, passed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.host import Host
+    from core.settings import Settings
+    from core.store.store import Store
+    from core.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    settings: Settings
+    store: Store
+    host: Host
+    timeline: Timeline

@@ -1,0 +1,1 @@
+"""Where models come from and where they lie: references, the models directory, verification, publishing."""
