@@ -1,0 +1,160 @@
+"""The signer against botocore's own, header by header."""
+
+import calendar
+import datetime
+import hashlib
+from unittest import mock
+
+import pytest
+from botocore import auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials as BotocoreCredentials
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.sigv4 import EMPTY_SHA256, UNSIGNED_PAYLOAD, Credentials, quote_key, quote_query, sign
+
+NOW = datetime.datetime(2026, 11, 22, 1, 2, 3)
+KEY = "AKIDEXAMPLE"
+SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+
+
+def botocore_headers(method, url, headers, body, service, token=None, unsigned=False):
+    request = AWSRequest(method=method, url=url, headers=dict(headers), data=body)
+    request.context["payload_signing_enabled"] = not unsigned
+    signer = auth.S3SigV4Auth if service == "s3" else auth.SigV4Auth
+    with mock.patch.object(auth, "get_current_datetime", return_value=NOW):
+        signer(BotocoreCredentials(KEY, SECRET, token), service, "eu-central-1").add_auth(request)
+    return {name.lower(): value for name, value in request.headers.items()}
+
+
+def our_headers(method, url, headers, body, service, token=None, payload_hash=None):
+    if payload_hash is None:
+        payload_hash = hashlib.sha256(body or b"").hexdigest()
+    now = calendar.timegm(NOW.timetuple())
+    credentials = Credentials(KEY, SECRET, token)
+    return sign(method, url, headers, payload_hash, credentials, "eu-central-1", service, now)
+
+
+def same(ours, theirs):
+    ours = {name: value for name, value in ours.items() if name != "host"}
+    assert theirs == ours
+
+
+ODD_KEYS = [
+    "models/org/repo/abc/model.gguf",
+    "a b/c d.gguf",
+    "größe/模型-ü.gguf",
+    "plus+plus/equals=.gguf",
+    "double//slash//.gguf",
+    "tilde~/dot./../x/./y",
+    "percent%20/%2F.gguf",
+    "star*(paren)'quote\"!$&,;:@.gguf",
+    "",
+    "ends/with/",
+]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+@pytest.mark.parametrize("token", [None, "FwoGZXIvYXdzE+/=="])
+def test_s3_key(key, token):
+    """Any object key is signed as botocore signs it, with and without a session token."""
+    url = f"https://bucket.s3.eu-central-1.amazonaws.com/{quote_key(key)}"
+    headers = {"Range": "bytes=0-99", "If-Match": '"etag"'}
+
+    same(our_headers("GET", url, headers, None, "s3", token), botocore_headers("GET", url, headers, None, "s3", token))
+
+
+@pytest.mark.parametrize("path", ["", "/", "/a b", "/a%20b", "/a/../b//c/", "/ü/./~x/..", "/..", "/a/.", "/+%2B"])
+def test_other_service_path(path):
+    """Services other than S3 sign the normalised path, encoded twice."""
+    url = f"https://secretsmanager.eu-central-1.amazonaws.com{path}"
+
+    same(
+        our_headers("POST", url, {}, b"{}", "secretsmanager"),
+        botocore_headers("POST", url, {}, b"{}", "secretsmanager"),
+    )
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["a=b", "b=2&a=1", "a=2&a=1", "uploads", "uploads=", "prefix=a%2Fb%20c&list-type=2", "A=1&a=1", "x=%7E&x-amz=~"],
+)
+@pytest.mark.parametrize("service", ["s3", "execute-api"])
+def test_query(query, service):
+    """Query strings are sorted by name and value as they are, in S3 and elsewhere."""
+    url = f"https://example.amazonaws.com/x?{query}"
+
+    same(our_headers("GET", url, {}, None, service), botocore_headers("GET", url, {}, None, service))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9000/bucket/key",
+        "http://minio:80/bucket/key",
+        "https://minio:443/bucket/key",
+        "https://minio:80/bucket/key",
+        "http://[::1]:9000/bucket/key",
+        "https://UPPER.example.com/Key",
+    ],
+)
+def test_host(url):
+    """The signed host leaves out a scheme's default port and keeps any other."""
+    same(our_headers("GET", url, {}, None, "s3"), botocore_headers("GET", url, {}, None, "s3"))
+
+
+def test_headers():
+    """Header values are trimmed, and what proxies change is not signed."""
+    url = "https://secretsmanager.eu-central-1.amazonaws.com/"
+    headers = {
+        "X-Amz-Target": "secretsmanager.GetSecretValue",
+        "Content-Type": "application/x-amz-json-1.1",
+        "X-Spaces": "  a   b  ",
+        "User-Agent": "me",
+        "Transfer-Encoding": "identity",
+        "X-Amzn-Trace-Id": "Root=1",
+    }
+    ours = our_headers("POST", url, headers, b"{}", "secretsmanager", "token")
+
+    same(ours, botocore_headers("POST", url, headers, b"{}", "secretsmanager", "token"))
+    assert "user-agent" not in ours["authorization"]
+
+
+def test_unsigned_payload():
+    """An S3 body may be left out of the signature."""
+    url = "https://bucket.s3.amazonaws.com/key"
+    headers = {"Content-MD5": "hBotaJrYa9FiFQ0mphc5fA=="}  # botocore signs the body unless a checksum goes with it
+    ours = our_headers("PUT", url, headers, None, "s3", payload_hash=UNSIGNED_PAYLOAD)
+
+    same(ours, botocore_headers("PUT", url, headers, b"body", "s3", unsigned=True))
+
+
+def test_old_authorization_is_replaced():
+    """Signing signed headers again (a retry) gives the same as signing once."""
+    url = "https://bucket.s3.amazonaws.com/key"
+    once = our_headers("GET", url, {"Range": "bytes=0-1"}, None, "s3", "token")
+
+    assert once == our_headers("GET", url, once, None, "s3", "token")
+
+
+@given(key=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), name=st.text("aZ0-_.~ +/=&ü%", max_size=9))
+def test_any_key(key, name):
+    """No key and no query value, however odd, is signed otherwise than botocore does it."""
+    url = f"https://b.s3.eu-central-1.amazonaws.com/x/{quote_key(key)}?{quote_query({'prefix': name, 'a': key})}"
+
+    same(our_headers("GET", url, {}, None, "s3"), botocore_headers("GET", url, {}, None, "s3"))
+
+
+def test_secrets_are_not_shown():
+    """The representation of credentials, which may end in a log, names the access key only."""
+    shown = repr(Credentials(KEY, SECRET, "the-token"))
+
+    assert KEY in shown
+    assert SECRET not in shown
+    assert "the-token" not in shown
+
+
+def test_empty_hash():
+    """EMPTY_SHA256 is what botocore uses for requests without a body."""
+    assert auth.EMPTY_SHA256_HASH == EMPTY_SHA256
