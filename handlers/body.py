@@ -1,0 +1,196 @@
+"""Bodies: bytes to typed values and back. Knows JSON and the messages for what is wrong with it, no route."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from core.errors import InvalidRequest
+from handlers.message import Request, Response
+
+T = TypeVar("T")
+
+_WHERE = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_KEY_WHERE = re.compile(r"^(?P<what>.*) - at `key in \$(?P<path>.*)`$", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|(\[\.\.\.\])")
+
+
+def decode(request: Request, kind: type[T]) -> T:
+    """The body as `kind` (a msgspec Struct), strictly: no "5" for 5. Fields that it does not know are ignored, or
+    refused if it was declared with `forbid_unknown_fields`.
+
+    Raises InvalidRequest whose message says what was given and what is allowed; `param` is the path of the field.
+    """
+    if not request.body.strip():
+        raise InvalidRequest("The body is empty; send a JSON object.")
+    try:
+        return msgspec.json.decode(request.body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), request.body, kind) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not valid UTF-8.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {_syntax(str(error))}") from None
+
+
+def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    """`value` (structs, dicts, lists) as a JSON answer."""
+    return Response(status, (("content-type", "application/json"), *headers), msgspec.json.encode(value))
+
+
+def _syntax(message: str) -> str:
+    """msgspec's own words for what is wrong with the syntax: fixed texts and byte offsets, nothing foreign."""
+    text = message.removeprefix("JSON is malformed: ")
+    return (text[:1].lower() + text[1:]).rstrip(".") + "."
+
+
+def _explained(message: str, body: bytes, kind: Any) -> InvalidRequest:
+    """Which field is wrong, what it may be and what it was. msgspec names the place; type and body have the rest."""
+    from msgspec import inspect
+
+    match = _KEY_WHERE.match(message) or _WHERE.match(message)
+    assert match is not None
+    what, path = match["what"], match["path"] or ""
+    declared: Any = inspect.type_info(kind)
+    try:
+        given: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        given = msgspec.UNSET  # wrong in two ways; msgspec stopped at this one
+    for step in _STEP.finditer(path):
+        declared, given = _into(declared, given, step)
+    param = path.removeprefix(".") or None
+
+    if field := re.search(r"missing required field `(.+)`", what):
+        name = f"{param}.{field[1]}" if param else field[1]
+        kind_of_field = _field(declared, field[1], given)
+        return InvalidRequest(f"'{name}' is missing; it must be {_allowed(kind_of_field)}.", param=name)
+    if field := re.search(r"unknown field `(.+)`", what):
+        name = f"{param}.{field[1]}" if param else field[1]
+        allowed = ", ".join(_names(declared))
+        return InvalidRequest(f"'{name}' is not a field of this request; allowed: {allowed}.", param=name)
+    subject = f"'{param}'" if param else "The body"
+    if what == "Number out of range":
+        return InvalidRequest(f"{subject} must be {_allowed(declared)}; the number given is out of range.", param=param)
+    got = "" if given is msgspec.UNSET else f", got {_shown(given)}"
+    return InvalidRequest(f"{subject} must be {_allowed(declared)}{got}.", param=param)
+
+
+def _members(declared: Any) -> tuple[Any, ...]:
+    return tuple(getattr(declared, "types", (declared,)))
+
+
+def _into(declared: Any, given: Any, step: re.Match[str]) -> tuple[Any, Any]:
+    """One step down the path, in the type and in the value."""
+    name, index, anything = step.groups()
+    if name is not None:
+        inner = given.get(name, msgspec.UNSET) if isinstance(given, dict) else msgspec.UNSET
+        return _field(declared, name, given), inner
+    if index is not None:
+        inside = isinstance(given, list) and int(index) < len(given)
+        items = [member.item_type for member in _members(declared) if hasattr(member, "item_type")]
+        return (items[0] if items else None), (given[int(index)] if inside else msgspec.UNSET)
+    assert anything
+    values = [member.value_type for member in _members(declared) if hasattr(member, "value_type")]
+    return (values[0] if values else None), msgspec.UNSET
+
+
+def _structs(declared: Any, given: Any) -> list[Any]:
+    """The structs `declared` may be; of a tagged union the one that `given` names, if it does."""
+    structs = [member for member in _members(declared) if hasattr(member, "fields")]
+    if isinstance(given, dict):
+        named = [one for one in structs if one.tag_field and given.get(one.tag_field) == one.tag]
+        return named or structs
+    return structs
+
+
+def _field(declared: Any, name: str, given: Any) -> Any:
+    for struct in _structs(declared, given):
+        for field in struct.fields:
+            if field.encode_name == name:
+                return field.type
+    tags = [struct.tag for struct in _structs(declared, given) if struct.tag_field == name]
+    return tuple(tags) if tags else None
+
+
+def _names(declared: Any) -> list[str]:
+    return [field.encode_name for struct in _structs(declared, None) for field in struct.fields]
+
+
+def _allowed(declared: Any) -> str:
+    """A declared type in words: "a number from 0 to 2 or null"."""
+    if declared is None:
+        return "something else"
+    if isinstance(declared, tuple):
+        return "one of " + ", ".join(f"'{tag}'" for tag in declared)
+    parts: list[str] = []
+    for member in _members(declared):
+        word = _word(member)
+        if word not in parts:
+            parts.append(word)
+    return " or ".join(sorted(parts, key=lambda part: part == "null"))
+
+
+def _word(declared: Any) -> str:
+    match type(declared).__name__:
+        case "IntType":
+            return "a whole number" + _range(declared)
+        case "FloatType":
+            return "a number" + _range(declared)
+        case "StrType":
+            return "a string" + _lengths(declared, "characters")
+        case "BoolType":
+            return "true or false"
+        case "NoneType":
+            return "null"
+        case "LiteralType":
+            return "one of " + ", ".join(f"'{value}'" for value in declared.values)
+        case "ListType" | "VarTupleType" | "CollectionType":
+            return "an array" + _lengths(declared, "items")
+        case "StructType" | "DictType":
+            return "an object"
+        case "Metadata":
+            return _word(declared.type)
+        case _:
+            return "a JSON value"
+
+
+def _range(declared: Any) -> str:
+    least = declared.ge if declared.ge is not None else declared.gt
+    most = declared.le if declared.le is not None else declared.lt
+    low = "" if least is None else f"above {least:g}" if declared.ge is None else f"{least:g}"
+    high = "" if most is None else f"below {most:g}" if declared.le is None else f"{most:g}"
+    if low and high:
+        return f" from {low} to {high}" if declared.ge is not None else f" {low} and up to {high}"
+    if low:
+        return f" {low}" if declared.ge is None else f" of at least {low}"
+    return f" {high}" if declared.le is None and high else f" of at most {high}" if high else ""
+
+
+def _lengths(declared: Any, unit: str) -> str:
+    least, most = getattr(declared, "min_length", None), getattr(declared, "max_length", None)
+    if least and most is not None:
+        return f" of {least} to {most} {unit}"
+    if least:
+        return f" of at least {least} {unit}"
+    return f" of at most {most} {unit}" if most is not None else ""
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case dict():
+            return "an object"
+        case list():
+            return f"an array of {len(value)}"
+        case str():
+            return repr(value if len(value) <= 40 else value[:40] + "…")
+        case _:
+            text = str(value)
+            return text if len(text) <= 40 else "a very long number"

@@ -1,0 +1,113 @@
+"""Dispatch: the one way in and the one way out. Request -> route, access, handler -> Response.
+
+Every error ends here as OpenAI's envelope: an ApiError as it says of itself, anything else as a fixed sentence with the
+reason in the log. Errors after the first byte of a stream are the stream's own to tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+
+from core.errors import ApiError, MethodNotAllowed, Unauthorized, UnsupportedMediaType
+from core.service import Service
+from handlers import auth, routes
+from handlers.body import json_response
+from handlers.message import Request, Response
+from handlers.trace import request_id
+
+logger = logging.getLogger(__name__)
+
+Headers = tuple[tuple[str, str], ...]
+
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
+
+
+async def dispatch(service: Service, request: Request) -> Response:
+    """Answer a request. Never raises but for cancellation; the caller closes the Response."""
+    request_id.set(request.id)
+    try:
+        response = await _answer(service, request)
+    except ApiError as error:
+        response = problem(request, error)
+    except Exception as error:  # noqa: BLE001 - the one place where the unforeseen ends: logged whole, told as fixed text
+        response = problem(request, error)
+    return finished(service, request, response)
+
+
+def problem(request: Request, error: Exception) -> Response:
+    """An error as an answer; for adapters that must refuse before there is a request to dispatch, too."""
+    if not isinstance(error, ApiError) or error.status == ApiError.status:
+        logger.error("%s %s failed", request.method, request.path, exc_info=error)
+        error = ApiError(f"The server failed to answer; its log tells why under request id {request.id}.")
+    headers: Headers = ()
+    if error.retry_after is not None:
+        headers = (("retry-after", str(error.retry_after)),)
+    elif isinstance(error, MethodNotAllowed):
+        headers = (("allow", ", ".join((*error.allowed, "OPTIONS"))),)
+    elif isinstance(error, Unauthorized):
+        headers = (("www-authenticate", "Bearer"),)
+    return json_response(error.body(), error.status, headers)
+
+
+def finished(service: Service, request: Request, response: Response) -> Response:
+    """The headers that every answer has: the request's id, and what CORS wants."""
+    own = (("x-request-id", request.id), *_cors(service, request))
+    return dataclasses.replace(response, headers=(*response.headers, *own))
+
+
+async def _answer(service: Service, request: Request) -> Response:
+    if request.method == "OPTIONS":
+        return _options(request)
+    route = routes.find(request.method, request.path)
+    auth.authorize(service, request, route.access)
+    if route.method == "POST":
+        _check_content_type(request)
+    response = await route.resolve()(service, request)
+    if request.method == "HEAD":
+        await response.aclose()
+        length = str(len(response.body)) if isinstance(response.body, bytes) else None
+        headers = (*response.headers, *((("content-length", length),) if length else ()))
+        return Response(response.status, headers)
+    return response
+
+
+def _options(request: Request) -> Response:
+    """What the path answers, asked by anyone; to a browser's preflight `_cors` adds the rest."""
+    allowed = routes.allowed(request.path)
+    if not allowed and request.path != "*":
+        routes.find("OPTIONS", request.path)  # raises NotFound with the routes
+    return Response(204, (("allow", ", ".join((*allowed, "OPTIONS"))),))
+
+
+def _check_content_type(request: Request) -> None:
+    """JSON only: a form or text/plain is what a foreign page can send without asking first (a "simple" request)."""
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        shown = repr(given[:80]) if given else "none"
+        raise UnsupportedMediaType(f"Content-Type must be application/json, got {shown}.")
+
+
+def _cors(service: Service, request: Request) -> Headers:
+    origins = service.settings.cors_origins
+    if not origins:
+        return ()
+    origin = request.headers.get("origin")
+    if origin is None or ("*" not in origins and origin not in origins):
+        return (("vary", "origin"),)
+    headers: Headers = (
+        ("vary", "origin"),
+        ("access-control-allow-origin", "*" if "*" in origins else origin),
+        ("access-control-expose-headers", "x-request-id, retry-after, server-timing"),
+    )
+    if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+        wanted = request.headers.get("access-control-request-headers", "")
+        if not _HEADER_NAMES.fullmatch(wanted):
+            wanted = "authorization, content-type, x-api-key"
+        headers += (
+            ("access-control-allow-methods", ", ".join((*routes.allowed(request.path), "OPTIONS"))),
+            ("access-control-allow-headers", wanted),
+            ("access-control-max-age", "600"),
+        )
+    return headers

@@ -1,0 +1,67 @@
+"""Routes: the whole HTTP surface as data. A handler is imported when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from core.errors import MethodNotAllowed, NotFound
+from core.service import Service
+from handlers.auth import Access
+from handlers.message import Request, Response
+
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`path` matches exactly, or, if it ends in "/", everything below it."""
+
+    method: str
+    path: str
+    handler: str  # "module:function"; see `resolve`
+    access: Access
+
+    def resolve(self) -> Handler:
+        module, _, function = self.handler.partition(":")
+        handler: Handler = getattr(import_module(module), function)
+        return handler
+
+
+ROUTES = (
+    Route("GET", "/health", "handlers.health:get_health", "open"),
+    Route("GET", "/models", "handlers.models:get_models", "user"),
+    Route("GET", "/v1/models", "handlers.models:get_v1_models", "user"),
+    Route("GET", "/v1/models/", "handlers.models:get_v1_model", "user"),
+    Route("POST", "/load", "handlers.load:post_load", "admin"),
+    Route("POST", "/reload", "handlers.reload:post_reload", "admin"),
+    Route("POST", "/v1/chat/completions", "handlers.chat:post_chat", "user"),
+    Route("POST", "/chat/completions", "handlers.chat:post_chat", "user"),  # a base_url without /v1, as llama-server
+    Route("POST", "/v1/extract", "handlers.extract:post_extract", "user"),
+)
+
+
+def find(method: str, path: str) -> Route:
+    """The route, a GET one for HEAD. Raises NotFound or MethodNotAllowed, both naming what exists."""
+    here = [route for route in ROUTES if _matches(route.path, path)]
+    if not here:
+        known = ", ".join(f"{route.method} {route.path}" for route in ROUTES if not route.path.endswith("/"))
+        raise NotFound(f"There is no {path[:200]!r} here. Routes: {known}.")
+    wanted = "GET" if method == "HEAD" else method
+    for route in here:
+        if route.method == wanted:
+            return route
+    raise MethodNotAllowed(method[:20], path[:200], allowed(path))
+
+
+def allowed(path: str) -> tuple[str, ...]:
+    """The methods that `path` answers, OPTIONS left out; empty if there is no such path."""
+    methods = [route.method for route in ROUTES if _matches(route.path, path)]
+    return tuple(dict.fromkeys(method for own in methods for method in ((own, "HEAD") if own == "GET" else (own,))))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    if pattern.endswith("/"):
+        return path.startswith(pattern) and len(path) > len(pattern)
+    return path == pattern or path == pattern + "/"

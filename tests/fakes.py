@@ -1,0 +1,258 @@
+"""Fakes for tests: an engine that follows a script and a host that lends it. No model, no threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
+from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
+from core.host import HostState, Loading
+from core.service import Service
+from core.settings import Settings
+from core.store.store import Fetched, LocalModel
+from core.timeline import Timeline
+
+CARD = ModelCard(
+    name="fake-1b",
+    path="/models/fake-1b.gguf",
+    size_bytes=1000,
+    description="fake 1B Q4_0",
+    architecture="fake",
+    n_params=1_000_000_000,
+    n_vocab=256,
+    n_ctx=512,
+    n_ctx_train=2048,
+    chat_template=None,
+    bos="<s>",
+    eos="</s>",
+)
+
+
+class ScriptedEngine:
+    """Says `text`, one token per piece of `pieces` (words by default), to every sequence of every request.
+
+    Tokens are bytes: `tokenize` is UTF-8. `delay` seconds pass before each piece; `endless` repeats the text until it
+    is cancelled or `max_tokens` are out. `error` is raised instead of the first piece. `requests` keeps what came in,
+    `running` counts generations that have neither ended nor been cancelled.
+    """
+
+    def __init__(
+        self,
+        text: str = "Hello there, friend.",
+        *,
+        pieces: tuple[str, ...] | None = None,
+        card: ModelCard = CARD,
+        delay: float = 0.0,
+        endless: bool = False,
+        cached_tokens: int = 0,
+        error: Exception | None = None,
+    ) -> None:
+        self.card = card
+        self.config = EngineConfig(n_ctx=card.n_ctx)
+        self.pieces = pieces or tuple(word + " " for word in text.split(" ")[:-1]) + (text.split(" ")[-1],)
+        self.delay = delay
+        self.endless = endless
+        self.cached_tokens = cached_tokens
+        self.error = error
+        self.requests: list[GenerationRequest] = []
+        self.running = 0
+        self.closed = False
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        return list(text.encode())
+
+    def check_grammar(self, grammar: str) -> None:
+        if "unsatisfiable" in grammar:
+            raise InvalidRequest("The grammar cannot be satisfied.")
+
+    def generate(self, request: GenerationRequest) -> ScriptedGeneration:
+        if len(request.prompt) + 1 > self.card.n_ctx:
+            raise ContextOverflow(len(request.prompt), self.card.n_ctx)
+        if self.running >= self.config.n_parallel + self.config.max_queue:
+            raise Busy("The queue is full.")
+        self.requests.append(request)
+        self.running += 1
+        return ScriptedGeneration(self, request)
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "decode_calls": 0,
+            "prompt_tokens": 0,
+            "cached_tokens": 0,
+            "completion_tokens": 0,
+            "requests": len(self.requests),
+            "sequences": {"running": self.running, "total": self.config.n_parallel},
+            "queued": 0,
+        }
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptedGeneration:
+    def __init__(self, engine: ScriptedEngine, request: GenerationRequest) -> None:
+        self.cached_tokens = engine.cached_tokens
+        self._engine = engine
+        self._open = True
+        self._todo = self._script(request)
+
+    def _script(self, request: GenerationRequest) -> list[Piece]:
+        script = self._engine.pieces * (1 if not self._engine.endless else 10_000)
+        cut = request.max_tokens is not None and request.max_tokens < len(script)
+        script = script[: request.max_tokens] if cut else script
+        last = len(script) - 1
+        return [
+            Piece(index, text, tokens=1, finish=("length" if cut else "stop") if at == last else None)
+            for at, text in enumerate(script)
+            for index in range(request.n)
+        ]
+
+    def __aiter__(self) -> ScriptedGeneration:
+        return self
+
+    async def __anext__(self) -> Piece:
+        await asyncio.sleep(self._engine.delay)
+        if self._engine.error is not None:
+            self.cancel()
+            raise self._engine.error
+        if not self._open or not self._todo:
+            self.cancel()
+            raise StopAsyncIteration
+        return self._todo.pop(0)
+
+    def cancel(self) -> None:
+        if self._open:
+            self._open = False
+            self._engine.running -= 1
+
+
+class FakeLease:
+    def __init__(self, host: FakeHost, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self._host: FakeHost | None = host
+
+    def release(self) -> None:
+        if self._host is not None:
+            self._host.leases -= 1
+            self._host = None
+
+
+class FakeHost:
+    """`engine` None: nothing to serve. `leases` counts those not given back."""
+
+    def __init__(self, engine: ScriptedEngine | None = None, *, status: str | None = None) -> None:
+        self.engine = engine
+        self.status = status or ("ready" if engine else "unloaded")
+        self.loading: Loading | None = None
+        self.error: str | None = None
+        self.swap_error: ApiError | None = None
+        self.swaps: list[tuple[str, EngineConfig]] = []
+        self.boot: dict[str, Any] = {"source": "embedded"}
+        self.leases = 0
+        self.started = False
+        self.closed: float | None = None
+
+    def state(self) -> HostState:
+        ready = self.status == "ready"
+        name = self.engine.card.name if self.engine else None
+        return HostState(self.status, name, self.loading, self.error, self.engine if ready else None)  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        self.started = True
+
+    async def lease(self, deadline: float | None = None) -> FakeLease:
+        if self.engine is None:
+            raise ModelUnavailable("No model is configured.")
+        self.status = "ready"
+        self.leases += 1
+        return FakeLease(self, self.engine)
+
+    async def wait_ready(self, seconds: float) -> HostState:
+        self.start()
+        await asyncio.sleep(min(seconds, 0.01))
+        if self.engine is not None:
+            self.status = "ready"
+        return self.state()
+
+    async def swap(self, reference: str, config: EngineConfig) -> HostState:
+        if self.swap_error is not None:
+            raise self.swap_error
+        self.swaps.append((reference, config))
+        card = replace((self.engine or ScriptedEngine()).card, name=Path(reference).stem, path=reference)
+        self.engine = ScriptedEngine(card=card)
+        self.engine.config = config
+        self.status = "ready"
+        return self.state()
+
+    async def close(self, grace: float) -> None:
+        self.closed = grace
+
+
+class FakeStore:
+    """Knows the models in `models`; `fetched` or `fetch_error` is what a fetch comes to."""
+
+    def __init__(self, models: tuple[LocalModel, ...] = ()) -> None:
+        self.models = models
+        self.fetched = Fetched("downloaded", Path("/models/a.gguf"), 1000, "0" * 64, "huggingface", "c" * 40)
+        self.fetch_error: Exception | None = None
+        self.fetches: list[tuple[Any, str | None]] = []
+        self.on_fetch: Callable[[Callable[[int, int], None], Callable[[], bool]], None] | None = None
+
+    def list(self) -> tuple[LocalModel, ...]:
+        return self.models
+
+    def locate(self, path: str) -> Path:
+        for model in self.models:
+            if path in (model.name, str(model.path)):
+                return model.path
+        if ".." in path:
+            raise InvalidRequest("The path is outside MODELS_DIR.", param="model_path")
+        raise ModelNotFound(f"There is no model {path!r}.", param="model_path")
+
+    def present(self, reference: Any) -> Path | None:
+        return None
+
+    def fetch(
+        self,
+        reference: Any,
+        *,
+        sha256: str | None = None,
+        refresh: bool = True,
+        progress: Any = None,
+        cancelled: Any = None,
+    ) -> Fetched:
+        self.fetches.append((reference, sha256))
+        if self.on_fetch is not None:
+            self.on_fetch(progress, cancelled)
+        if self.fetch_error is not None:
+            raise self.fetch_error
+        return self.fetched
+
+
+@dataclass
+class FakeService:
+    """A Service over fakes, with the fakes at hand: `service` goes into the code under test."""
+
+    service: Service
+    host: FakeHost
+    store: FakeStore
+    engine: ScriptedEngine
+
+
+def fake_service(
+    engine: ScriptedEngine | None = None,
+    *,
+    host: FakeHost | None = None,
+    store: FakeStore | None = None,
+    **settings: Any,
+) -> FakeService:
+    """Settings by keyword, e.g. `fake_service(api_keys=keys("secret"))`."""
+    engine = engine or ScriptedEngine()
+    host = host or FakeHost(engine)
+    store = store or FakeStore()
+    service = Service(Settings(**settings), store, host, Timeline())  # type: ignore[arg-type]
+    return FakeService(service, host, store, engine)
