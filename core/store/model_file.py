@@ -30,9 +30,9 @@ def _keep() -> None:
 class ModelFile:
     """`path` is what llama.cpp opens: a file (the first of a split model) or /proc/self/fd/N.
 
-    With `arrival` set, header and vocabulary are there and verified, the tensors may not be: load with repacking off and
-    call `arrival.wait()` before the first decode. `release()` gives back what holds the bytes (a memfd); call it when
-    the model is freed.
+    With `arrival` set, header and vocabulary are there and verified, the tensors may not be: load with repacking off
+    and call `arrival.wait()` before the first decode. `release()` gives back what holds the bytes (a memfd); call it
+    when the model is freed.
     """
 
     name: str  # what clients call the model: the file's name without .gguf

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from core.errors import InvalidRequest
+
+FORMS = "a file in MODELS_DIR, hf://org/repo/file.gguf@revision or s3://bucket/key.gguf"
+
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can carry one, no file system can
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +23,9 @@ class File:
 
     path: str
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @dataclass(frozen=True, slots=True)
 class HuggingFace:
@@ -18,11 +33,17 @@ class HuggingFace:
     filename: str  # may hold folders
     revision: str = "main"  # branch, tag or commit
 
+    def __str__(self) -> str:
+        return f"hf://{self.repo_id}/{self.filename}@{self.revision}"
+
 
 @dataclass(frozen=True, slots=True)
 class S3:
     bucket: str
     key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
 
 
 Reference = File | HuggingFace | S3
@@ -30,4 +51,105 @@ Reference = File | HuggingFace | S3
 
 def parse(reference: str) -> Reference:
     """Raises InvalidRequest if it is none of the three forms."""
-    raise NotImplementedError
+    if not reference or len(reference) > 1024 or _CONTROL.search(reference) or _SURROGATE.search(reference):
+        raise InvalidRequest(f"A model is named by {FORMS}; got {_quote(reference)}.")
+    scheme, separator, rest = reference.partition("://")
+    if not separator:
+        return File(reference)
+    match scheme:
+        case "hf":
+            return _parse_hub(reference, rest)
+        case "s3":
+            bucket, _, key = rest.partition("/")
+            return s3(bucket, key)
+    raise InvalidRequest(f"{_quote(scheme + '://')} is not a source of models; use {FORMS}.")
+
+
+def hugging_face(repo_id: str, filename: str, revision: str = "main") -> HuggingFace:
+    """A checked hub reference from its fields (those of /load). Raises InvalidRequest naming the field."""
+    organisation, slash, repo = repo_id.partition("/")
+    if not slash or not _repo_part(organisation) or not _repo_part(repo):
+        raise InvalidRequest(f"'repo_id' must be \"org/repo\", got {_quote(repo_id)}.", param="repo_id")
+    if not _is_model_path(filename):
+        raise InvalidRequest(
+            f"'filename' must be a .gguf file of the repository, without '..', got {_quote(filename)}.",
+            param="filename",
+        )
+    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith("/"):
+        raise InvalidRequest(
+            f"'revision' must be a branch, tag or commit of the repository, got {_quote(revision)}.", param="revision"
+        )
+    return HuggingFace(repo_id, filename, revision)
+
+
+def s3(bucket: str, key: str) -> S3:
+    """A checked S3 reference. Raises InvalidRequest."""
+    if not _BUCKET.fullmatch(bucket) or ".." in bucket or not _is_model_path(key):
+        raise InvalidRequest(
+            f"An S3 model is named s3://bucket/path/file.gguf, without '..', got {_quote(f's3://{bucket}/{key}')}."
+        )
+    return S3(bucket, key)
+
+
+def split_part(filename: str) -> tuple[int, int] | None:
+    """(part, count) of a file named like `model-00001-of-00003.gguf`, None for any other name."""
+    match = _SPLIT.fullmatch(filename)
+    if match is None:
+        return None
+    part, count = int(match["part"]), int(match["count"])
+    return (part, count) if 1 <= part <= count else None
+
+
+def split_files(filename: str) -> tuple[str, ...]:
+    """All files of the model that `filename` belongs to, in order; just itself unless it is one of a split model.
+
+    Raises InvalidRequest over 1000 parts: no such model exists, and a name is not to cost 99999 look-ups.
+    """
+    found = split_part(filename)
+    if found is None:
+        return (filename,)
+    if found[1] > 1000:
+        raise InvalidRequest(f"{_quote(filename)} claims {found[1]} parts; at most 1000 are understood.")
+    stem = filename[: -len("-00001-of-00001.gguf")]
+    suffix = filename[-len(".gguf") :]
+    return tuple(f"{stem}-{part:05d}-of-{found[1]:05d}{suffix}" for part in range(1, found[1] + 1))
+
+
+def model_name(filename: str) -> str:
+    """What clients call the model in `filename`: no folders, no .gguf, no part number."""
+    base = filename.rsplit("/", 1)[-1]
+    match = _SPLIT.fullmatch(base)
+    if match is not None and split_part(base) is not None:
+        return match["stem"]
+    return base[: -len(".gguf")] if base.lower().endswith(".gguf") else base
+
+
+def _parse_hub(reference: str, rest: str) -> HuggingFace:
+    path, at, revision = rest.rpartition("@")
+    if not at:
+        path, revision = rest, "main"
+    parts = path.split("/", 2)
+    if len(parts) != 3:
+        raise InvalidRequest(
+            f"A model on Hugging Face is named hf://org/repo/file.gguf@revision, got {_quote(reference)}."
+        )
+    return hugging_face(f"{parts[0]}/{parts[1]}", parts[2], revision)
+
+
+def _repo_part(name: str) -> bool:
+    return _REPO.fullmatch(name) is not None and ".." not in name and "--" not in name and not name.endswith((".", "-"))
+
+
+def _is_model_path(path: str) -> bool:
+    """A relative path of plain segments that ends in .gguf; it becomes a path under MODELS_DIR and part of a URL."""
+    if len(path) > 512 or "\\" in path or _CONTROL.search(path) or not path.lower().endswith(".gguf"):
+        return False
+    if not path.isprintable():  # also lone surrogates, which no file system and no URL can carry
+        return False
+    segments = path.split("/")
+    # A leading dot would collide with the store's own files; 255 bytes is what file systems take, ours add a suffix.
+    return all(segment and not segment.startswith(".") and len(segment.encode()) <= 200 for segment in segments)
+
+
+def _quote(given: str) -> str:
+    return repr(given if len(given) <= 200 else given[:200] + "...")

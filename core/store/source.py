@@ -1,0 +1,104 @@
+"""Source and Mirror: what the store asks of the places that models come from and go to.
+
+A source resolves a reference to the files of one model, then brings a file into a `Partial`: an open temporary file of
+the store. The store owns the rest: space, locks, the whole sha256, the GGUF check, publishing, cleaning up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from core.errors import ModelUnavailable
+from core.store.model_file import ModelFile
+from core.store.reference import S3, HuggingFace
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all; 0 when unknown)
+Cancelled = Callable[[], bool]
+
+
+class DownloadCancelled(ModelUnavailable):
+    """`cancelled()` said so. What has arrived stays for the next try."""
+
+    def __init__(self, message: str = "The download was cancelled; what has arrived is kept for the next try.") -> None:
+        super().__init__(message, retry_after=None)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a model. `path` is its name there (folders included); size and sha256 are the source's word."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None = None
+    etag: str | None = None  # tells versions apart where there is no sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model that a source has: its files (those of a split model in order), all of one commit."""
+
+    source: str  # "huggingface" or "s3"
+    reference: HuggingFace | S3  # as asked, its revision perhaps a branch
+    files: tuple[RemoteFile, ...]
+    commit: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+class Partial(Protocol):
+    """A file of the store being filled: `size` bytes, of which the first `done` are there from an earlier try.
+
+    Write with `os.pwrite(partial.fd, ...)`, from any thread and in any order. `landed(n)` says that the first n bytes
+    are written: it is what a later try resumes from, so call it as the gapless front moves on (every part or few MiB).
+    `landed(0)` starts over.
+    """
+
+    fd: int
+    size: int
+    done: int
+
+    def landed(self, offset: int) -> None: ...
+
+
+class Source(Protocol):
+    """A place models come from. Blocking, thread-safe.
+
+    Errors: `resolve` returns None for "not here" (the next source is asked) or raises InvalidRequest when it is the
+    authority and says no; ModelUnavailable when it cannot answer or a download fails; DownloadCancelled.
+    """
+
+    name: str
+    authority: bool  # True for the hub: it knows what a branch means now, and its "no" is final
+
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+        """The model's files, None if it is not here. `refresh` False: a branch may mean what it meant before."""
+        ...
+
+    def download(
+        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+    ) -> bool:
+        """Fill `partial` from `partial.done` on. True if every byte was verified on its way (no second read needed).
+
+        `progress` counts this file's bytes, `partial.done` included.
+        """
+        ...
+
+    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+        """The model in a memfd, verified (size, sha256, GGUF header), perhaps with `arrival` set. None: not possible
+        here (split model, no memfd, no room); the store then uses the disk."""
+        ...
+
+
+class Mirror(Protocol):
+    """Where models go that the hub delivered."""
+
+    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+        """Upload once, in the background, and note what the branch in `reference` means. Returns at once, never raises.
+
+        Called after each fetch of a hub reference, whichever source brought it; `paths` are the published files.
+        """
