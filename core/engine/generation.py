@@ -61,7 +61,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one sequence gained: whole characters (perhaps none yet), the tokens it took, and on the last one why it ended.
+    """What one sequence gained: whole characters (perhaps none yet), the tokens it took, on the last one why it ended.
 
     `tokens` counts sampled and forced tokens, the end-of-turn token not included; over a sequence they add up to
     `completion_tokens`.

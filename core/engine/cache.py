@@ -1,0 +1,89 @@
+"""Cache: the slots of llama.cpp's KV memory, who has them, and which prefixes they still hold.
+
+The memory is unified: slots share its cells, so copying a prefix from one slot to another costs no cells and no time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.engine.sequence import Sequence, Slot, common_prefix
+
+
+class Cache:
+    """Owned by the engine thread. `trimmable` is False for recurrent models: their state knows only its end."""
+
+    def __init__(self, bindings: Any, context: Any, n_slots: int, *, trimmable: bool) -> None:
+        self._bindings = bindings
+        self._memory = bindings.llama_get_memory(context)
+        self._trimmable = trimmable
+        self._clock = 0
+        self.slots = [Slot(slot_id) for slot_id in range(n_slots)]
+
+    def free_slots(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.sequence is None]
+
+    def take(self, sequence: Sequence) -> int:
+        """Give `sequence` a free slot with as much of its tokens as the tenant's slots hold. Returns that many.
+
+        At least one token is left to decode, or there would be no logits.
+        """
+        free = self.free_slots()
+        tenant, tokens = sequence.request.tenant, sequence.tokens
+        source, shared = None, 0
+        for slot in self.slots:
+            if slot.tenant == tenant and slot.tokens:
+                length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
+                if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
+                    continue
+                if length > shared:
+                    source, shared = slot, length
+        if source is not None and source.sequence is None and shared * 2 >= len(source.tokens):
+            target = source
+            self.trim(target, shared)
+        else:
+            # The source is busy, or holds much more than what is shared: it stays as it is.
+            target = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.used))
+            if target is source:
+                self.trim(target, shared)
+            else:
+                self.clear(target)
+                if source is not None and shared:
+                    self._bindings.llama_memory_seq_cp(self._memory, source.id, target.id, 0, shared)
+                    target.tokens = source.tokens[:shared]
+        self._clock += 1
+        target.used = self._clock
+        target.tenant = tenant
+        target.sequence = sequence
+        sequence.slot = target
+        return len(target.tokens)
+
+    def release(self, sequence: Sequence) -> None:
+        """The slot is free again; what it holds stays for the next request with that prefix."""
+        if sequence.slot is not None:
+            sequence.slot.sequence = None
+            sequence.slot = None
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """Forget all beyond `length` tokens, also what an aborted decode left there."""
+        if self._bindings.llama_memory_seq_rm(self._memory, slot.id, length, -1):
+            del slot.tokens[length:]
+        else:
+            self.clear(slot)
+
+    def clear(self, slot: Slot) -> None:
+        self._bindings.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+        slot.tokens = []
+
+    def evict(self) -> bool:
+        """Forget the prefix that was not used for longest. False if no free slot holds any."""
+        idle = [slot for slot in self.free_slots() if slot.tokens]
+        if not idle:
+            return False
+        self.clear(min(idle, key=lambda slot: slot.used))
+        return True
+
+    def clear_all(self) -> None:
+        self._bindings.llama_memory_clear(self._memory, True)
+        for slot in self.slots:
+            slot.tokens = []

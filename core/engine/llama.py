@@ -1,0 +1,232 @@
+"""Llama: a GGUF model loaded by llama.cpp, behind the Engine interface."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from core.engine import native, threads
+from core.engine.generation import EngineConfig, GenerationRequest, ModelCard
+from core.engine.sampling import Sampler
+from core.engine.scheduler import Scheduler
+from core.engine.sequence import Sequence
+from core.engine.steps import Step
+from core.engine.stream import PieceStream
+from core.engine.vocabulary import Vocabulary
+from core.errors import ContextOverflow, InvalidRequest
+from core.store.model_file import ModelFile
+
+log = logging.getLogger("slm.engine")
+
+
+class Llama:
+    """Implements `core.engine.generation.Engine`."""
+
+    def __init__(
+        self,
+        file: ModelFile,
+        config: EngineConfig,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Load the model and make its context. Blocks; `progress` is told the share loaded, 0 to 1.
+
+        With `file.arrival` set the weights are mapped but not read: the engine thread waits for them before its first
+        decode. Raises InvalidRequest if llama.cpp cannot load the file or the context does not fit.
+        """
+        self._bindings = bindings = native.bindings()
+        self._file = file
+        self._closed = False
+        self._close_lock = threading.Lock()
+        native.take_errors()
+        self._model = self._load_model(config, progress)
+        try:
+            self._context = self._make_context(config)
+        except BaseException:
+            bindings.llama_model_free(self._model)
+            raise
+        self._vocabulary = Vocabulary(bindings, self._model)
+        self.config = config
+        self.card = self._describe()
+        self._scheduler = Scheduler(
+            bindings,
+            self._context,
+            Step(bindings, self._context, self._vocabulary, self.card.n_ctx),
+            n_batch=min(config.n_batch, int(bindings.llama_n_batch(self._context))),
+            n_parallel=config.n_parallel,
+            max_queue=config.max_queue,
+            trimmable=not (
+                bindings.llama_model_is_recurrent(self._model) or bindings.llama_model_is_hybrid(self._model)
+            ),
+            before_first=None if file.arrival is None else file.arrival.wait,
+        )
+        threading.Thread(target=self._prepare_grammars, name="vocabulary", daemon=True).start()
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        return self._vocabulary.tokenize(text, special=special)
+
+    def check_grammar(self, grammar: str) -> None:
+        self._vocabulary.matcher(grammar)
+
+    def generate(self, request: GenerationRequest) -> PieceStream:
+        if len(request.prompt) + 1 > self.card.n_ctx:
+            raise ContextOverflow(len(request.prompt), self.card.n_ctx)
+        if not request.prompt:
+            raise InvalidRequest("The prompt has no tokens.", param="messages")
+        n_vocab = self._vocabulary.n_tokens
+        unknown = [token for token in request.sampling.logit_bias if not 0 <= token < n_vocab]
+        if unknown:
+            raise InvalidRequest(
+                f"'logit_bias' names token {unknown[0]}; this model's tokens are 0 to {n_vocab - 1}.",
+                param="logit_bias",
+            )
+        matcher = None if request.grammar is None else self._vocabulary.matcher(request.grammar)
+        stream = PieceStream(request, self._scheduler.interrupt)
+        sequences: list[Sequence] = []
+        for index in range(request.n):
+            sampler = Sampler(self._bindings, request.sampling, n_vocab=n_vocab, n_ctx=self.card.n_ctx, index=index)
+            own = matcher if matcher is None or index == 0 else matcher.deep_copy()
+            sequences.append(Sequence(request, index, stream, sampler, own, sequences[0] if sequences else None))
+        try:
+            self._scheduler.submit(sequences)
+        except BaseException:
+            for sequence in sequences:
+                sequence.sampler.free()
+            stream.cancel()
+            raise
+        return stream
+
+    def stats(self) -> dict[str, Any]:
+        return self._scheduler.stats()
+
+    def close(self) -> None:
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._file.arrival is not None:
+                self._file.arrival.cancel()
+            self._scheduler.close()
+            self._vocabulary.close()
+            self._bindings.llama_free(self._context)
+            self._bindings.llama_model_free(self._model)
+            self._file.release()
+
+    def _load_model(self, config: EngineConfig, progress: Callable[[float], None] | None) -> Any:
+        bindings, file = self._bindings, self._file
+        params = bindings.llama_model_default_params()
+        params.n_gpu_layers = config.n_gpu_layers
+        params.use_extra_bufts = config.repack and file.arrival is None  # repacking reads the weights at load
+        params.load_mode = bindings.LLAMA_LOAD_MODE_MMAP
+
+        def report(share: float, _data: object) -> bool:
+            if progress is not None:
+                progress(share)
+            return True
+
+        callback = bindings.llama_progress_callback(report)
+        params.progress_callback = callback
+        model = bindings.llama_model_load_from_file(os.fsencode(file.path), params)
+        if not model:
+            reasons = native.take_errors()
+            log.error("llama.cpp cannot load %s: %s", file.path, "; ".join(reasons) or "no reason given")
+            raise InvalidRequest(
+                f"The model '{file.name}' cannot be loaded: llama.cpp refuses it "
+                f"({_reason(reasons)}). Use a GGUF of an architecture that this build knows.",
+                param="model_path",
+            )
+        return model
+
+    def _make_context(self, config: EngineConfig) -> Any:
+        bindings = self._bindings
+        params = bindings.llama_context_default_params()
+        cpus = config.n_threads or threads.available()
+        params.n_ctx = config.n_ctx
+        params.n_batch = params.n_ubatch = min(config.n_batch, config.n_ctx)
+        params.n_seq_max = config.n_parallel
+        # Only a sequence's last token is sampled from: 4 rows of logits instead of n_batch, 256 MB less for Gemma 3.
+        params.n_outputs_max = config.n_parallel
+        params.n_outputs_max_per_seq = 1
+        params.n_threads = params.n_threads_batch = cpus
+        params.kv_unified = True
+        params.swa_full = True  # a sliding window's cache can only be cut back to a shared prefix if it is kept whole
+        context = bindings.llama_init_from_model(self._model, params)
+        if not context:
+            log.error("no context: %s", "; ".join(native.take_errors()) or "no reason given")
+            raise InvalidRequest(
+                f"A context of {config.n_ctx} tokens cannot be made for '{self._file.name}': "
+                "most likely it does not fit in memory. Lower n_ctx.",
+                param="n_ctx",
+            )
+        return context
+
+    def _describe(self) -> ModelCard:
+        bindings, model, vocabulary = self._bindings, self._model, self._vocabulary
+        metadata = _metadata(bindings, model)
+        template = bindings.llama_model_chat_template(model, None)
+        description = ctypes.create_string_buffer(256)
+        bindings.llama_model_desc(model, description, len(description))
+        n_ctx_train = int(bindings.llama_model_n_ctx_train(model))
+        n_ctx = int(bindings.llama_n_ctx(self._context))
+
+        def text(token: int) -> str:
+            return "" if token < 0 else vocabulary.label(token).decode("utf-8", "replace")
+
+        return ModelCard(
+            name=self._file.name,
+            path=str(self._file.path),
+            size_bytes=self._file.size_bytes,
+            description=description.value.decode("utf-8", "replace"),
+            architecture=metadata.get("general.architecture", ""),
+            n_params=int(bindings.llama_model_n_params(model)),
+            n_vocab=vocabulary.n_tokens,
+            n_ctx=min(n_ctx, n_ctx_train) if n_ctx_train > 0 else n_ctx,
+            n_ctx_train=n_ctx_train,
+            chat_template=None if not template else template.decode("utf-8", "replace"),
+            bos=text(vocabulary.bos),
+            eos=text(vocabulary.eos),
+            metadata={**metadata, "tokenizer.ggml.add_bos_token": "true" if vocabulary.adds_bos else "false"},
+        )
+
+    def _prepare_grammars(self) -> None:
+        """Build the grammar tokenizer off the request path, after everything that has somebody waiting."""
+        try:
+            # On Linux a thread id is a valid target: this thread alone steps back.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        except (OSError, AttributeError):
+            log.debug("this platform has no priorities for threads")
+        self._vocabulary.prepare()
+
+
+def _metadata(bindings: Any, model: Any) -> dict[str, str]:
+    """The GGUF's scalar metadata as text. Arrays (the vocabulary) come as "[...]" and are left out."""
+    found = {}
+    buffer = ctypes.create_string_buffer(1 << 16)
+    for index in range(bindings.llama_model_meta_count(model)):
+        bindings.llama_model_meta_key_by_index(model, index, buffer, len(buffer))
+        key = buffer.value.decode("utf-8", "replace")
+        bindings.llama_model_meta_val_str_by_index(model, index, buffer, len(buffer))
+        value = buffer.value.decode("utf-8", "replace")
+        if not value.startswith("[") and key != "tokenizer.chat_template":
+            found[key] = value
+    return found
+
+
+def _reason(lines: list[str]) -> str:
+    """The reason a load failed, in our words."""
+    text = " ".join(lines)
+    for mark, words in (
+        ("unknown model architecture", "its architecture is unknown"),
+        ("not within the file bounds", "it is truncated"),
+        ("corrupted or incomplete", "it is truncated or damaged"),
+        ("missing tensor", "tensors are missing"),
+        ("vocab", "its vocabulary cannot be read"),
+        ("invalid magic", "it is not a GGUF file"),
+        ("failed to allocate", "it does not fit in memory"),
+    ):
+        if mark in text:
+            return words
+    return "the log has the reason"

@@ -1,0 +1,101 @@
+"""llama.cpp's C functions, loaded once, late and light. The only module that imports llama_cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("slm.llama")
+
+_lock = threading.Lock()
+_bindings: Any = None
+_log_callback: Any = None  # ctypes callbacks must outlive every call into the library
+_errors: list[str] = []
+
+
+def bindings() -> Any:
+    """`llama_cpp.llama_cpp`, imported at the first call with its backends ready. Thread-safe.
+
+    The package's own `__init__` imports numpy, jinja2 and diskcache for the high-level class, which is not used here:
+    0.75 s and 44 MB. An empty package put in its place first leaves 0.12 s and 23 MB (measured with llama-cpp-python
+    0.3.36; a test in tests/house watches over it).
+    """
+    global _bindings
+    with _lock:
+        if _bindings is None:
+            if "llama_cpp" not in sys.modules:
+                spec = importlib.util.find_spec("llama_cpp")
+                if spec is None or spec.submodule_search_locations is None:
+                    raise ModuleNotFoundError("llama-cpp-python is not installed; `make install` installs it")
+                package = types.ModuleType("llama_cpp")
+                package.__path__ = list(spec.submodule_search_locations)
+                package.__spec__ = spec
+                sys.modules["llama_cpp"] = package
+            module = importlib.import_module("llama_cpp.llama_cpp")
+            _route_log(module)
+            _load_backends(module)
+            module.llama_backend_init()
+            _bindings = module
+    return _bindings
+
+
+def _load_backends(module: Any) -> None:
+    """Load the CPU variants of a `GGML_BACKEND_DL` build: the best one for this CPU is chosen by ggml.
+
+    They lie in site-packages/bin (or beside libllama). The call must go to the very libggml that libllama has loaded:
+    its registry is a static variable, and a twin under another name (libggml.so beside libggml.so.0) has its own.
+    An ordinary build has its backend linked in and nothing to load.
+    """
+    package = Path(module.__file__).parent
+    folders = (package / "lib", package.parent / "bin", package.parent / "lib")
+    variants = next((folder for folder in folders if any(folder.glob("libggml-cpu-*.so"))), None)
+    if variants is None:
+        return
+    loaded = _mapped_library("libggml.so")
+    if loaded is None:
+        raise RuntimeError(f"libggml is not among the loaded libraries; cannot load the backends in {variants}")
+    load_all = ctypes.CDLL(loaded).ggml_backend_load_all_from_path
+    load_all.argtypes, load_all.restype = [ctypes.c_char_p], None
+    load_all(os.fsencode(variants))
+
+
+def _mapped_library(name: str) -> str | None:
+    """Path under which a library whose file name starts with `name` is mapped into this process."""
+    with Path("/proc/self/maps").open() as maps:
+        for line in maps:
+            path = line.rstrip("\n").partition("/")[2]
+            if path.rpartition("/")[2].startswith(name):
+                return "/" + path
+    return None
+
+
+def _route_log(module: Any) -> None:
+    """Send llama.cpp's log lines to logging: errors are kept for `last_errors`, all else is debug."""
+    global _log_callback
+    levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+
+    def write(level: int, text: bytes, _data: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level == 4 and line:
+            _errors.append(line)
+            del _errors[:-20]
+        if line and log.isEnabledFor(logging.DEBUG):
+            log.log(min(levels.get(level, logging.DEBUG), logging.INFO), "%s", line)
+
+    _log_callback = module.llama_log_callback(write)
+    module.llama_log_set(_log_callback, ctypes.c_void_p(0))
+
+
+def take_errors() -> list[str]:
+    """The error lines llama.cpp wrote since the last call. For the log only: they hold paths."""
+    lines = _errors[:]
+    _errors.clear()
+    return lines

@@ -1,0 +1,342 @@
+"""Scheduler: continuous batching. One thread owns llama.cpp's context; requests come by queue, pieces leave by queue.
+
+Every step decodes one batch: the next token of each running sequence, the tokens a grammar forced, and a slice of any
+prompt still to be read. When cells run out, idle prefixes go first, then the youngest sequence is paused and computed
+again later: a client never sees a failed decode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from core.engine.batch import Batch
+from core.engine.cache import Cache
+from core.engine.generation import Piece
+from core.engine.sequence import Sequence
+from core.engine.steps import Step
+from core.engine.stream import PieceStream, deliver
+from core.errors import ApiError, Busy, ModelUnavailable
+
+log = logging.getLogger("slm.engine")
+
+PREFILL_SLICE_S = 0.2  # while others decode, reading a prompt may hold a step up for about this long
+SMALLEST_SLICE = 16  # tokens
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the load."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    decode_calls: int = 0
+    paused: int = 0
+
+
+class Abort:
+    """A flag that llama.cpp polls between the nodes of a graph, without Python or its lock.
+
+    llama.cpp wants a C function that takes a pointer and returns whether to stop. libc's strlen is one: over a buffer
+    that begins with a zero byte it returns 0, over one that begins with 1 it returns 1. A Python callback would take
+    the interpreter lock some hundred times a token.
+    """
+
+    def __init__(self, bindings: Any, context: Any) -> None:
+        self._flag = ctypes.create_string_buffer(2)
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, bindings.ggml_abort_callback)
+        self._callback = strlen  # must outlive the context
+        bindings.llama_set_abort_callback(context, strlen, ctypes.cast(self._flag, ctypes.c_void_p))
+
+    def set(self) -> None:
+        self._flag[0] = b"\x01"
+
+    def clear(self) -> None:
+        self._flag[0] = b"\x00"
+
+
+class Scheduler:
+    """`submit`, `interrupt`, `stats` and `close` are called from any thread; the rest runs in the engine thread."""
+
+    def __init__(
+        self,
+        bindings: Any,
+        context: Any,
+        step: Step,
+        *,
+        n_batch: int,
+        n_parallel: int,
+        max_queue: int,
+        trimmable: bool,
+        before_first: Callable[[], None] | None = None,
+    ) -> None:
+        self._bindings = bindings
+        self._context = context
+        self._step = step
+        self._max_queue = max_queue
+        self._before_first = before_first
+        self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable)
+        self._batch = Batch(bindings, n_batch, n_parallel)
+        self._abort = Abort(bindings, context)
+        self._wake = threading.Condition()
+        self._inbox: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._reading: set[PieceStream] = set()  # streams whose prompts the current decode call reads
+        self._out: list[tuple[PieceStream, Piece | Exception]] = []
+        self._closed = False
+        self._prefill_rate = 0.0  # tokens a second, smoothed
+        self._admissions = 0
+        self.counters = Counters()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # From any thread
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue the sequences of one request. Raises Busy if too many wait, ModelUnavailable after `close`."""
+        with self._wake:
+            if self._closed:
+                raise ModelUnavailable("The model is being released; try again.", retry_after=1)
+            queued = len(self._inbox) + sum(not sequence.begun for sequence in self._waiting)
+            free = sum(slot.sequence is None for slot in self._cache.slots)
+            if queued >= self._max_queue + free:
+                raise Busy(f"{queued} sequences wait already, and at most {self._max_queue} may; try again later.")
+            self._inbox.extend(sequences)
+            self.counters.requests += 1
+            self._wake.notify()
+
+    def interrupt(self, stream: PieceStream) -> None:
+        """A stream was cancelled or ran out of time: look now, even in the middle of its prompt."""
+        with self._wake:
+            if stream in self._reading:
+                self._abort.set()
+            self._wake.notify()
+
+    def stats(self) -> dict[str, Any]:
+        with self._wake:
+            running = sum(slot.sequence is not None for slot in self._cache.slots)
+            return {field.name: getattr(self.counters, field.name) for field in fields(Counters)} | {
+                "sequences": {"running": running, "total": len(self._cache.slots)},
+                "queued": len(self._inbox) + len(self._waiting),
+            }
+
+    def close(self) -> None:
+        """End all that runs with ModelUnavailable and stop the thread. Blocks until it has stopped."""
+        with self._wake:
+            self._closed = True
+            self._abort.set()
+            self._wake.notify()
+        self._thread.join()
+
+    # In the engine thread
+
+    def _run(self) -> None:
+        try:
+            if self._before_first is not None:
+                self._before_first()
+            while self._next_work():
+                self._admit()
+                if self._running:
+                    self._decode()
+                self._flush()
+        except ApiError as error:  # the model's bytes never came
+            self._fail_all(error)
+        except BaseException:
+            log.exception("the engine thread failed")
+            self._fail_all(ModelUnavailable("The engine failed; the model has to be loaded again."))
+            raise
+        finally:
+            self._fail_all(ModelUnavailable("The model was released before the answer was finished; try again."))
+
+    def _next_work(self) -> bool:
+        """Wait for something to do, take in what came, drop what was cancelled or is late. False: closed."""
+        with self._wake:
+            while not (self._closed or self._inbox or self._running or self._waiting):
+                self._wake.wait()
+            self._waiting.extend(self._inbox)
+            self._inbox.clear()
+            if self._closed:
+                return False
+            self._abort.clear()
+        now = time.monotonic()
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.stream.cancelled:
+                self._retire(sequence)
+            elif sequence.request.deadline is not None and now >= sequence.request.deadline:
+                self._finish_late(sequence)
+        return True
+
+    def _finish_late(self, sequence: Sequence) -> None:
+        if sequence.begun:
+            self._emit(sequence, sequence.text.finish(), finish="length")
+        else:
+            self._out.append(
+                (sequence.stream, ModelUnavailable("No slot was free before the deadline.", retry_after=1))
+            )
+        self._retire(sequence)
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, oldest first. A follower waits until its leader has read their prompt."""
+        if not self._waiting:
+            return
+        for sequence in list(self._waiting):
+            if not self._cache.free_slots():
+                return
+            leader = sequence.leader
+            if leader is not None and leader.slot is not None and not leader.prompt_read:
+                continue
+            self._waiting.remove(sequence)
+            with self._wake:
+                cached = self._cache.take(sequence)
+            self._admissions += 1
+            sequence.admitted = self._admissions
+            if not sequence.begun:
+                sequence.begun = True
+                if leader is None:
+                    sequence.stream.cached_tokens = cached
+                    self.counters.prompt_tokens += sequence.n_prompt
+                    self.counters.cached_tokens += cached
+            self._running.append(sequence)
+
+    def _decode(self) -> None:
+        """One step: fill the batch, decode it, sample from every sequence whose last token was in it."""
+        rows = self._fill()
+        started = time.monotonic()
+        code = self._bindings.llama_decode(self._context, self._batch.native)
+        self.counters.decode_calls += 1
+        with self._wake:
+            self._reading.clear()
+        if code == 0:
+            self._note_rate(time.monotonic() - started)
+            for sequence, count, row in rows:
+                slot = sequence.slot
+                assert slot is not None
+                done = len(slot.tokens)
+                slot.tokens.extend(sequence.tokens[done : done + count])
+                if row is not None:
+                    self._advance(sequence, row)
+        elif code == 2:  # aborted: some of the batch may be in the memory
+            self._forget(rows)
+        elif code == 1:  # no cells
+            self._make_room()
+        else:
+            self._forget(rows)
+            log.error("llama_decode returned %s for %s tokens of %s sequences", code, self._batch.length, len(rows))
+            for sequence, _, _ in rows:
+                self._fail(sequence, ApiError(f"llama_decode returned {code}"))
+
+    def _fill(self) -> list[tuple[Sequence, int, int | None]]:
+        """Put tokens into the batch. Returns (sequence, how many of its tokens, index of the row to sample from)."""
+        batch = self._batch
+        batch.clear()
+        rows: list[tuple[Sequence, int, int | None]] = []
+        decoding = [sequence for sequence in self._running if sequence.produced]
+        reading = [sequence for sequence in self._running if not sequence.produced]
+        budget = batch.size if not decoding else self._slice()
+        streams = set()
+        for sequence in (*decoding, *reading):
+            count = min(sequence.pending, batch.room)
+            if not sequence.produced:
+                count = min(count, budget)
+                if sequence.request.sampling.seed is not None and 1 < sequence.pending <= count:
+                    # The prompt's last token goes alone, as it does when all before it is cached: another batch shape
+                    # adds up floats in another order, and the same seed would give another text.
+                    count = sequence.pending - 1
+                budget -= count
+                streams.add(sequence.stream)
+            if count <= 0:
+                continue
+            slot = sequence.slot
+            assert slot is not None
+            done = len(slot.tokens)
+            last = count == sequence.pending
+            row = batch.add(slot.id, sequence.tokens[done : done + count], done, logits=last)
+            rows.append((sequence, count, row if last else None))
+        with self._wake:
+            self._reading = streams
+            if any(stream.cancelled for stream in streams):
+                self._abort.set()
+        return rows
+
+    def _slice(self) -> int:
+        """Prompt tokens that a step may read while others decode."""
+        return max(SMALLEST_SLICE, min(self._batch.size, int(self._prefill_rate * PREFILL_SLICE_S)))
+
+    def _note_rate(self, seconds: float) -> None:
+        if self._batch.length >= SMALLEST_SLICE:
+            rate = self._batch.length / max(seconds, 1e-6)
+            self._prefill_rate = rate if not self._prefill_rate else 0.7 * self._prefill_rate + 0.3 * rate
+
+    def _advance(self, sequence: Sequence, row: int) -> None:
+        """Sample, turn into text, and end the sequence if it is time."""
+        try:
+            text, tokens, logprobs, finish = self._step.advance(sequence, row)
+        except ApiError as error:
+            self._fail(sequence, error)
+            return
+        self.counters.completion_tokens += tokens
+        self._emit(sequence, text, tokens, logprobs, finish)
+        if finish is not None:
+            self._retire(sequence)
+
+    def _make_room(self) -> None:
+        """No cells for the batch: forget an idle prefix, else pause the youngest, else the context is full."""
+        if self._cache.evict():
+            return
+        youngest = max(self._running, key=lambda sequence: sequence.admitted)
+        if len(self._running) > 1:
+            assert youngest.slot is not None
+            self._cache.clear(youngest.slot)
+            with self._wake:
+                self._cache.release(youngest)
+            self._running.remove(youngest)
+            self._waiting.appendleft(youngest)
+            self.counters.paused += 1
+        else:
+            self._emit(youngest, youngest.text.finish(), finish="length")
+            self._retire(youngest)
+
+    def _forget(self, rows: list[tuple[Sequence, int, int | None]]) -> None:
+        """Take back what a decode that failed or was aborted left in the memory."""
+        for sequence, _, _ in rows:
+            if sequence.slot is not None:
+                self._cache.trim(sequence.slot, len(sequence.slot.tokens))
+
+    def _emit(self, sequence: Sequence, text: str, tokens: int = 0, logprobs: Any = (), finish: Any = None) -> None:
+        self._out.append((sequence.stream, Piece(sequence.index, text, tokens, logprobs, finish)))
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._out.append((sequence.stream, error))
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        with self._wake:
+            self._cache.release(sequence)
+        sequence.sampler.free()
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._wake:
+            self._closed = True
+            self._waiting.extend(self._inbox)
+            self._inbox.clear()
+        for sequence in [*self._running, *self._waiting]:
+            self._fail(sequence, error)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._out:
+            deliver(self._out)
+            self._out = []

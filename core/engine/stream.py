@@ -1,0 +1,85 @@
+"""PieceStream: the asyncio end of a generation. The engine thread fills it, one event loop empties it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from core.engine.generation import GenerationRequest, Piece
+
+
+class PieceStream:
+    """Implements `core.engine.generation.Generation`. Everything but `cancel` and `deliver` belongs to its loop."""
+
+    def __init__(self, request: GenerationRequest, interrupt: Callable[[PieceStream], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.cached_tokens = 0
+        self.cancelled = False
+        self._interrupt = interrupt
+        self._items: deque[Piece | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._unfinished = request.n
+        self._timer: asyncio.TimerHandle | None = None
+        if request.deadline is not None:
+            # Wakes a scheduler that is deep in a long prefill; between steps it looks at the clock itself.
+            self._timer = self.loop.call_later(max(0.0, request.deadline - time.monotonic()), interrupt, self)
+
+    def __aiter__(self) -> PieceStream:
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._items:
+            if self.cancelled or self._unfinished == 0:
+                raise StopAsyncIteration
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            self._end()
+            raise item
+        if item.finish is not None:
+            self._unfinished -= 1
+            if self._unfinished == 0:
+                self._end()
+        return item
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self._interrupt(self)
+            try:
+                self.loop.call_soon_threadsafe(self._end)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+
+    def put(self, item: Piece | Exception) -> None:
+        """On the loop: hand an item to the reader."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def deliver(items: Iterable[tuple[PieceStream, Piece | Exception]]) -> None:
+    """From the engine thread: give a step's items to their loops, one wake-up a loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PieceStream, Piece | Exception]]] = {}
+    for stream, item in items:
+        by_loop.setdefault(stream.loop, []).append((stream, item))
+    for loop, group in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, group)
+        except RuntimeError:  # the loop is closed: its readers are gone
+            for stream, _ in group:
+                stream.cancelled = True
+
+
+def _put_all(items: list[tuple[PieceStream, Piece | Exception]]) -> None:
+    for stream, item in items:
+        stream.put(item)
