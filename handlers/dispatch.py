@@ -7,17 +7,14 @@ reason in the log. Errors after the first byte of a stream are the stream's own 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 
-from core.errors import ApiError, MethodNotAllowed, Unauthorized, UnsupportedMediaType
+from core.errors import MethodNotAllowed, Unauthorized, UnsupportedMediaType
 from core.service import Service
-from handlers import auth, routes
+from handlers import auth, problem, routes
 from handlers.body import json_response
 from handlers.message import Request, Response
 from handlers.trace import request_id
-
-logger = logging.getLogger(__name__)
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -29,26 +26,22 @@ async def dispatch(service: Service, request: Request) -> Response:
     request_id.set(request.id)
     try:
         response = await _answer(service, request)
-    except ApiError as error:
-        response = problem(request, error)
     except Exception as error:  # noqa: BLE001 - the one place where the unforeseen ends: logged whole, told as fixed text
-        response = problem(request, error)
+        response = refusal(error)
     return finished(service, request, response)
 
 
-def problem(request: Request, error: Exception) -> Response:
+def refusal(error: Exception) -> Response:
     """An error as an answer; for adapters that must refuse before there is a request to dispatch, too."""
-    if not isinstance(error, ApiError) or error.status == ApiError.status:
-        logger.error("%s %s failed", request.method, request.path, exc_info=error)
-        error = ApiError(f"The server failed to answer; its log tells why under request id {request.id}.")
+    known = problem.told(error)
     headers: Headers = ()
-    if error.retry_after is not None:
-        headers = (("retry-after", str(error.retry_after)),)
-    elif isinstance(error, MethodNotAllowed):
-        headers = (("allow", ", ".join((*error.allowed, "OPTIONS"))),)
-    elif isinstance(error, Unauthorized):
+    if known.retry_after is not None:
+        headers = (("retry-after", str(known.retry_after)),)
+    elif isinstance(known, MethodNotAllowed):
+        headers = (("allow", ", ".join((*known.allowed, "OPTIONS"))),)
+    elif isinstance(known, Unauthorized):
         headers = (("www-authenticate", "Bearer"),)
-    return json_response(error.body(), error.status, headers)
+    return json_response(known.body(), known.status, headers)
 
 
 def finished(service: Service, request: Request, response: Response) -> Response:

@@ -1,0 +1,161 @@
+"""Local: `python -m adapters.local`, the server on one machine. Reads .env and the environment, runs uvicorn."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import ipaddress
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from core.settings import Settings, SettingsError
+from core.timeline import Timeline
+from core.version import VERSION
+
+ONE_WORKER = (
+    "one worker only: the model lies in one process's memory and serves all requests from there, "
+    "batched; N_PARALLEL says how many run at once"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 stopped as asked, 2 not startable as configured, 1 anything else."""
+    timeline = Timeline()
+    options = _parser().parse_args(arguments)
+    try:
+        settings = configured(options, environment())
+    except SettingsError as error:
+        print(f"slm-api-server: {error}", file=sys.stderr)  # noqa: T201 - logging is not set up without settings
+        return 2
+    return serve(settings, timeline)
+
+
+def environment() -> Mapping[str, str]:
+    """The process's variables over those in ./.env; libraries that read HF_HOME and the like see them too."""
+    from dotenv import load_dotenv
+
+    load_dotenv(Path(".env"), override=False)
+    return os.environ
+
+
+def configured(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """The settings, checked for what only a server of its own can get wrong. Raises SettingsError."""
+    if environ.get("WEB_CONCURRENCY", "1").strip() not in ("", "1"):
+        raise SettingsError(f"WEB_CONCURRENCY must be 1 or unset: {ONE_WORKER}")
+    if options.workers != 1:
+        raise SettingsError(f"--workers must be 1: {ONE_WORKER}")
+    given = {"HOST": options.host, "PORT": options.port}
+    settings = Settings.from_env({**environ, **{name: value for name, value in given.items() if value is not None}})
+    if not settings.api_keys and not settings.allow_anonymous and not _is_loopback(settings.host):
+        raise SettingsError(
+            f"HOST {settings.host} is open to others and API_KEYS is empty: set API_KEYS, or "
+            "ALLOW_ANONYMOUS=true if everyone who reaches this address may use the model, or HOST=127.0.0.1"
+        )
+    return settings
+
+
+def serve(settings: Settings, timeline: Timeline) -> int:
+    """Bind, say so, serve until SIGTERM or Ctrl-C, and let running answers finish within SHUTDOWN_GRACE_S."""
+    with timeline.phase("import server"):
+        import uvicorn
+
+        from adapters import logs
+        from adapters.asgi import create_app
+        from adapters.terminal import ProgressLine, banner
+        from adapters.wiring import build
+
+    logs.configure(settings)
+    service = build(settings, timeline)
+    signal.signal(signal.SIGTERM, _terminated)
+    config = uvicorn.Config(
+        functools.partial(create_app, service),
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a peer's word on who it speaks for would let it pass as loopback
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
+    )
+    try:
+        listener = _bound(settings)
+    except OSError as error:
+        reason = error.strerror or "no such address"
+        print(f"slm-api-server: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)  # noqa: T201
+        return 1
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(banner(f"http://{shown}:{port}", settings, service.host.state(), VERSION), flush=True)  # noqa: T201
+    progress = ProgressLine(service.host.state) if sys.stderr.isatty() else None
+    if progress is not None:
+        progress.start()
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn has shut down and passes on the Ctrl-C that told it to
+    finally:
+        listener.close()
+        if progress is not None:
+            progress.stop()
+        asyncio.run(service.host.close(0))  # a second Ctrl-C skips the application's own shutdown
+    return 0
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """Listening before the first line is printed, so that the line is true and PORT=0 shows the port."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM outside uvicorn's own handling (before it, and passed on after it): a normal end, not a crash."""
+    raise SystemExit(0)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m adapters.local",
+        description="A private, OpenAI-compatible API for small GGUF models. Configured by the environment and ./.env; "
+        "the README lists every variable.",
+    )
+    parser.add_argument("--host", help="address to listen on (HOST, default 127.0.0.1)")
+    parser.add_argument("--port", help="port to listen on, 0 for any free one (PORT, default 8000)")
+    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"slm-api-server {VERSION}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

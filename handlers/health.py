@@ -1,0 +1,41 @@
+"""GET /health"""
+
+from __future__ import annotations
+
+import time
+
+from core.errors import InvalidRequest, Unauthorized
+from core.health import health
+from core.service import Service
+from handlers import auth
+from handlers.body import json_response
+from handlers.message import Request, Response
+
+LONGEST_WAIT_S = 3600.0
+
+
+async def get_health(service: Service, request: Request) -> Response:
+    """Open to all; strangers are told little, and may not wait, for waiting loads the model."""
+    wait = _wait(request)
+    details = auth.level(service, request) != "stranger"
+    if wait is not None and not details:
+        raise Unauthorized("?wait loads the model and needs an API key; /health alone does not.")
+    return json_response(await health(service, wait=wait, details=details))
+
+
+def _wait(request: Request) -> float | None:
+    """`?wait=SECONDS`, cut to what the request's deadline leaves."""
+    given = request.query.get("wait")
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT_S:
+        raise InvalidRequest(
+            f"'wait' must be a number of seconds from 0 to {LONGEST_WAIT_S:g}, got {given[:40]!r}.", param="wait"
+        )
+    if request.deadline is not None:
+        seconds = min(seconds, max(0.0, request.deadline - time.monotonic() - 0.5))
+    return seconds

@@ -1,0 +1,40 @@
+"""What a file may be: one noun, short, without tricks of the workplace it was written in."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [path for package in ("core", "handlers", "adapters", "infra") for path in sorted((ROOT / package).rglob("*.py"))]
+VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manager", "managers", "shared", "types"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_has_one_noun_and_at_most_300_lines(path: Path) -> None:
+    """Long files and vague names are where a design goes to rot."""
+    assert path.stem not in VAGUE
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_says_what_it_is(path: Path) -> None:
+    """Every module with code in it begins with a docstring."""
+    text = path.read_text().lstrip()
+
+    assert not text or text.startswith('"""')
+
+
+def test_no_file_is_tracked_that_must_not_be() -> None:
+    """No model, environment, secret or cache is in the repository."""
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+
+    unwanted = [
+        name
+        for name in listed
+        if name.endswith((".gguf", ".pyc", ".so")) or name == ".env" or name.startswith((".venv/", "models/"))
+    ]
+    assert [] == unwanted
