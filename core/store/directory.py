@@ -1,0 +1,129 @@
+"""Directory: the models that lie on this machine, and the guard of the paths that clients name. No network."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import InvalidRequest, ModelNotFound
+from core.store import gguf, sidecar
+from core.store.reference import split_files, split_part
+
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model in MODELS_DIR: a .gguf file, or the first part of a split one with `size_bytes` of all its parts."""
+
+    name: str  # path relative to MODELS_DIR
+    path: Path
+    size_bytes: int
+
+
+class Directory:
+    """MODELS_DIR and the few files beyond it that may be served. Thread-safe; reads only."""
+
+    def __init__(self, root: Path, allowed: tuple[Path, ...] = ()) -> None:
+        self.root = root
+        self._allowed = allowed
+        self._lock = threading.Lock()
+        self._checked: dict[Path, tuple[int, int, int]] = {}  # file: (inode, size, mtime) when its header was good
+
+    def list(self) -> tuple[LocalModel, ...]:
+        """Every model that is whole, by name. Hidden files and folders (the store's own, other tools') are left out."""
+        models = []
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for file in files:
+                if file.startswith(".") or not file.lower().endswith(".gguf") or _UNUSABLE.search(file):
+                    continue
+                if (split_part(file) or (1, 1))[0] != 1:
+                    continue
+                path = Path(folder, file)
+                if self._served_as(path) is None:
+                    continue
+                try:
+                    size = sum(part.stat().st_size for part in parts(path))
+                except (OSError, InvalidRequest):
+                    continue  # a part is missing, or the file has just gone
+                models.append(LocalModel(path.relative_to(self.root).as_posix(), path, size))
+        return tuple(sorted(models, key=lambda model: model.name))
+
+    def locate(self, name: str) -> Path:
+        """The (first) file of the model that a client names, its header checked.
+
+        Raises InvalidRequest (outside, not a GGUF, truncated) or ModelNotFound (with the names that exist).
+        """
+        if not name or len(name) > 4096 or _UNUSABLE.search(name):
+            raise InvalidRequest("A model is named by a path without control characters.", param="model_path")
+        path = self._resolve(name)
+        if not name.lower().endswith(".gguf"):
+            raise InvalidRequest(f"Models are .gguf files, got {name[:200]!r}.", param="model_path")
+        if not path.is_file():
+            raise ModelNotFound(f"There is no model {name[:200]!r}. {self._names()}", param="model_path")
+        first = parts(path)[0]
+        self.check(first, name)
+        return first
+
+    def check(self, path: Path, name: str) -> None:
+        """Raise InvalidRequest unless every part of the model at `path` is there and has a sound header.
+
+        A header is read once for each version of a file, and not at all where the sidecar says it was published here.
+        """
+        for part in parts(path):
+            try:
+                stat = part.stat()
+                seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                with self._lock:
+                    if self._checked.get(part) == seen:
+                        continue
+                if sidecar.read(part) is None:
+                    gguf.read_header(part)
+            except FileNotFoundError:
+                raise InvalidRequest(
+                    f"{name[:200]!r} is a split model and {part.name!r} is missing; POST /load brings all parts.",
+                    param="model_path",
+                ) from None
+            except (gguf.MalformedGGUF, PermissionError) as error:
+                reason = error if isinstance(error, gguf.MalformedGGUF) else "cannot be read by this process"
+                raise InvalidRequest(
+                    f"{part.name!r} {reason}. Replace the file, or bring it with POST /load.", param="model_path"
+                ) from error
+            with self._lock:
+                self._checked[part] = seen
+
+    def _resolve(self, name: str) -> Path:
+        """The real path behind `name` if it is in MODELS_DIR, else the allowed path that it equals."""
+        candidates = [Path(name)] if Path(name).is_absolute() else [self.root / name, Path(name)]
+        found = [path for path in (self._served_as(candidate) for candidate in candidates) if path is not None]
+        if not found:
+            raise InvalidRequest(
+                f"{name[:200]!r} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
+            )
+        return next((path for path in found if path.is_file()), found[0])
+
+    def _served_as(self, path: Path) -> Path | None:
+        """What to open for `path`, None if it may not be served. Links are resolved anew each time: mounts come late."""
+        real = path.resolve()
+        if real.is_relative_to(self.root.resolve()):
+            return real
+        for allowed in self._allowed:
+            for part in parts(allowed):  # may itself be a link, as files in a hub cache are; its name is to be kept
+                if part.resolve() == real:
+                    return part.absolute()
+        return None
+
+    def _names(self) -> str:
+        names = [model.name for model in self.list()]
+        if not names:
+            return "MODELS_DIR is empty; POST /load brings a model."
+        return f"There are: {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}."
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """All files of the model that `path` belongs to, in order."""
+    return tuple(path.with_name(name) for name in split_files(path.name))

@@ -1,0 +1,74 @@
+"""Sidecar: `<file>.json` beside a model file, which says where the file came from and what its sha256 is.
+
+It speaks for the file only while size and modification time are what they were at publishing: a sidecar whose file was
+replaced by hand is ignored, never believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    origin: str  # hf://org/repo/file.gguf or s3://bucket/key.gguf, without a revision
+    source: str  # who delivered the bytes: "huggingface" or "s3"
+    sha256: str
+    size_bytes: int
+    mtime_ns: int
+    published: str  # UTC, ISO 8601
+    revision: str | None = None  # as asked
+    commit: str | None = None
+
+    def names(self, revision: str) -> bool:
+        """Whether the file is what `revision` (a branch, tag, commit or the start of one) named when it was fetched."""
+        if revision == self.revision:
+            return True
+        return self.commit is not None and len(revision) >= 7 and self.commit.startswith(revision)
+
+
+def path_of(file: Path) -> Path:
+    return file.with_name(file.name + ".json")
+
+
+def read(file: Path) -> Sidecar | None:
+    """The sidecar of `file`, None if there is none or if it speaks of another file."""
+    try:
+        found = json.loads(path_of(file).read_bytes())
+        stat = file.stat()
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    known: dict[str, Any] = {field.name: found.get(field.name) for field in fields(Sidecar)}
+    texts = (known[name] for name in ("origin", "source", "sha256", "published"))
+    if not all(isinstance(value, str) for value in texts) or not isinstance(known["mtime_ns"], int):
+        return None
+    if known["size_bytes"] != stat.st_size or not _same_time(known["mtime_ns"], stat.st_mtime_ns):
+        return None
+    return Sidecar(**known)
+
+
+def write(file: Path, sidecar: Sidecar) -> None:
+    """Put it beside `file`, whole or not at all. Raises OSError."""
+    path = path_of(file)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _same_time(recorded: int, found: int) -> bool:
+    # Image layers and archives keep whole seconds only.
+    return recorded == found or (found % _SECOND == 0 and recorded // _SECOND == found // _SECOND)
