@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class ScriptedEngine:
     ) -> None:
         self.card = card
         self.config = EngineConfig(n_ctx=card.n_ctx)
-        self.pieces = pieces or tuple(word + " " for word in text.split(" ")[:-1]) + (text.split(" ")[-1],)
+        self.pieces = pieces or tuple(re.findall(r"\S+\s*", text))
         self.delay = delay
         self.endless = endless
         self.cached_tokens = cached_tokens

@@ -58,4 +58,4 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    assert [] == list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []

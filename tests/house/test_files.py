@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for package in ("core", "handlers", "adapters", "infra") for path in sorted((ROOT / package).rglob("*.py"))]
+PACKAGES = ("core", "handlers", "adapters", "infra")
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manager", "managers", "shared", "types"}
 
 
@@ -28,13 +29,13 @@ def test_a_module_says_what_it_is(path: Path) -> None:
 def test_no_file_is_tracked_that_must_not_be() -> None:
     """No model, environment, secret or cache is in the repository."""
     try:
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
 
     unwanted = [
         name
-        for name in listed
+        for name in git.stdout.split()
         if name.endswith((".gguf", ".pyc", ".so")) or name == ".env" or name.startswith((".venv/", "models/"))
     ]
-    assert [] == unwanted
+    assert unwanted == []
