@@ -1,0 +1,34 @@
+"""`python -m infra.bench [NAME] [options]`: one command for every benchmark; without a name, the server's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+DEFAULT = "server"
+PARTS = frozenset({"client", "contender", "model", "peer", "process", "report", "workload"})
+
+
+def names() -> list[str]:
+    """The modules of this folder that are benchmarks: each has `main(argv) -> int`."""
+    found = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    return sorted(found - PARTS)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\n\nbenchmarks: {', '.join(names())} (each has --help)")
+        return 0
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in names():
+            print(f"no benchmark {argv[0]!r}; there are {', '.join(names())}", file=sys.stderr)
+            return 2
+        name, argv = argv[0], argv[1:]
+    else:
+        name = DEFAULT
+    return int(importlib.import_module(f"infra.bench.{name}").main(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

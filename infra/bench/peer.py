@@ -1,0 +1,99 @@
+"""Peer: other OpenAI-compatible servers over llama.cpp, measured beside ours on the same model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from infra.bench.contender import ROOT, Load, json_schema_format
+
+PEER = "llama_cpp.server"
+ENVIRONMENT = ROOT / "build" / "bench-peer"
+
+
+def peer_python() -> Path:
+    """The interpreter of an environment that can run `python -m llama_cpp.server`; made at the first call, in 10-20 s.
+
+    Only the server's web packages are installed into it. llama-cpp-python itself comes from our own environment by a
+    .pth line: nothing is compiled twice, and both servers run the very same libllama.
+    Raises subprocess.CalledProcessError if pip cannot install them.
+    """
+    python = ENVIRONMENT / "bin" / "python"
+    done = ENVIRONMENT / f"llama-cpp-python-{version('llama-cpp-python')}"
+    if not done.exists():
+        print(f"making {ENVIRONMENT.relative_to(ROOT)} for python -m llama_cpp.server", file=sys.stderr)
+        venv.create(ENVIRONMENT, clear=True, with_pip=True)
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(ENVIRONMENT)}))
+        (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        wanted = f"llama-cpp-python[server]=={version('llama-cpp-python')}"
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wanted]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+        done.touch()
+    return python
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCppServer:
+    """`python -m llama_cpp.server`, the usual way to serve a GGUF from Python.
+
+    Tuned: our context, batch and threads, and the three switches its own defaults leave on the slow side: no logits of
+    prompt tokens (`logits_all`), no timing report for each answer (`verbose`), and a second request no longer cuts off
+    a running stream (`interrupt_requests`). Not tuned: its defaults, whatever they are (1 thread on 2 cores).
+    """
+
+    load: Load
+    python: Path
+    tuned: bool = True
+
+    @property
+    def name(self) -> str:
+        return PEER if self.tuned else f"{PEER} (defaults)"
+
+    def command(self, port: int) -> list[str]:
+        command = [str(self.python), "-m", "llama_cpp.server", "--model", str(self.load.model)]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        if self.tuned:
+            command += ["--n_ctx", str(self.load.n_ctx), "--n_batch", str(self.load.n_batch)]
+            command += ["--n_threads", str(self.load.n_threads), "--n_threads_batch", str(self.load.n_threads)]
+            command += ["--logits_all", "false", "--verbose", "false", "--interrupt_requests", "false"]
+        return command
+
+    def environment(self, port: int) -> dict[str, str]:
+        return {}
+
+    def response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        return {"type": "json_object", "schema": schema}  # its name for it; compiled to GBNF
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaServer:
+    """llama.cpp's own C++ `llama-server`, built by whoever runs the benchmark."""
+
+    load: Load
+    binary: Path
+    name: str = "llama-server"
+
+    def command(self, port: int) -> list[str]:
+        command = [str(self.binary), "--model", str(self.load.model), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--ctx-size", str(self.load.n_ctx), "--batch-size", str(self.load.n_batch)]
+        command += ["--threads", str(self.load.n_threads), "--parallel", str(self.load.n_parallel), "--kv-unified"]
+        return command
+
+    def environment(self, port: int) -> dict[str, str]:
+        return {}
+
+    def response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        return json_schema_format(schema)
+
+
+def check_llama_server(binary: Path) -> None:
+    """Raises FileNotFoundError with what to do if `binary` is not there."""
+    if not binary.is_file():
+        raise FileNotFoundError(f"no llama-server at {binary}: build llama.cpp's target llama-server and name it")

@@ -1,0 +1,113 @@
+"""Process: a server under measurement: started, timed until it answers, its memory read, ended with certainty."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from infra.bench.client import Answer, RequestFailed, stream
+from infra.bench.contender import ROOT, Contender
+
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 15.0
+POLL_S = 0.002
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
+
+
+class StartFailed(RuntimeError):
+    """A server ended, or did not answer in time; the message holds the end of what it wrote."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """A clean environment, the same for all: what is set in the caller's shell must not tune one server alone."""
+    kept = {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("OMP_")}
+    return kept | dict(extra)
+
+
+class Process:
+    """A running server. Use as a context manager; the exit ends it: SIGTERM, and SIGKILL after 15 s."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.port = free_port()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, body: Mapping[str, object]) -> tuple[float, Answer]:
+        """Spawn it and ask `body` at once: seconds from the spawn to the first delta with content, and the answer.
+
+        The port is tried every 2 ms, then the request waits in the server. Raises StartFailed.
+        """
+        begun = time.monotonic()
+        self._popen = subprocess.Popen(
+            self.contender.command(self.port),
+            cwd=ROOT,
+            env=environment(self.contender.environment(self.port)),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        while True:
+            if self._popen.poll() is not None:
+                raise StartFailed(f"{self.contender.name} ended with status {self._popen.returncode}:\n{self.log()}")
+            if time.monotonic() - begun > START_LIMIT_S:
+                raise StartFailed(f"{self.contender.name} did not answer within {START_LIMIT_S:g} s:\n{self.log()}")
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                answer = stream(self.port, body)
+            except (OSError, RequestFailed) as error:  # not listening yet, or listening but still loading (503)
+                if isinstance(error, RequestFailed) and "status 503" not in str(error):
+                    raise StartFailed(f"{self.contender.name}: {error}\n{self.log()}") from error
+                time.sleep(POLL_S)
+            else:
+                return answer.begun + answer.first - begun, answer
+
+    def peak_memory_mib(self) -> float:
+        """The kernel's high-water mark of resident memory (VmHWM), the mapped model file included."""
+        assert self._popen is not None
+        for line in Path(f"/proc/{self._popen.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+        raise OSError("no VmHWM in /proc/PID/status: peak memory is measured on Linux only")
+
+    def log(self) -> str:
+        """The last lines the server wrote."""
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-25:])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stop()
+        finally:
+            self._log.close()
+
+    def _stop(self) -> None:
+        if self._popen is None or self._popen.poll() is not None:
+            return
+        self._popen.send_signal(signal.SIGTERM)
+        try:
+            self._popen.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            print(f"{self.contender.name} ignored SIGTERM for {STOP_LIMIT_S:g} s: killed", file=sys.stderr)
+            self._popen.kill()
+            self._popen.wait()
