@@ -1,0 +1,220 @@
+"""Templates: messages to prompt tokens, by the model's own chat template; ChatML for a model that has none.
+
+Words of a client never become control tokens: a message that says "<|im_end|>" stays text. Where tokenizing with and
+without control tokens differs, the string goes through the template as an unguessable mark, and what it stands for is
+tokenized as plain text afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from core.engine.budget import Broken, Refused, Runaway
+from core.engine.generation import Engine, ModelCard
+from core.errors import InvalidRequest, ModelUnavailable
+
+log = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+
+
+def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
+    """Tokens of the conversation, up to where the assistant speaks. Blocks; call it in a worker thread.
+
+    `messages` are plain dicts with `role`, `content` (a string), and perhaps `name`, `tool_calls`, `tool_call_id`.
+    Raises InvalidRequest if the template refuses them, ModelUnavailable if the template is broken or never ends.
+    """
+    card = engine.card
+    if len(messages) >= card.n_ctx:
+        raise InvalidRequest(
+            f"'messages' has {len(messages)} items and each takes at least one token; the context holds {card.n_ctx}.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    marks = _Marks(engine, messages)
+    text = _render(card, marks.apply(messages))
+    tokens: list[int] = []
+    if card.bos and card.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not text.startswith(card.bos):
+        tokens += engine.tokenize(card.bos, special=True)
+    for part, special in marks.split(text):
+        tokens += engine.tokenize(part, special=special)
+    return tuple(tokens)
+
+
+def stops(card: ModelCard) -> tuple[str, ...]:
+    """Stop strings the prompt's form asks for: a model without a template need not have ChatML's control tokens."""
+    return ("<|im_end|>", "<|im_start|>") if card.chat_template is None else ()
+
+
+def prepare(card: ModelCard) -> None:
+    """Compile the template ahead of the first request (Jinja's import is 0.18 s of it). A broken one is only logged."""
+    if card.chat_template is not None:
+        from core.engine import jinja
+
+        try:
+            jinja.compiled(card.chat_template)
+        except Broken as error:
+            log.warning("the chat template of %s cannot be used: %s", card.name, error)
+
+
+def _render(card: ModelCard, messages: Messages) -> str:
+    source = card.chat_template
+    if source is None:
+        return _chatml(messages)
+    messages = _known_to(source, messages)
+    try:
+        return _run(card, source, messages)
+    except Refused as error:
+        # Gemma 1 and 2 among others refuse the system role; its words then go in front of the first user message.
+        merged = _without_system(messages)
+        if merged is not None:
+            try:
+                return _run(card, source, merged)
+            except Refused:
+                pass
+        raise InvalidRequest(f"The model's chat template refuses these messages: {error}", param="messages") from None
+
+
+def _run(card: ModelCard, source: str, messages: Messages) -> str:
+    from core.engine import jinja
+
+    variables = {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        "bos_token": card.bos,
+        "eos_token": card.eos,
+    }
+    try:
+        return jinja.render(source, variables)
+    except (Runaway, Broken) as error:
+        if _works(source):
+            log.info("the chat template of %s failed on these messages: %s", card.name, error)
+            what = error if isinstance(error, Runaway) else "fails on them"
+            raise InvalidRequest(
+                f"The model's chat template cannot put these messages in form: it {what}.", param="messages"
+            ) from error
+        log.error("the chat template of %s failed: %s", card.name, error)
+        what = f"it {error}" if isinstance(error, Runaway) else "it is broken"
+        raise ModelUnavailable(
+            f"The chat template of model '{card.name}' cannot be used: {what}. Serve another file of this model.",
+            retry_after=None,
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _works(source: str) -> bool:
+    """Whether the template can do the simplest conversation: then a failure is about the messages, not about it."""
+    from core.engine import jinja
+
+    messages = [{"role": "user", "content": "Hello"}]
+    try:
+        jinja.render(source, {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""})
+    except (Refused, Runaway, Broken):
+        return False
+    return True
+
+
+def _chatml(messages: Messages) -> str:
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in _known_to("", messages)]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def _known_to(source: str, messages: Messages) -> Messages:
+    """Say in other words what the template does not know: `developer`, `function`, tool calls."""
+    developer = "developer" if "developer" in source else "system"
+    function = "function" if "'function'" in source or '"function"' in source else "tool"
+    other = {"developer": developer, "function": function}
+    known = []
+    for message in messages:
+        message = {**message, "role": other.get(message["role"], message["role"])}
+        if "tool_calls" in message and "tool_calls" not in source:
+            message["content"] = "\n".join(filter(None, (message["content"], *_told(message.pop("tool_calls")))))
+        known.append(message)
+    return known
+
+
+def _told(calls: list[dict[str, Any]]) -> Iterator[str]:
+    import json
+
+    for call in calls:
+        yield json.dumps(call["function"], ensure_ascii=False)
+
+
+def _without_system(messages: Messages) -> Messages | None:
+    """The leading system message merged into the first user message; None if there is nothing to merge."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    words = messages[0]["content"] + "\n\n" + messages[1]["content"]
+    return [{**messages[1], "content": words}, *messages[2:]]
+
+
+class _Marks:
+    """Strings that hold the name of a control token, and the marks that stand for them in the template's output."""
+
+    def __init__(self, engine: Engine, messages: Messages) -> None:
+        strings = [
+            string
+            for message in messages
+            for key, value in message.items()
+            if key != "role"
+            for string in _strings(value)
+        ]
+        self._marks: dict[str, str] = {}  # by string
+        if _plain(engine, "\n".join(strings)):
+            return
+        secret = os.urandom(8).hex()
+        for string in strings:
+            if string not in self._marks and not _plain(engine, string):
+                self._marks[string] = f"x{secret}x{len(self._marks)}x"
+
+    def apply(self, messages: Messages) -> Messages:
+        if not self._marks:
+            return messages
+        return [
+            {key: value if key == "role" else self._marked(value) for key, value in message.items()}
+            for message in messages
+        ]
+
+    def split(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Parts of the rendered text, each with whether names of control tokens in it mean the tokens."""
+        if not self._marks:
+            yield text, True
+            return
+        strings = {mark: string.strip() for string, mark in self._marks.items()}
+        for part in re.split("(" + "|".join(strings) + ")", text):
+            yield (strings[part], False) if part in strings else (part, True)
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            mark = self._marks.get(value)
+            if mark is None:
+                return value
+            start = len(value) - len(value.lstrip())  # white space stays outside, for templates that trim
+            return value[:start] + mark + value[len(value.rstrip()) :]
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(inner) for key, inner in value.items()}
+        return [self._marked(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _plain(engine: Engine, text: str) -> bool:
+    """Whether no part of the text is the name of a control token."""
+    return engine.tokenize(text, special=True) == engine.tokenize(text, special=False)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

@@ -1,0 +1,91 @@
+"""Fields: the value ranges that chat and extract share, as types. What is wrong with a value is told by the decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from core.errors import InvalidRequest
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepeatPenalty = Annotated[float, Meta(gt=0, le=2)]
+TopK = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]  # 0 and -1: all
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+Choices = Annotated[int, Meta(ge=1, le=128)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Meta(max_length=4)]
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class JsonSchema(Struct):
+    """OpenAI's wrapper round a schema. `strict` or not, the schema always holds here."""
+
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None  # llama-server's place for it, beside json_object
+
+    def __post_init__(self) -> None:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema is None):
+            raise InvalidRequest(
+                "'response_format.json_schema.schema' is missing; with type 'json_schema' it must be a JSON Schema.",
+                param="response_format.json_schema.schema",
+            )
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema that the answer must match; None for plain text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_schema":
+            assert self.json_schema is not None
+            return self.json_schema.schema
+        return self.schema or {"type": "object"}
+
+
+def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, float]:
+    """`logit_bias` by token id. Raises InvalidRequest for a key that is not a token of this model."""
+    biases: dict[int, float] = {}
+    for key, bias in (logit_bias or {}).items():
+        token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+        if not 0 <= token < n_vocab:
+            raise InvalidRequest(
+                f"'logit_bias' keys must be token ids from 0 to {n_vocab - 1}, got {key[:40]!r}.", param="logit_bias"
+            )
+        biases[token] = bias
+    return biases
+
+
+def sampler_seed(seed: int | None) -> int | None:
+    """A 64-bit seed for llama.cpp, which has 32 bits and takes the highest value for "any seed"."""
+    return None if seed is None else seed % 0xFFFF_FFFF
+
+
+def nested_beyond(value: Any, levels: int) -> bool:
+    """Whether arrays and objects lie in each other more than `levels` deep; without recursion, for hostile values."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [
+            inner
+            for outer in layer
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not layer:
+            return False
+    return any(isinstance(inner, dict | list) for inner in layer)

@@ -1,0 +1,75 @@
+"""Answers of the model as Responses: whole, or streamed, also while the model is still being loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from core.service import Service
+from core.turn import Turn
+from handlers import sse
+from handlers.body import json_response
+from handlers.message import Response
+from handlers.trace import note
+
+GRACE_S = 0.5  # a load that fails this fast still becomes a status
+LOADING_S = 1.0  # between two comments that tell how far the load is
+
+
+async def whole(beginning: Awaitable[Turn], fold: Callable[[Turn], Awaitable[Any]]) -> Response:
+    """One JSON body."""
+    turn = await beginning
+    try:
+        return json_response(await fold(turn))
+    finally:
+        _close(turn)
+
+
+async def streamed(
+    service: Service,
+    beginning: Coroutine[Any, Any, Turn],
+    events: Callable[[Turn], AsyncIterator[Any]],
+) -> Response:
+    """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
+
+    Only when no model is loaded yet the 200 goes out early, with comments that tell the progress of the load: a client
+    or a proxy would else give up. What goes wrong after that is an `error` event.
+    """
+    task = asyncio.ensure_future(beginning)
+    patience = None if service.host.state().engine is not None else GRACE_S
+    try:
+        await asyncio.wait({task}, timeout=patience)
+    except asyncio.CancelledError:
+        await _abandon(task)
+        raise
+    if task.done():
+        task.result()  # raises what is wrong
+
+    async def all_events() -> AsyncIterator[Any]:
+        turn = await task
+        async for event in events(turn):
+            yield event
+
+    def silence() -> tuple[float, str]:
+        if task.done():
+            return sse.SILENCE_S, "ping"
+        loading = service.host.state().loading
+        percent = loading.percent if loading else None
+        return LOADING_S, "loading" if percent is None else f"loading {percent}%"
+
+    return sse.stream(all_events(), close=lambda: _abandon(task), silence=silence)
+
+
+async def _abandon(task: asyncio.Future[Turn]) -> None:
+    """Free what a beginning has taken, wherever it stands."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled() and task.exception() is None:
+        _close(task.result())
+
+
+def _close(turn: Turn) -> None:
+    turn.close()
+    note(model=turn.card.name, prompt_tokens=turn.prompt_tokens, completion_tokens=turn.completion_tokens)

@@ -1,0 +1,557 @@
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from core.engine.generation import Piece, TokenLogprob
+from core.errors import ModelUnavailable
+from core.host import Loading
+from handlers import answer, sse
+from handlers.dispatch import dispatch
+from handlers.message import Request, Response
+from tests.fakes import CARD, FakeHost, FakeService, ScriptedEngine, ScriptedGeneration, fake_service
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat_request(**fields: Any) -> Request:
+    body = json.dumps({"messages": HELLO, **fields}).encode()
+    return Request("POST", "/v1/chat/completions", "req_1", {"content-type": "application/json"}, body=body)
+
+
+async def read(response: Response) -> tuple[int, Any]:
+    try:
+        if isinstance(response.body, bytes):
+            return response.status, json.loads(response.body)
+        data = b"".join([chunk async for chunk in response.body]).decode()
+        return response.status, data
+    finally:
+        await response.aclose()
+
+
+def post(fake: FakeService, **fields: Any) -> tuple[int, Any]:
+    async def call() -> tuple[int, Any]:
+        return await read(await dispatch(fake.service, chat_request(**fields)))
+
+    status, body = asyncio.run(call())
+    assert fake.host.leases == 0
+    assert fake.engine.running == 0
+    return status, body
+
+
+def events(stream: str) -> list[Any]:
+    frames = [frame for frame in stream.split("\n\n") if frame and not frame.startswith(":")]
+    assert all(frame.startswith("data: ") for frame in frames)
+    return [frame if frame == "data: [DONE]" else json.loads(frame[6:]) for frame in frames]
+
+
+def test_a_completion_has_openais_shape() -> None:
+    """A whole answer has every field that the stock client reads, and usage that adds up."""
+    fake = fake_service(ScriptedEngine("Good day to you.", cached_tokens=3))
+
+    status, body = post(fake)
+
+    assert status == 200
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "fake-1b"
+    assert body["system_fingerprint"].startswith("fp_")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Good day to you.", "refusal": None, "annotations": []},
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
+    ]
+    prompt_tokens = len(fake.engine.requests[0].prompt)
+    assert body["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 4,
+        "total_tokens": prompt_tokens + 4,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+
+
+def test_usage_counts_every_choice() -> None:
+    """With n > 1 completion_tokens is the sum over the choices, and each choice has its own text."""
+    fake = fake_service(ScriptedEngine("a b c"))
+
+    _, body = post(fake, n=3)
+
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in body["choices"]} == {"a b c"}
+    assert body["usage"]["completion_tokens"] == 9
+
+
+def test_a_stream_is_openais_chunks() -> None:
+    """Role first, then text, then an empty delta with the finish reason, then [DONE]; one id, time and model in all."""
+    fake = fake_service(ScriptedEngine("one two"))
+
+    status, stream = post(fake, stream=True)
+
+    *chunks, done = events(stream)
+    assert status == 200
+    assert done == "data: [DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": "", "refusal": None},
+        {"content": "one "},
+        {"content": "two"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_a_stream_ends_with_usage_if_asked() -> None:
+    """With include_usage a last chunk without choices has the usage, and the others say null."""
+    fake = fake_service(ScriptedEngine("one two"))
+
+    _, stream = post(fake, stream=True, stream_options={"include_usage": True})
+
+    *chunks, last, _ = events(stream)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 2
+
+
+def test_streamed_choices_are_told_by_index() -> None:
+    """With n > 1 every choice has its own role, text and finish chunk."""
+    fake = fake_service(ScriptedEngine("one two"))
+
+    _, stream = post(fake, stream=True, n=2)
+
+    choices = [event["choices"][0] for event in events(stream)[:-1]]
+    for index in (0, 1):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "one two"
+        assert own[-1]["finish_reason"] == "stop"
+
+
+class LogprobEngine(ScriptedEngine):
+    """Half a character in the first piece, the rest in the second."""
+
+    def generate(self, request: Any) -> ScriptedGeneration:
+        generation = super().generate(request)
+        top = ((b"\xc3", -0.1), (b"x", -2.5))
+        generation._todo = [
+            Piece(0, "", 1, (TokenLogprob(b"\xc3", -0.1, top),)),
+            Piece(0, "é", 1, (TokenLogprob(b"\xa9", -0.2),), "stop"),
+        ]
+        return generation
+
+
+def test_logprobs_have_bytes_and_alternatives() -> None:
+    """Every token has its logprob and exact bytes, also one that is only half a character."""
+    _, body = post(fake_service(LogprobEngine()), logprobs=True, top_logprobs=2)
+
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in content] == [[0xC3], [0xA9]]
+    assert [token["logprob"] for token in content] == [-0.1, -0.2]
+    assert content[0]["top_logprobs"][1] == {"token": "x", "logprob": -2.5, "bytes": [120]}
+
+
+def test_streamed_logprobs_lose_no_token() -> None:
+    """A token that adds no whole character still has its chunk when logprobs are on."""
+    _, stream = post(fake_service(LogprobEngine()), logprobs=True, stream=True)
+
+    found = [event["choices"][0]["logprobs"] for event in events(stream)[:-1]]
+    assert [token["bytes"] for one in found if one for token in one["content"]] == [[0xC3], [0xA9]]
+
+
+def test_settings_reach_the_engine() -> None:
+    """What a client sets is what the engine is asked for; max_completion_tokens wins over max_tokens."""
+    fake = fake_service()
+
+    post(
+        fake,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=-1,
+        min_p=0.1,
+        repeat_penalty=1.1,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        seed=7,
+        stop=["END", "\n\n"],
+        logit_bias={"5": -100},
+        max_tokens=9,
+        max_completion_tokens=3,
+        logprobs=True,
+        response_format={"type": "json_object"},
+    )
+
+    asked = fake.engine.requests[0]
+    sampling = asked.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 0, 0.1)
+    assert (sampling.repeat_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 1.0, -1.0)
+    assert (sampling.seed, dict(sampling.logit_bias)) == (7, {5: -100.0})
+    assert asked.stop[:2] == ("END", "\n\n")
+    assert asked.max_tokens == 3
+    assert asked.top_logprobs == 0
+    assert asked.grammar is not None
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 4294967295, -(2**63), 2**63 - 1])
+def test_any_64_bit_seed_is_a_seed(seed: int) -> None:
+    """No seed falls on llama.cpp's value for "draw one"."""
+    fake = fake_service()
+
+    post(fake, seed=seed)
+
+    sent = fake.engine.requests[0].sampling.seed
+    assert sent is not None
+    assert 0 <= sent < 0xFFFF_FFFF
+
+
+def test_nulls_are_absent_and_unknown_fields_pass() -> None:
+    """An explicit null is an absent field; fields we do not know have no effect."""
+    names = "model max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n logit_bias logprobs "
+    names += "top_logprobs stream stream_options response_format tools tool_choice presence_penalty"
+    fake = fake_service()
+
+    status, _ = post(fake, **dict.fromkeys(names.split()), user="u", metadata={"a": "b"}, store=True, whatever=[1])
+
+    assert status == 200
+    assert fake.engine.requests[0].sampling.temperature == 1.0
+
+
+def test_all_roles_and_kinds_of_content_are_read() -> None:
+    """Developer speaks as system, parts are joined, null is nothing, a tool's history is kept."""
+    fake = fake_service()
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+    status, _ = post(
+        fake,
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+            {"role": "assistant"},
+            {"role": "function", "name": "add", "content": "4"},
+        ],
+    )
+
+    assert status == 200
+    assert bytes(fake.engine.requests[0].prompt).decode() == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\none\ntwo<|im_end|>\n"
+        '<|im_start|>assistant\n{"name": "add", "arguments": {"a": 1}}<|im_end|>\n'
+        "<|im_start|>tool\n3<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>tool\n4<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": 9}, "temperature", "from 0 to 2"),
+    ({"temperature": -0.1}, "temperature", "from 0 to 2"),
+    ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"top_p": 1.5}, "top_p", "from 0 to 1"),
+    ({"min_p": -1}, "min_p", "from 0 to 1"),
+    ({"top_k": -2}, "top_k", "got -2"),
+    ({"repeat_penalty": 0}, "repeat_penalty", "2"),
+    ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "from -2 to 2"),
+    ({"seed": 2**70}, "seed", "a whole number"),
+    ({"max_tokens": 0}, "max_tokens", "1"),
+    ({"max_completion_tokens": -5}, "max_completion_tokens", "-5"),
+    ({"n": 0}, "n", "got 0"),
+    ({"n": 5}, "n", "from 1 to 4 (N_PARALLEL), got 5"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "4 items"),
+    ({"stop": ""}, "stop", "1 to 1024 characters"),
+    ({"stop": [""]}, "stop[0]", "1"),
+    ({"logit_bias": {"5": 101}}, "logit_bias[...]", "from -100 to 100"),
+    ({"logit_bias": {"cat": 1}}, "logit_bias", "'cat'"),
+    ({"logit_bias": {"256": 1}}, "logit_bias", "from 0 to 255"),
+    ({"logprobs": 3}, "logprobs", "true or false"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    ({"top_logprobs": 2}, "top_logprobs", "'logprobs'"),
+    ({"stream": "yes"}, "stream", "true or false"),
+    ({"stream_options": 1}, "stream_options", "object"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "missing"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+        "response_format",
+        "'not'",
+    ),
+    ({"modalities": ["text", "audio"]}, "modalities", "audio"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
+    ({"functions": [{"name": "f"}]}, "functions", "not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "'none'"),
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "hi"}, "messages", "array"),
+    ({"messages": None}, "messages", "null"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'robot'"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role", "missing"),
+    ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content", "missing"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "5"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content[0].type",
+        "text only",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "missing"),
+    ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type", "'smell'"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 99 + "]" * 99}}]}
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments",
+        "64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), BAD, ids=lambda value: json.dumps(value)[:50])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_value_is_a_400_that_names_it(fields: dict[str, Any], param: str, words: str, stream: bool) -> None:
+    """Every field out of its range is a 400 with `param` and what is allowed, streamed or not, before any token."""
+    fake = fake_service()
+
+    status, body = post(fake, **{"stream": stream, **fields})
+
+    assert status == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["param"] == param
+    assert words in body["error"]["message"]
+    assert fake.engine.requests == []
+
+
+def test_an_unknown_model_is_a_404_with_the_names_that_exist() -> None:
+    """No other model ever answers under an unknown name."""
+    status, body = post(fake_service(model_aliases=("small",)), model="gpt-4o")
+
+    assert status == 404
+    assert body["error"]["code"] == "model_not_found"
+    assert "'fake-1b', 'small'" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(("aliases", "name"), [(("small",), "small"), (("*",), "gpt-4o"), ((), "fake-1b"), ((), None)])
+def test_aliases_and_the_served_name_are_answered(aliases: tuple[str, ...], name: str | None) -> None:
+    """An alias, `*`, the name itself or none: the answer says which model it was."""
+    status, body = post(fake_service(model_aliases=aliases), model=name)
+
+    assert (status, body["model"]) == (200, "fake-1b")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_prompt_is_a_400_with_both_numbers(stream: bool) -> None:
+    """A prompt over the context is context_length_exceeded, also for a stream."""
+    status, body = post(fake_service(), stream=stream, messages=[{"role": "user", "content": "x" * 1000}])
+
+    assert status == 400
+    assert body["error"]["code"] == "context_length_exceeded"
+    assert "512" in body["error"]["message"]
+    assert body["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_to_serve_is_a_503(stream: bool) -> None:
+    """Without a model a stream, too, is refused with a status."""
+    fake = fake_service(host=FakeHost(None))
+
+    status, body = post(fake, stream=stream)
+
+    assert status == 503
+    assert body["error"]["code"] == "model_unavailable"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unforeseen_error_keeps_its_words(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger's exception is a 500 whose text stays in the log."""
+    status, body = post(fake_service(ScriptedEngine(error=RuntimeError("secret inside"))), stream=stream)
+
+    assert status == 500
+    assert "secret" not in json.dumps(body)
+    assert "secret inside" in caplog.text
+
+
+class BreakingEngine(ScriptedEngine):
+    """Fails after its first piece."""
+
+    def generate(self, request: Any) -> ScriptedGeneration:
+        generation = super().generate(request)
+
+        async def anext_(self: ScriptedGeneration) -> Piece:
+            if len(self._todo) < 3:
+                raise ModelUnavailable("The model is gone.")
+            return self._todo.pop(0)
+
+        generation.__class__ = type("Breaking", (ScriptedGeneration,), {"__anext__": anext_})
+        return generation
+
+
+def test_a_late_error_is_an_event_before_done() -> None:
+    """What goes wrong after the first byte is told as one error event, then [DONE]."""
+    status, stream = post(fake_service(BreakingEngine("a b c d")), stream=True)
+
+    *_, error, done = events(stream)
+    assert status == 200
+    assert error["error"]["code"] == "model_unavailable"
+    assert done == "data: [DONE]"
+
+
+class LoadingHost(FakeHost):
+    """Takes `seconds` to load, then lends its engine or fails."""
+
+    def __init__(self, engine: ScriptedEngine, seconds: float, error: Exception | None = None) -> None:
+        super().__init__(engine, status="available")
+        self.loading = Loading("download", "fake-1b", 42, 100)
+        self.seconds = seconds
+        self.failure = error
+
+    async def lease(self, deadline: float | None = None) -> Any:
+        await asyncio.sleep(self.seconds)
+        if self.failure is not None:
+            raise self.failure
+        return await super().lease(deadline)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "GRACE_S", 0.01)
+    monkeypatch.setattr(answer, "LOADING_S", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stream_tells_the_progress_of_a_load() -> None:
+    """While the model loads a stream is open and says how far it is; then it is like any other."""
+    engine = ScriptedEngine("one two")
+
+    status, stream = post(fake_service(engine, host=LoadingHost(engine, 0.1)), stream=True)
+
+    assert status == 200
+    assert stream.startswith(": loading 42%\n\n")
+    assert [event["choices"][0]["delta"].get("content") for event in events(stream)[:-1]] == ["", "one ", "two", None]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_load_that_fails_late_is_an_error_event() -> None:
+    """Once the 200 is out, a failed load is an error event and [DONE]."""
+    engine = ScriptedEngine()
+
+    status, stream = post(
+        fake_service(engine, host=LoadingHost(engine, 0.1, ModelUnavailable("No space left."))), stream=True
+    )
+
+    error, done = events(stream)
+    assert (status, error["error"]["message"], done) == (200, "No space left.", "data: [DONE]")
+
+
+def test_a_load_that_fails_at_once_is_a_status() -> None:
+    """A load that fails before the 200 is out is a 503, stream or not."""
+    engine = ScriptedEngine()
+
+    status, _ = post(fake_service(engine, host=LoadingHost(engine, 0, ModelUnavailable("No."))), stream=True)
+
+    assert status == 503
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_a_client_gone_while_loading_leaves_nothing(chunks: int) -> None:
+    """Closing a stream whose model still loads cancels the wait for it."""
+    engine = ScriptedEngine()
+    fake = fake_service(engine, host=LoadingHost(engine, 60))
+
+    async def leave() -> None:
+        response = await dispatch(fake.service, chat_request(stream=True))
+        for _ in range(chunks):
+            await anext(aiter(response.body))  # type: ignore[arg-type]
+        await response.aclose()
+        await response.aclose()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(leave())
+    assert fake.host.leases == 0
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+def test_an_abandoned_stream_frees_the_model(chunks: int) -> None:
+    """Closing a stream, started or not, cancels its generation and gives the lease back."""
+    fake = fake_service(ScriptedEngine("a b c d", endless=True, delay=0.001))
+
+    async def leave() -> None:
+        response = await dispatch(fake.service, chat_request(stream=True))
+        assert (fake.host.leases, fake.engine.running) == (1, 1)
+        for _ in range(chunks):
+            await anext(aiter(response.body))  # type: ignore[arg-type]
+        await response.aclose()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(leave())
+    assert (fake.host.leases, fake.engine.running) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_gone_before_the_first_token_frees_the_model(stream: bool) -> None:
+    """Cancelling the handler while it waits for the first piece leaves neither a lease nor a generation."""
+    fake = fake_service(ScriptedEngine("a b", delay=60))
+
+    async def leave() -> None:
+        task = asyncio.create_task(dispatch(fake.service, chat_request(stream=stream)))
+        while not fake.engine.running:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert (fake.host.leases, fake.engine.running) == (0, 0)
+
+
+def test_silence_is_broken_by_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream in which nothing happens sends `: ping`, so that no proxy takes it for dead."""
+    monkeypatch.setattr(sse, "SILENCE_S", 0.02)
+    fake = fake_service(ScriptedEngine("a b", delay=0.1))
+
+    _, stream = post(fake, stream=True)
+
+    assert ": ping\n\n" in stream
+    assert [event["choices"][0]["delta"].get("content") for event in events(stream)[:-1]] == ["", "a ", "b", None]
+
+
+def test_the_platforms_deadline_is_kept_with_a_margin() -> None:
+    """The engine is told to end DEADLINE_MARGIN_S before the platform would cut the connection."""
+    fake = fake_service(deadline_margin_s=2.0)
+
+    async def call() -> None:
+        await read(await dispatch(fake.service, replace(chat_request(), deadline=1e9)))
+
+    asyncio.run(call())
+    assert fake.engine.requests[0].deadline == 1e9 - 2
+
+
+def test_keys_do_not_share_prefixes() -> None:
+    """Every key is a tenant of its own to the engine, told by its digest."""
+    from core.settings import keys
+
+    fake = fake_service(api_keys=keys("one,two"))
+
+    async def call(key: str) -> None:
+        request = chat_request()
+        await read(await dispatch(fake.service, replace(request, headers={**request.headers, "x-api-key": key})))
+
+    for key in ("one", "two"):
+        asyncio.run(call(key))
+    first, second = (request.tenant for request in fake.engine.requests)
+    assert first != second
+    assert "one" not in first
+
+
+def test_a_model_without_a_template_stops_at_chatml() -> None:
+    """ChatML's end marks are stop strings for a model that may not have them as tokens."""
+    fake = fake_service(ScriptedEngine(card=replace(CARD, chat_template=None)))
+
+    post(fake, stop="x")
+
+    assert fake.engine.requests[0].stop == ("x", "<|im_end|>", "<|im_start|>")
