@@ -1,0 +1,15 @@
+"""AWS Lambda: `python -m adapters.aws_lambda` is our runtime, which streams. `adapters.aws_lambda.handler` is the
+handler for a deployment under awslambdaric, which buffers; it is built when it is first asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "handler":
+        from adapters.aws_lambda.standard import make_handler
+
+        globals()["handler"] = handler = make_handler()
+        return handler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

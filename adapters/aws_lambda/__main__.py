@@ -1,0 +1,105 @@
+"""`python -m adapters.aws_lambda`: the entry point of the container image."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
+from core.settings import SettingsError
+
+if TYPE_CHECKING:
+    from core.service import Service
+
+
+def main() -> int:
+    """Load, start, serve. The exit status tells Lambda nothing; what went wrong it is told through `/init/error`."""
+    if "AWS_LAMBDA_RUNTIME_API" not in os.environ:
+        sys.stderr.write(
+            "AWS_LAMBDA_RUNTIME_API is not set: this is the entry point for AWS Lambda and its emulators.\n"
+            "To serve on this machine: python -m adapters.local; to try Lambda here: make url.\n"
+        )
+        return 2
+    try:
+        boot = Boot(os.environ)
+    except SettingsError as error:
+        return _refuse(str(error))
+    with boot.timeline.phase("imports"):
+        import asyncio
+
+        from adapters.asgi import create_app
+        from adapters.aws_lambda import loop, snapstart
+        from adapters.logs import configure
+    configure(boot.settings)
+    try:
+        service = boot.service()
+    except SettingsError as error:
+        return _refuse(str(error))
+
+    async def ready() -> None:
+        await service.host.wait_ready(float("inf"))
+        report(service)
+
+    async def before() -> None:
+        await service.host.wait_ready(loop.LONG_INIT_S)
+        await snapstart.prime(service)
+
+    async def after() -> None:
+        found = await asyncio.to_thread(boot.read_secret)
+        snapstart.reseed()
+        runtime.app = create_app(boot.with_keys(found))
+
+    runtime = loop.Runtime(
+        create_app(service),
+        os.environ,
+        mode=service.settings.response_mode,
+        ready=ready,
+        init_ends=time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ),
+        concurrency=max(1, int(os.environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)),
+        hooks=snapstart.Hooks(before, after),
+    )
+    return asyncio.run(runtime.run())
+
+
+def report(service: Service) -> None:
+    """The cold start as one log line."""
+    import logging
+
+    state = service.host.state()
+    logging.getLogger(__name__).info(
+        "Cold start: %s after %.0f ms.",
+        state.status,
+        service.timeline.now() * 1e3,
+        extra={"fields": {"model": state.model, "error": state.error, "timeline": service.timeline.report()}},
+    )
+
+
+def _refuse(message: str) -> int:
+    import asyncio
+
+    from adapters.aws_lambda.failure import Failure
+    from adapters.aws_lambda.runtime_api import RuntimeAPI, RuntimeGone
+
+    async def tell() -> None:
+        api = RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"])
+        try:
+            await api.init_error(Failure("Runtime.SettingsError", message))
+        finally:
+            api.close()
+
+    sys.stderr.write(message + "\n")
+    try:
+        asyncio.run(tell())
+    except RuntimeGone as error:
+        sys.stderr.write(f"{error}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    # Not sys.exit: a load under way in a thread must not keep Lambda waiting for a process that has given up.
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

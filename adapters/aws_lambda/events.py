@@ -1,0 +1,169 @@
+"""Events: what arrived (function URL, HTTP API, REST API, ALB) as ASGI scope and body, and the buffered answer to it.
+
+Mangum's handler classes recognise the event, give the scope and format the answer; their gaps are mended here, each
+beside the reason (seen in Mangum 0.22). Knows no Runtime API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import quote
+
+from mangum.handlers import ALB, APIGateway, HTTPGateway
+
+from adapters.aws_lambda.context import LambdaContext
+from adapters.aws_lambda.prelude import RawHeaders, has_body
+
+Scope = dict[str, Any]
+ResponseMode = Literal["auto", "response_stream", "buffered"]
+
+_HANDLERS = (ALB, HTTPGateway, APIGateway)  # in Mangum's order: REST events carry "resource", HTTP API v1 ones too
+_CONFIG: Any = {
+    "api_gateway_base_path": "/",
+    "text_mime_types": ["text/", "application/json", "application/javascript", "application/xml"],
+    "exclude_headers": [],
+}
+
+
+class BadEvent(ValueError):
+    """An HTTP event that holds no request that can be answered but by 400."""
+
+
+class HTTPEvent:
+    """One recognised HTTP event. Raises BadEvent when it cannot be read."""
+
+    def __init__(self, kind: Any, event: dict[str, Any], context: LambdaContext) -> None:
+        self._event = event
+        self._context = context
+        try:
+            self._handler = kind(_without_traps(event), context, _CONFIG)
+            self.scope = self._scope()
+            body = self._handler.body
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadEvent(f"{kind.__name__}: {error!r}") from error
+        self.body: bytes = body
+        self.method: str = self.scope["method"]
+
+    @classmethod
+    def recognise(cls, event: Any, context: LambdaContext) -> HTTPEvent | None:
+        """None if it is not an HTTP event. Raises BadEvent."""
+        if not isinstance(event, dict) or not isinstance(event.get("requestContext"), dict):
+            return None
+        for kind in _HANDLERS:
+            if kind.infer(event, context, _CONFIG):
+                return cls(kind, event, context)
+        return None
+
+    def format(self, status: int, headers: RawHeaders, body: bytes) -> dict[str, Any]:
+        """The buffered answer, in the shape that this event's sender wants."""
+        with_body = has_body(self.method, status)
+        # Mangum decodes UTF-8 and fails at latin-1, which is what a header is.
+        encoded = [[name, value.decode("latin-1").encode()] for name, value in headers]
+        answer: dict[str, Any] = self._handler(
+            {"status": status, "headers": encoded, "body": body if with_body else b""}
+        )
+        if not with_body and not any(name == b"content-type" for name, _ in headers):
+            answer.get("headers", {}).pop("content-type", None)  # Mangum calls every bodiless answer JSON
+        return answer
+
+    def _scope(self) -> Scope:
+        event, scope = self._event, dict(self._handler.scope)
+        headers = _headers(event)
+        known = {name.decode(): value.decode("latin-1") for name, value in headers}
+        # 2.0 sends Starlette down its task-group path, which cancels a stream at the first http.disconnect.
+        scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
+        scope["headers"] = headers
+        scope["server"] = _server(known)
+        scope["scheme"] = known.get("x-forwarded-proto", "https").partition(",")[0].strip()
+        scope["client"] = (client, 0) if (client := _client(event, known)) else None
+        if event.get("version") == "2.0":
+            request = event["requestContext"]["http"]
+            # Function URLs send the path encoded; HTTP APIs and SAM CLI decoded, where Mangum decodes it again.
+            if not is_function_url(event):
+                scope["path"] = request["path"] or "/"
+            scope["raw_path"] = (event.get("rawPath") or "").encode() or None
+        if not scope.get("raw_path"):
+            scope["raw_path"] = quote(scope["path"]).encode()
+        scope["aws.event"], scope["aws.context"] = event, self._context
+        return scope
+
+
+def is_function_url(event: Mapping[str, Any]) -> bool:
+    """By its domain, `<id>.lambda-url.<region>.on.aws`; a CloudFront in front does not change it."""
+    domain = event.get("requestContext", {}).get("domainName")
+    return event.get("version") == "2.0" and isinstance(domain, str) and ".lambda-url." in domain
+
+
+def streamed(event: Mapping[str, Any], mode: ResponseMode, environ: Mapping[str, str]) -> bool:
+    """Whether to stream the answer to an HTTP event.
+
+    Lambda does not say how it was invoked, so this is configuration: `auto` streams to function URLs, but not under
+    SAM CLI, whose parser wants one JSON document.
+    """
+    if mode == "auto":
+        return is_function_url(event) and environ.get("AWS_SAM_LOCAL") != "true"
+    return mode == "response_stream"
+
+
+def _without_traps(event: dict[str, Any]) -> dict[str, Any]:
+    """A copy that Mangum reads without failing: no null where it wants a dict, no Host that it cannot split."""
+    copy = dict(event)
+    copy["headers"] = {}  # the scope's are ours; the key alone tells an ALB event of single values from one of many
+    if copy.get("multiValueHeaders") is not None:
+        copy["multiValueHeaders"] = {}
+    else:
+        copy.pop("multiValueHeaders", None)
+    context = dict(copy["requestContext"])
+    if isinstance(context.get("http"), dict):
+        context["http"] = {"sourceIp": None, **context["http"]}
+    if "identity" in context:
+        context["identity"] = context["identity"] or {}
+    copy["requestContext"] = context
+    copy["cookies"] = None
+    copy["rawQueryString"] = copy.get("rawQueryString") or ""
+    return copy
+
+
+def _headers(event: Mapping[str, Any]) -> RawHeaders:
+    """All headers, lower-case, latin-1 where they can be; cookies as one header."""
+    pairs: list[tuple[str, str]] = []
+    many = event.get("multiValueHeaders") or {}
+    for name, values in many.items():
+        pairs += [(name.lower(), str(value)) for value in values or ()]
+    seen = {name for name, _ in pairs}
+    pairs += [
+        (name.lower(), str(value))
+        for name, value in (event.get("headers") or {}).items()
+        if name.lower() not in seen and value is not None
+    ]
+    cookies = [value for name, value in pairs if name == "cookie"]
+    if event.get("cookies"):
+        cookies = [str(cookie) for cookie in event["cookies"]]
+    if cookies:
+        pairs = [pair for pair in pairs if pair[0] != "cookie"]
+        pairs.append(("cookie", "; ".join(cookies)))
+    return [(_bytes(name), _bytes(value)) for name, value in pairs]
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode()
+
+
+def _server(headers: Mapping[str, str]) -> tuple[str, int | None]:
+    host = headers.get("host", "localhost")
+    name, _, port = host.rpartition(":")
+    if not name or not port.isdecimal():  # no port, or the end of an IPv6 address
+        name, port = host, headers.get("x-forwarded-port", "443").partition(",")[0].strip()
+    return name.strip("[]"), int(port) if port.isdecimal() else None
+
+
+def _client(event: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
+    context = event["requestContext"]
+    found = (context.get("http") or {}).get("sourceIp") or (context.get("identity") or {}).get("sourceIp")
+    if found is None and "elb" in context:  # the load balancer appends the peer it saw
+        found = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    return str(found) if found else None

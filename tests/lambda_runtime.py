@@ -1,0 +1,87 @@
+"""The runtime in the test's own loop, against the strict Runtime API double. Any violation fails the test."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from adapters.aws_lambda.loop import Runtime
+from infra.function_url_event import to_event
+from infra.runtime_api import RuntimeAPIServer
+from infra.runtime_api_exchange import Behaviour, Exchange
+
+PATIENCE_S = 20.0
+
+
+class Bench:
+    """`server` is the double, `runtime` what is tested; `status` its exit status once it has ended."""
+
+    def __init__(self, server: RuntimeAPIServer, runtime: Runtime, running: asyncio.Task[int]) -> None:
+        self.server = server
+        self.runtime = runtime
+        self.running = running
+
+    async def ended(self) -> int:
+        """The exit status, when the runtime ends by itself."""
+        return await asyncio.wait_for(asyncio.shield(self.running), PATIENCE_S)
+
+    async def invoke(self, event: Any, **options: Any) -> Exchange:
+        """Invoke and wait for the whole answer."""
+        exchange = self.server.invoke(event, **options)
+        await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+        return exchange
+
+    async def get(
+        self, path: str = "/", *, method: str = "GET", behaviour: Behaviour | None = None, **event: Any
+    ) -> Exchange:
+        """A function URL event."""
+        timeout_s = event.pop("timeout_s", 30.0)
+        return await self.invoke(to_event(method, path, **event), timeout_s=timeout_s, behaviour=behaviour)
+
+    async def is_well(self) -> None:
+        """Two good invocations: what every test of a failure ends with."""
+        for _ in range(2):
+            exchange = await self.get("/ping")
+            assert exchange.error is None
+            assert exchange.status < 500
+
+
+@asynccontextmanager
+async def runtime(app: Any, *, environ: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Bench]:
+    """A runtime that serves `app`."""
+    concurrency = options.get("concurrency", 1)
+    options.setdefault("init_ends", time.monotonic() + 5)
+    async with RuntimeAPIServer(concurrency=concurrency) as server:
+        under_test = Runtime(app, {"AWS_LAMBDA_RUNTIME_API": server.address, **(environ or {})}, **options)
+        running = asyncio.ensure_future(under_test.run())
+        bench = Bench(server, under_test, running)
+        try:
+            yield bench
+        finally:
+            under_test.stop()
+            done, _ = await asyncio.wait({running}, timeout=PATIENCE_S)
+            if not done:
+                running.cancel()
+        assert server.violations == []
+        assert [exchange.id for exchange in server.unanswered()] == []
+        assert running.done()
+
+
+def json_app(body: bytes = b'{"ok":true}', *, status: int = 200, headers: Any = None) -> Any:
+    """An application that answers everything alike."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", b"application/json")] if headers is None else headers,
+            }
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    return app
