@@ -7,11 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgspec
-
 from core.load import LoadRequest, load
 from core.service import Service
-from handlers import problem, sse
+from handlers import sse
 from handlers.body import decode, json_response
 from handlers.message import Request, Response
 
@@ -67,4 +65,4 @@ async def _streamed(service: Service, wanted: LoadRequest) -> Response:
         if not task.cancelled():
             task.exception()  # taken note of: an event told it, or nobody is there to be told
 
-    return sse.stream(events(), close=close, failed=lambda error: msgspec.json.encode(problem.told(error).body()))
+    return sse.stream(events(), close=close)
