@@ -12,10 +12,10 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manage
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_has_one_noun_and_at_most_300_lines(path: Path) -> None:
-    """Long files and vague names are where a design goes to rot."""
+def test_a_file_has_one_noun_and_about_300_lines_at_most(path: Path) -> None:
+    """Long files and vague names are where a design goes to rot. Blank lines are free."""
     assert path.stem not in VAGUE
-    assert len(path.read_text().splitlines()) <= 300
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 300
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

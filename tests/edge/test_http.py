@@ -1,0 +1,391 @@
+"""The service over real sockets: every refusal by its name, and the wire's own troubles."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import pytest
+
+from core.errors import ModelUnavailable
+from core.settings import keys
+from handlers import routes, sse
+from handlers.message import Request, Response
+from tests.fakes import FakeService, ScriptedEngine, fake_service
+from tests.serving import serving
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def open_server() -> Iterator[tuple[FakeService, str]]:
+    """No keys, small bodies."""
+    fake = fake_service(max_body_bytes=2048)
+    with serving(fake.service) as address:
+        yield fake, address
+
+
+@pytest.fixture(scope="module")
+def keyed_server() -> Iterator[str]:
+    with serving(fake_service(api_keys=keys("use"), admin_api_keys=keys("boss")).service) as address:
+        yield address
+
+
+def refused(answer: httpx.Response) -> tuple[int, str | None]:
+    """Status and code, once the envelope is checked to be whole."""
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].endswith((".", "…"))
+    return answer.status_code, error["code"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "expected"),
+    [
+        ("GET", "/", {}, b"", (404, "not_found")),
+        ("GET", "/v2/models", {}, b"", (404, "not_found")),
+        ("GET", "/v1/models/", {}, b"", None),
+        ("GET", "/%0Ahealth", {}, b"", (404, "not_found")),
+        ("GET", "/v1/models/nope", {}, b"", (404, "model_not_found")),
+        ("GET", "/v1/models/../../etc/passwd", {}, b"", (404, "model_not_found")),
+        ("GET", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", {}, b"", (404, "model_not_found")),
+        ("DELETE", "/health", {}, b"", (405, "method_not_allowed")),
+        ("GET", "/v1/chat/completions", {}, b"", (405, "method_not_allowed")),
+        ("HEAD", "/reload", {}, b"", "405 without a body"),
+        ("PROPFIND", "/health", {}, b"", (405, "method_not_allowed")),
+        ("GET", "/health?wait=soon", {}, b"", (400, None)),
+        ("GET", "/health?wait=-1", {}, b"", (400, None)),
+        ("GET", "/health?wait=nan", {}, b"", (400, None)),
+        ("GET", "/health", {"host": "evil.example"}, b"", (403, "unknown_host")),
+        ("POST", "/reload", {}, b"{}", (415, "unsupported_media_type")),
+        ("POST", "/reload", {"content-type": "text/plain"}, b"{}", (415, "unsupported_media_type")),
+        (
+            "POST",
+            "/reload",
+            {"content-type": "application/x-www-form-urlencoded"},
+            b"a=b",
+            (415, "unsupported_media_type"),
+        ),
+        ("POST", "/reload", JSON, b"{", (400, None)),
+        ("POST", "/reload", JSON, b"[1]", (400, None)),
+        ("POST", "/reload", JSON, b'{"model_path": 5}', (400, None)),
+        ("POST", "/reload", JSON, b'{"model_path": ""}', (400, None)),
+        ("POST", "/reload", JSON, b'{"modelpath": "a.gguf"}', (400, None)),
+        ("POST", "/reload", JSON, b'{"n_ctx": 5}', (400, None)),
+        ("POST", "/reload", JSON, b'{"n_ctx": "4096"}', (400, None)),
+        ("POST", "/reload", JSON, b'{"model_path": "../../etc/passwd"}', (400, None)),
+        ("POST", "/reload", JSON, b'{"model_path": "absent.gguf"}', (404, "model_not_found")),
+        ("POST", "/load", JSON, b"", (400, None)),
+        ("POST", "/load", JSON, b"{}", (400, None)),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo"}', (400, None)),
+        ("POST", "/load", JSON, b'{"repo_id": "org", "filename": "a.gguf"}', (400, None)),
+        ("POST", "/load", JSON, b'{"repo_id": "../x", "filename": "a.gguf"}', (400, None)),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "../a.gguf"}', (400, None)),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "a.gguf", "sha256": "abc"}', (400, None)),
+        (
+            "POST",
+            "/load",
+            JSON,
+            b'{"repo_id": "org/repo", "filename": "a.gguf", "sha256": "' + b"z" * 64 + b'"}',
+            (400, None),
+        ),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "a.gguf", "branch": "main"}', (400, None)),
+        (
+            "POST",
+            "/load",
+            JSON,
+            b'{"repo_id": "org/repo", "filename": "a.gguf", "reference": "hf://a/b/c.gguf"}',
+            (400, None),
+        ),
+        ("POST", "/load", JSON, b'{"reference": "a.gguf"}', (400, None)),
+        ("POST", "/load", JSON, b'{"reference": "ftp://a/b"}', (400, None)),
+        ("POST", "/load", JSON, b" " * 3000, (413, "request_too_large")),
+    ],
+)
+def test_what_a_client_does_wrong_is_a_4xx_by_its_name(
+    open_server: tuple[FakeService, str], method: str, path: str, headers: dict[str, str], body: bytes, expected: object
+) -> None:
+    """Every mistake has its status and code, OpenAI's envelope, and a request id; none is a 500."""
+    fake, address = open_server
+    # http.client sends the path as it stands; httpx would resolve the dots.
+    answer = raw(address, method, path, headers, body)
+
+    assert answer.headers["x-request-id"].startswith("req_")
+    if expected is None:
+        assert answer.status_code == 200
+    elif expected == "405 without a body":
+        assert (answer.status_code, answer.content) == (405, b"")
+    else:
+        assert expected == refused(answer)
+    assert (fake.host.leases, fake.host.swaps) == (0, [])
+
+
+def raw(address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> httpx.Response:
+    import http.client
+
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+    try:
+        connection.request(method, path, body=body or None, headers=headers)
+        answer = connection.getresponse()
+        return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+    finally:
+        connection.close()
+
+
+def test_405_and_options_name_the_methods(open_server: tuple[FakeService, str]) -> None:
+    """Allow says what would have worked."""
+    _, address = open_server
+
+    assert httpx.post(f"{address}/health").headers["allow"] == "GET, HEAD, OPTIONS"
+    options = httpx.options(f"{address}/load")
+    assert (options.status_code, options.headers["allow"]) == (204, "POST, OPTIONS")
+    assert httpx.options(f"{address}/nope").status_code == 404
+
+
+def test_head_is_get_without_the_body(open_server: tuple[FakeService, str]) -> None:
+    """Same status and length, no byte of it."""
+    _, address = open_server
+    head, get = httpx.head(f"{address}/v1/models"), httpx.get(f"{address}/v1/models")
+
+    assert (200, b"", get.headers["content-length"]) == (head.status_code, head.content, head.headers["content-length"])
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "expected"),
+    [
+        ("/v1/models", None, (401, "invalid_api_key")),
+        ("/v1/models", "wrong", (401, "invalid_api_key")),
+        ("/v1/models", "use", None),
+        ("/v1/models", "boss", None),
+        ("/health?wait=1", None, (401, "invalid_api_key")),
+        ("/health", None, None),
+    ],
+)
+def test_keys_open_user_routes(keyed_server: str, path: str, key: str | None, expected: tuple[int, str] | None) -> None:
+    """Without a key that is known: 401, and the scheme to use."""
+    answer = httpx.get(keyed_server + path, headers={"authorization": f"Bearer {key}"} if key else {})
+
+    if expected is None:
+        assert answer.status_code == 200
+    else:
+        assert (expected, "Bearer") == (refused(answer), answer.headers["www-authenticate"])
+
+
+@pytest.mark.parametrize("path", ["/load", "/reload"])
+def test_admin_routes_take_admin_keys_only(keyed_server: str, path: str) -> None:
+    """No key 401, a user's key 403, before the body is even looked at."""
+    send = {None: 401, "wrong": 401, "use": 403}
+
+    for key, expected in send.items():
+        headers = {"x-api-key": key} if key else {}
+        assert httpx.post(keyed_server + path, content=b"not json", headers=headers).status_code == expected
+    assert (
+        refused(httpx.post(keyed_server + path, content=b"not json", headers={**JSON, "x-api-key": "boss"}))[0] == 400
+    )
+
+
+def test_a_body_is_bounded_while_it_arrives(open_server: tuple[FakeService, str]) -> None:
+    """A chunked body, whose length nobody declares, is a 413 as well, and the answer reaches a client still sending."""
+    _, address = open_server
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(6):
+            yield b" " * 1000
+
+    assert refused(httpx.post(f"{address}/load", content=endless(), headers=JSON)) == (413, "request_too_large")
+
+
+def test_a_sane_request_id_is_echoed_and_another_replaced(open_server: tuple[FakeService, str]) -> None:
+    """What would break a header or a log line is not taken over."""
+    _, address = open_server
+    ids = {given: httpx.get(f"{address}/health", headers={"x-request-id": given.encode()}).headers["x-request-id"]
+           for given in ("a-1_B.c", "x" * 128, "x" * 129, "a b", "é", "")}  # fmt: skip
+
+    assert [given for given, answered in ids.items() if given == answered] == ["a-1_B.c", "x" * 128]
+    assert all(answered.startswith("req_") for given, answered in ids.items() if given != answered)
+
+
+def test_cors_is_off_unless_set(open_server: tuple[FakeService, str]) -> None:
+    """No header invites another site."""
+    _, address = open_server
+    answer = httpx.get(f"{address}/health", headers={"origin": "https://app.example"})
+
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_cors_lets_the_named_origins_in() -> None:
+    """A preflight gets methods and headers; errors carry the headers too, or a page could not read them."""
+    asked = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, x-stainless-lang",
+    }
+    with serving(fake_service(cors_origins=("https://app.example",), api_keys=keys("use")).service) as address:
+        chat = f"{address}/v1/chat/completions"
+        preflight = httpx.options(chat, headers={"origin": "https://app.example", **asked})
+        stranger = httpx.options(chat, headers={"origin": "https://evil.example", **asked})
+        refusal = httpx.get(f"{address}/v1/models", headers={"origin": "https://app.example"})
+
+    assert preflight.status_code == 204
+    assert preflight.headers["access-control-allow-origin"] == "https://app.example"
+    assert preflight.headers["access-control-allow-headers"] == "authorization, x-stainless-lang"
+    assert preflight.headers["access-control-allow-methods"] == "POST, OPTIONS"
+    assert "access-control-allow-origin" not in stranger.headers
+    assert (refusal.status_code, refusal.headers["access-control-allow-origin"]) == (401, "https://app.example")
+
+
+class Probe:
+    """Handlers of the tests' own, put in the place of real ones: what they hold, and whether they let go."""
+
+    def __init__(self) -> None:
+        self.engine = ScriptedEngine(endless=True, delay=0.02)
+        self.cancelled = 0
+
+    async def stream(self, service: object, request: Request) -> Response:
+        from core.engine.generation import GenerationRequest
+
+        generation = self.engine.generate(GenerationRequest(prompt=(1,)))
+
+        async def events() -> AsyncIterator[dict[str, str]]:
+            async for piece in generation:
+                yield {"text": piece.text}
+
+        async def close() -> None:
+            generation.cancel()
+
+        return sse.stream(events(), close=close)
+
+    async def slow(self, service: object, request: Request) -> Response:
+        self.engine.running += 1
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.engine.running -= 1
+        return Response(200)
+
+    async def broken(self, service: object, request: Request) -> Response:
+        raise RuntimeError("the database password is hunter2")
+
+    async def unavailable(self, service: object, request: Request) -> Response:
+        raise ModelUnavailable("The model is loading.", retry_after=7)
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Probe, str]]:
+    probe = Probe()
+    handlers = {"get_health": probe.slow, "get_v1_models": probe.stream, "get_models": probe.broken}
+    handlers["get_v1_model"] = probe.unavailable
+    found = routes.Route.resolve
+    monkeypatch.setattr(
+        routes.Route, "resolve", lambda route: handlers.get(route.handler.partition(":")[2]) or found(route)
+    )
+    with serving(fake_service().service) as address:
+        yield probe, address
+
+
+def hang_up(address: str, path: str, *, after: int) -> None:
+    """Send a request, read `after` bytes of the answer, and go without a word."""
+    place = urlsplit(address)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        got = b""
+        while len(got) < after:
+            got += connection.recv(4096)
+
+
+def until(true: object, seconds: float = 10) -> bool:
+    assert callable(true)
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(true())
+
+
+def test_twenty_abandoned_streams_leave_nothing_running(probe: tuple[Probe, str]) -> None:
+    """Hanging up closes the Response, which cancels the generation; the server still answers."""
+    held, address = probe
+    for _ in range(20):
+        hang_up(address, "/v1/models", after=300)
+
+    assert len(held.engine.requests) == 20
+    assert until(lambda: held.engine.running == 0)
+    with httpx.stream("GET", f"{address}/v1/models") as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+
+
+def test_a_client_that_goes_while_it_waits_cancels_the_work(probe: tuple[Probe, str]) -> None:
+    """Also where the answer would have been whole: nobody computes for somebody who has left."""
+    held, address = probe
+    for _ in range(3):
+        hang_up(address, "/health", after=0)
+
+    assert until(lambda: held.cancelled == 3)
+    assert held.engine.running == 0
+
+
+def test_a_foreign_exception_is_logged_and_not_told(probe: tuple[Probe, str], caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets a fixed sentence and the id under which the log has the rest."""
+    _, address = probe
+    answer = httpx.get(f"{address}/models", headers={"x-request-id": "find-me"})
+
+    assert refused(answer) == (500, "internal_error")
+    assert "hunter2" not in answer.text
+    assert "find-me" in answer.text
+    assert "hunter2" in caplog.text
+
+
+def test_a_retry_time_is_told_in_the_header(probe: tuple[Probe, str]) -> None:
+    """SDKs wait as long as Retry-After says."""
+    _, address = probe
+    answer = httpx.get(f"{address}/v1/models/any")
+
+    assert (refused(answer), answer.headers["retry-after"]) == ((503, "model_unavailable"), "7")
+
+
+def test_a_stream_is_not_buffered_and_ends_with_done(open_server: tuple[FakeService, str]) -> None:
+    """/load with `stream` tells progress as events, each sent when it happens, and the answer last."""
+    fake, address = open_server
+
+    def fetch(progress: object, cancelled: object) -> None:
+        assert callable(progress)
+        progress(10, 1000)
+        time.sleep(0.2)
+        progress(1000, 1000)
+
+    fake.store.on_fetch = fetch
+    body = {"repo_id": "org/repo", "filename": "a.gguf", "stream": True}
+    try:
+        with httpx.stream("POST", f"{address}/load", json=body) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+            lines = [line for line in answer.iter_lines() if line]
+    finally:
+        fake.store.on_fetch = None
+
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert events[0] == {"status": "downloading", "done_bytes": 10, "total_bytes": 1000}
+    assert (events[-1]["status"], lines[-1]) == ("downloaded", "data: [DONE]")
+
+
+def test_the_access_log_has_one_line_a_request(
+    open_server: tuple[FakeService, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method, path without its query and percent-encoded, status, time; nobody can forge a second line."""
+    _, address = open_server
+    caplog.set_level("INFO", logger="access")
+    raw(address, "GET", "/nope%0AGET%20/fake?key=secret", {}, b"")
+
+    assert until(lambda: len(caplog.records) == 1)
+    fields = caplog.records[0].fields  # type: ignore[attr-defined]
+    assert {name: value for name, value in fields.items() if name != "ms"} == {
+        "method": "GET",
+        "path": "/nope%0AGET%20/fake",
+        "status": 404,
+    }
+    assert "secret" not in caplog.text
