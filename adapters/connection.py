@@ -1,0 +1,134 @@
+"""Connection: one keep-alive HTTP/1.1 connection to whatever host the URL names, on the standard library.
+
+Knows no AWS and no retries. Proxies from the environment are not used: on Lambda there are none, and elsewhere the hub
+and boto3, which honour them, do the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import ssl
+
+USER_AGENT = "slm-api-server"
+
+
+class Broken(Exception):
+    """The connection failed before the answer was whole. The message is for the log."""
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """One for all connections: reading the certificate store takes 10 to 30 ms. AWS_CA_BUNDLE replaces the store."""
+    import ssl
+
+    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
+
+
+class Connection:
+    """Reconnects when the host changes, when the last answer was not read to its end, and after `close`.
+
+    One thread uses it; `abort` may come from another. `timeout` is in seconds, for connecting and for each read.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._host: tuple[str, str] = ("", "")
+        self._connection: HTTPConnection | None = None
+        self._response: HTTPResponse | None = None
+        self._socket: socket.socket | None = None  # http.client forgets its own once the answer is the last
+        self._aborted = False
+
+    def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> HTTPResponse:
+        """The answer, its body still to be read with `read_into` or `read`. Raises Broken."""
+        parts = urlsplit(url)
+        host = (parts.scheme, parts.netloc)
+        if host != self._host or self._response is None or not self._response.isclosed():
+            self.close()
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        try:
+            connection = self._connection
+            if connection is None:
+                if parts.scheme == "https":
+                    connection = HTTPSConnection(
+                        parts.hostname or "", parts.port, timeout=self._timeout, context=tls_context()
+                    )
+                else:
+                    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=self._timeout)
+                connection.connect()
+                self._connection, self._host, self._socket = connection, host, connection.sock
+            if self._aborted:
+                raise Broken("aborted")
+            connection.request(method, target, body, {"User-Agent": USER_AGENT, **headers})
+            self._response = connection.getresponse()
+        except (OSError, HTTPException) as error:
+            self.close()
+            raise Broken(f"{type(error).__name__}: {error}") from error
+        except Broken:
+            self.close()
+            raise
+        return self._response
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes of the answer. Raises Broken if they do not come."""
+        response = self._response
+        if response is None:
+            raise Broken("no answer is open")
+        filled = 0
+        try:
+            while filled < len(view):
+                count = response.readinto(view[filled:])
+                if count == 0:
+                    raise Broken(f"the answer ended {len(view) - filled} bytes early")
+                filled += count
+        except (OSError, HTTPException) as error:
+            self.close()
+            raise Broken(f"{type(error).__name__}: {error}") from error
+        except Broken:
+            self.close()
+            raise
+
+    def read(self, most: int) -> bytes:
+        """The rest of the answer, but no more than `most` bytes: then Broken."""
+        if self._response is None:
+            raise Broken("no answer is open")
+        try:
+            body = self._response.read(most + 1)
+            if len(body) > most:
+                raise Broken(f"the answer is longer than {most} bytes")
+            if self._response.length:
+                raise Broken(f"the answer ended {self._response.length} bytes early")
+        except (OSError, HTTPException) as error:
+            self.close()
+            raise Broken(f"{type(error).__name__}: {error}") from error
+        except Broken:
+            self.close()
+            raise
+        if not self._response.isclosed():  # of length nought, or a HEAD's
+            self._response.close()
+        return body
+
+    def abort(self) -> None:
+        """Let what blocks in another thread fail: a read at once, connecting when it is through."""
+        self._aborted = True
+        if (sock := self._socket) is not None:
+            with contextlib.suppress(OSError):
+                # Not `sock.shutdown`: SSLSocket's forgets its TLS state; what is queued would pass as plain text.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        response, connection = self._response, self._connection
+        self._response = self._connection = self._socket = None
+        self._aborted = False
+        if response is not None:
+            response.close()
+        if connection is not None:
+            connection.close()

@@ -1,0 +1,186 @@
+"""A TCP proxy that breaks HTTP answers on demand, between a client and a server that both behave.
+
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.plan(Reset(after=1000), times=2)
+
+Each planned fault spoils one answer whose request matches; all others pass unchanged. One request per connection is
+forwarded upstream (`Connection: close`), so that a fault hits what it is meant to hit.
+"""
+
+import re
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reset:
+    """RST after so many bytes of the body."""
+
+    after: int
+
+
+@dataclass(frozen=True)
+class Short:
+    """A clean end of the connection after so many bytes of the body."""
+
+    after: int
+
+
+@dataclass(frozen=True)
+class WrongBytes:
+    """One byte of the body flipped."""
+
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """An error instead of the answer."""
+
+    status: int
+    code: str = "InternalError"
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Silence after so many bytes of the body, for so many seconds."""
+
+    after: int
+    seconds: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header of the answer replaced."""
+
+    name: str
+    value: str
+
+
+class FaultProxy:
+    def __init__(self, host, port):
+        self._upstream = (host, port)
+        self._lock = threading.Lock()
+        self._plan = []
+        self.requests = []  # (method, target, headers)
+        self.faults = 0  # how many struck
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._closed = threading.Event()
+        self._sockets = set()
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._closed.set()
+        self._listener.close()
+        with self._lock:
+            for each in self._sockets:
+                each.close()
+
+    def plan(self, fault, *, times=1, matching="", method="GET"):
+        """Spoil the next `times` answers to requests of this method whose target or headers match."""
+        with self._lock:
+            self._plan.extend([(fault, re.compile(matching), method)] * times)
+
+    def _accept(self):
+        while not self._closed.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                self._sockets.add(client)
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        try:
+            stream = client.makefile("rb")
+            while not self._closed.is_set() and self._exchange(client, stream):
+                pass
+        except (OSError, ValueError):
+            pass
+        finally:
+            stream.close()
+            client.close()
+            with self._lock:
+                self._sockets.discard(client)
+
+    def _exchange(self, client, stream):
+        head = _head(stream)
+        if not head:
+            return False
+        length = int(_field(head, b"content-length") or 0)
+        body = stream.read(length)
+        method, target = head.split(b" ", 2)[:2]
+        with self._lock:
+            self.requests.append((method.decode(), target.decode(), head.decode("latin-1")))
+        fault = self._fault(method.decode(), head.decode("latin-1"))
+        if isinstance(fault, Status):
+            reply = f"<Error><Code>{fault.code}</Code></Error>".encode()
+            reply = b"" if method == b"HEAD" else reply
+            client.sendall(
+                b"HTTP/1.1 %d Fault\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
+                % (fault.status, len(reply))
+                + reply
+            )
+            return True
+        with socket.create_connection(self._upstream, timeout=30) as upstream:
+            upstream.sendall(head.rstrip(b"\r\n") + b"\r\nConnection: close\r\n\r\n" + body)
+            with upstream.makefile("rb") as answer:
+                return self._answer(client, answer, fault, method == b"HEAD")
+
+    def _answer(self, client, answer, fault, bodyless):
+        head = _head(answer)
+        head = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", head)
+        if isinstance(fault, Header):
+            head = re.sub(rb"(?i)\r\n%s: [^\r]*" % fault.name.encode(), b"", head)
+            head = head.rstrip(b"\r\n") + f"\r\n{fault.name}: {fault.value}\r\n\r\n".encode()
+        body = b"" if bodyless else answer.read(int(_field(head, b"content-length") or 0))
+        match fault:
+            case WrongBytes(at) if body:
+                at %= len(body)
+                body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
+            case Reset(after):
+                client.sendall(head + body[:after])
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.shutdown(socket.SHUT_RD)
+                return False
+            case Short(after):
+                client.sendall(head + body[:after])
+                return False
+            case Stall(after, seconds):
+                client.sendall(head + body[:after])
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and not self._closed.wait(0.05):
+                    pass
+                body, head = body[after:], b""
+        client.sendall(head + body)
+        return True
+
+    def _fault(self, method, head):
+        with self._lock:
+            for index, (fault, matching, wanted) in enumerate(self._plan):
+                if wanted == method and matching.search(head):
+                    del self._plan[index]
+                    self.faults += 1
+                    return fault
+        return None
+
+
+def _head(stream):
+    lines = []
+    while (line := stream.readline(65537)) not in (b"\r\n", b"\n", b""):
+        lines.append(line)
+    return b"".join(lines) + b"\r\n" if lines else b""
+
+
+def _field(head, name):
+    found = re.search(rb"(?im)^%s: *([^\r\n]*)" % name, head)
+    return found[1] if found else None

@@ -1,0 +1,334 @@
+"""Ranged downloads against a server that fails in every way but lying about success."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from range_server import PlainOrigin, RangeServer
+
+from adapters import ranged
+from adapters.ranged import Sha256, Transfer
+from core.errors import ModelUnavailable
+
+BLOCK = 1000
+BODY = random.Random(7).randbytes(20_500)
+DIGESTS = [hashlib.sha256(BODY[at : at + BLOCK]).digest() for at in range(0, len(BODY), BLOCK)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Pauses of milliseconds."""
+    monkeypatch.setattr(ranged, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(ranged, "LONGEST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def server():
+    with RangeServer(BODY) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server):
+    with FaultProxy("127.0.0.1", server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def fd():
+    fd = os.memfd_create("model")
+    yield fd
+    os.close(fd)
+
+
+def transfer(origin, fd, **options):
+    options = {"block_bytes": BLOCK, "digests": DIGESTS, "part_bytes": 4 * BLOCK, "threads": 3, **options}
+    return Transfer(origin, fd, len(BODY), **options)
+
+
+def content(fd):
+    return os.pread(fd, 1 << 20, 0)
+
+
+def test_whole(server, fd):
+    """All bytes arrive, in the right places."""
+    download = transfer(PlainOrigin(server.url), fd)
+    download.start()
+    download.wait()
+
+    assert content(fd) == BODY
+    assert download.progress() == (len(BODY), len(BODY))
+
+
+def test_no_digests(server, fd):
+    """Without digests the whole sha256 decides."""
+    download = transfer(PlainOrigin(server.url), fd, digests=None, checksum=Sha256(hashlib.sha256(BODY).hexdigest()))
+    download.start()
+    download.wait()
+
+    assert content(fd) == BODY
+
+
+def test_wrong_sum(server, fd):
+    """A whole sha256 that does not match is an error."""
+    download = transfer(PlainOrigin(server.url), fd, digests=None, checksum=Sha256("0" * 64))
+    download.start()
+    with pytest.raises(ModelUnavailable, match="another checksum"):
+        download.wait()
+
+
+def test_empty(fd):
+    """An object of no bytes is complete at once."""
+    download = Transfer(PlainOrigin("http://127.0.0.1:9"), fd, 0)
+    download.start()
+    download.wait()
+
+    assert download.progress() == (0, 0)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.integers(1, 5000),
+    block=st.integers(1, 900),
+    part=st.integers(1, 5000),
+    threads=st.integers(1, 5),
+    first=st.integers(0, 6000),
+    data=st.data(),
+)
+def test_any_geometry(server, size, block, part, threads, first, data):
+    """Whatever the sizes and whatever an earlier try left behind, right or wrong, the whole is right."""
+    if size // block > 200:
+        block = size // 200
+    body = server.body = random.Random(size).randbytes(size)
+    digests = [hashlib.sha256(body[at : at + block]).digest() for at in range(0, size, block)]
+    resume = data.draw(st.integers(0, size))
+    left = bytearray(body[:resume])
+    for _ in range(data.draw(st.integers(0, 3)) if resume else 0):
+        left[data.draw(st.integers(0, resume - 1))] ^= 1
+    fd = os.memfd_create("model")
+    try:
+        os.pwrite(fd, left, 0)
+        options = {"block_bytes": block, "part_bytes": part, "threads": threads, "first_bytes": first}
+        download = Transfer(PlainOrigin(server.url), fd, size, digests=digests, resume=resume, **options)
+        download.start()
+        download.wait()
+        assert content(fd) == body
+    finally:
+        os.close(fd)
+        server.body = BODY
+
+
+def test_resume_reads_only_what_is_missing(server, fd):
+    """Blocks that are there and right are not fetched again; a wrong one is."""
+    left = bytearray(BODY[:10_700])
+    left[3500] ^= 1
+    os.pwrite(fd, left, 0)
+    download = transfer(PlainOrigin(server.url), fd, resume=10_700, threads=1)
+    download.start()
+    download.wait()
+
+    assert content(fd) == BODY
+    assert server.requests[0] == "bytes=3000-3999"
+    assert server.requests[1].startswith("bytes=10000-")
+
+
+FAULTS = [
+    Reset(after=0),
+    Reset(after=1500),
+    Short(after=0),
+    Short(after=2500),
+    WrongBytes(at=700),
+    Status(500),
+    Status(503, "SlowDown"),
+    Status(403, "ExpiredToken"),
+    Status(400, "ExpiredToken"),
+    Stall(after=1200),
+    Header("Content-Range", "bytes 0-1/2"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+@pytest.mark.parametrize("times", [1, 3])
+def test_passing_fault(proxy, fd, fault, times):
+    """Faults that pass are survived, and no wrong byte is kept."""
+    if "Expired" in repr(fault):
+        times = 1  # refused twice in a row is refused
+    proxy.plan(fault, times=times)
+    download = transfer(PlainOrigin(proxy.url), fd, stall=0.3)
+    download.start()
+    download.wait()
+
+    assert content(fd) == BODY
+    assert proxy.faults == times
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Status(403, "AccessDenied"), "may not be read"),
+        (Status(404, "NoSuchKey"), "not there any more"),
+        (Status(412, "PreconditionFailed"), "was replaced"),
+        (Status(416, "InvalidRange"), "was replaced"),
+        (Status(500), "reads failed"),
+        (Status(503, "SlowDown"), "reads failed"),
+        (WrongBytes(), "wrong bytes"),
+        (Reset(after=10), "reads failed"),
+        (Short(after=10), "reads failed"),
+        (Status(200), "ignores the Range header"),
+    ],
+    ids=repr,
+)
+def test_lasting_fault(proxy, server, fd, fault, message):
+    """Faults that stay end in a clear error; the next try, with what is there, succeeds."""
+    proxy.plan(fault, times=1000)
+    download = transfer(PlainOrigin(proxy.url), fd, stall=0.3)
+    download.start()
+    with pytest.raises(ModelUnavailable, match=message):
+        download.wait()
+
+    download = transfer(PlainOrigin(server.url), fd, resume=download.front())
+    download.start()
+    download.wait()
+    assert content(fd) == BODY
+
+
+def test_another_version(server, fd):
+    """An object that is replaced meanwhile is an error, never a mixture."""
+    download = transfer(PlainOrigin(server.url, etag='"v0"'), fd)
+    download.start()
+    with pytest.raises(ModelUnavailable, match="was replaced"):
+        download.wait()
+
+
+def test_refused_once_renews(proxy, fd):
+    """After a 403 the origin is asked for new credentials."""
+    origin = PlainOrigin(proxy.url)
+    proxy.plan(Status(403, "ExpiredToken"))
+    download = transfer(origin, fd)
+    download.start()
+    download.wait()
+
+    assert origin.renewals == 1
+
+
+def test_nothing_listens(fd):
+    """A host that refuses connections is a clear error."""
+    download = transfer(PlainOrigin("http://127.0.0.1:9"), fd)
+    download.start()
+    with pytest.raises(ModelUnavailable, match="reads failed"):
+        download.wait()
+
+
+def test_header_first(proxy, fd):
+    """`wait_for` returns with the first bytes while others are still on their way."""
+    proxy.plan(Stall(after=0, seconds=0.5), matching="bytes=20000-")
+    download = transfer(PlainOrigin(proxy.url), fd, first_bytes=3500, stall=5)
+    download.start()
+    assert download.wait_for(3500, timeout=5)
+
+    assert content(fd)[:3500] == BODY[:3500]
+    download.wait()
+    assert content(fd) == BODY
+
+
+def test_stalled_block_is_overtaken(proxy, fd):
+    """A connection that falls silent does not hold up the end: an idle thread fetches its block."""
+    proxy.plan(Stall(after=0, seconds=60), matching="bytes=0-")
+    download = transfer(PlainOrigin(proxy.url), fd, stall=60)
+    download.start()
+
+    assert download.finish(timeout=20)
+    assert content(fd) == BODY
+
+
+def test_dripping_block_is_cut(proxy, fd, monkeypatch):
+    """A block that takes too long is asked for again on a new connection, though no read timed out."""
+    monkeypatch.setattr(ranged, "SLOW_S", 0.2)
+    proxy.plan(Stall(after=500, seconds=60), matching="bytes=0-")
+    download = transfer(PlainOrigin(proxy.url), fd, stall=60, threads=1)
+    download.start()
+
+    assert download.finish(timeout=20)
+    assert content(fd) == BODY
+
+
+def test_cancel(proxy, fd):
+    """Cancelling ends a download that waits for the network, at once; then nothing writes any more."""
+    proxy.plan(Stall(after=0, seconds=60), times=100, matching="bytes=[1-9]")
+    download = transfer(PlainOrigin(proxy.url), fd, stall=60)
+    download.start()
+    download.wait_for(1)
+    download.cancel()
+
+    with pytest.raises(ModelUnavailable, match="cancelled"):
+        download.wait()
+    for thread in threading.enumerate():
+        if thread.name == "download":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_no_space(server, tmp_path):
+    """A target that takes no more bytes is an error that says so."""
+    with open("/dev/full", "wb") as full:
+        download = transfer(PlainOrigin(server.url), full.fileno())
+        download.start()
+        with pytest.raises(ModelUnavailable, match="no space left"):
+            download.wait()
+
+
+def test_frozen(server, tmp_path):
+    """A process stopped for longer than every timeout (as Lambda freezes it) reconnects and goes on."""
+    target = tmp_path / "model"
+    with FaultProxy("127.0.0.1", server.port) as proxy:
+        proxy.plan(Stall(after=300, seconds=0.6), times=3)
+        script = f"""
+            import os, sys
+            sys.path[:0] = {[str(p) for p in sys.path if p]!r}
+            from range_server import PlainOrigin
+            from adapters.ranged import Transfer
+            fd = os.open({str(target)!r}, os.O_RDWR | os.O_CREAT)
+            download = Transfer(PlainOrigin({proxy.url!r}), fd, {len(BODY)}, block_bytes={BLOCK},
+                                digests={DIGESTS!r}, threads=3, stall=0.4)
+            download.start()
+            print("started", flush=True)
+            download.wait()
+        """
+        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE) as child:
+            assert child.stdout.readline() == b"started\n"
+            child.send_signal(signal.SIGSTOP)
+            threading.Event().wait(1.2)
+            child.send_signal(signal.SIGCONT)
+            assert child.wait(30) == 0
+
+    assert target.read_bytes() == BODY
+
+
+def test_memory_is_bounded(fd):
+    """What a download holds depends on threads and blocks, not on the object."""
+    import tracemalloc
+
+    size, block = 8 << 20, 1 << 16
+    with RangeServer(bytes(size)) as server:
+        digest = hashlib.sha256(bytes(block)).digest()
+        options = {"block_bytes": block, "digests": [digest] * (size // block), "threads": 4, "part_bytes": 1 << 20}
+        download = Transfer(PlainOrigin(server.url), fd, size, **options)
+        server_side = 4 << 20  # a part in each of the server's threads
+        tracemalloc.start()
+        try:
+            download.start()
+            download.wait()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+    assert peak < server_side + (1 << 20)
