@@ -63,10 +63,11 @@ def stream(port: int, body: Mapping[str, Any]) -> Answer:
         connection.close()
     if response.status != 200:
         raise RequestFailed(f"status {response.status}: {b''.join(chunk for _, chunk in reads)[:500]!r}")
-    return _answer(reads, begun, int(body.get("max_tokens", 0)))
+    return parsed(reads, begun, int(body.get("max_tokens", 0)))
 
 
-def _answer(reads: Sequence[tuple[float, bytes]], begun: float, max_tokens: int) -> Answer:
+def parsed(reads: Sequence[tuple[float, bytes]], begun: float, max_tokens: int) -> Answer:
+    """The answer in timed reads of an event stream, cut anywhere. Raises RequestFailed: an error event, no content."""
     text: list[str] = []
     times: list[float] = []
     finish: str | None = None

@@ -1,0 +1,66 @@
+"""The benchmark's arithmetic: tokens and times read off a stream, ratios, goals."""
+
+import pytest
+
+from infra.bench import report
+from infra.bench.__main__ import names
+from infra.bench.client import RequestFailed, parsed
+
+
+def event(text: str) -> bytes:
+    return b'data: {"choices": [{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}]}\n\n' % text.encode()
+
+
+END = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "%s"}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 5}}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def test_a_delta_has_the_time_of_the_read_that_completed_it() -> None:
+    """An event cut in two by the network counts when its second half has come."""
+    whole = event("b")
+    reads = [(1.0, event("a") + whole[:20]), (2.0, whole[20:]), (3.0, b": ping\n\n" + END % b"stop" + DONE)]
+
+    answer = parsed(reads, begun=0.0, max_tokens=9)
+
+    assert (answer.text, answer.first, answer.last, answer.end, answer.deltas) == ("ab", 1.0, 2.0, 3.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("tail", "tokens"),
+    [(END % b"stop" + USAGE, 7), (END % b"length", 9), (END % b"stop", 2)],
+    ids=["usage", "length", "deltas"],
+)
+def test_tokens_are_usage_or_the_limit_that_was_reached_or_deltas(tail: bytes, tokens: int) -> None:
+    """What the server says of its tokens goes before what the stream looks like."""
+    answer = parsed([(1.0, event("a")), (2.0, event("b") + tail + DONE)], begun=0.0, max_tokens=9)
+
+    assert tokens == answer.tokens
+
+
+def test_an_error_in_a_stream_is_not_measured() -> None:
+    """An answer that broke off would look fast."""
+    with pytest.raises(RequestFailed, match="overloaded"):
+        parsed([(1.0, event("a") + b'data: {"error": {"message": "overloaded"}}\n\n' + DONE)], begun=0.0, max_tokens=9)
+
+
+def test_ratios_are_formed_within_rounds() -> None:
+    """A slow round slows both servers: its ratio stays, where a ratio of medians would not."""
+    ours = [{"start_s": 1.0}, {"start_s": 10.0}, {"start_s": 3.0}]
+    theirs = [{"start_s": 2.0}, {"start_s": 20.0}, {"start_s": 4.0}]
+
+    assert report.ratios(ours, theirs) == {"start_s": {"median": 0.5, "min": 0.5, "max": 0.75}}
+
+
+def test_a_goal_is_met_from_its_own_side() -> None:
+    """Times have to stay under theirs, rates above."""
+    numbers = {"start_s": {"median": 0.3}, "decode_1_tok_s": {"median": 1.0}}
+
+    judged = report.judged(numbers, report.RATIO_GOALS)
+
+    assert {name: verdict["met"] for name, verdict in judged.items()} == {"start_s": True, "decode_1_tok_s": False}
+
+
+def test_a_benchmark_is_found_by_its_module() -> None:
+    """A new module in infra/bench is a new command, without a list to keep."""
+    assert {"server", "floor"} <= set(names())
