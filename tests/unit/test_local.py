@@ -1,0 +1,152 @@
+"""The local server's start: what it refuses, and what it prints."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from adapters.local import configured
+from adapters.terminal import ProgressLine, banner
+from core.host import HostState, Loading
+from core.settings import Settings, SettingsError, keys
+from core.version import VERSION
+
+ROOT = Path(__file__).parents[2]
+
+
+def options(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"host": None, "port": None, "workers": 1, **given})
+
+
+def test_options_win_over_the_environment() -> None:
+    """--host and --port are checked like HOST and PORT."""
+    settings = configured(options(host="127.0.0.2", port="9"), {"HOST": "127.0.0.1", "PORT": "8", "N_CTX": "512"})
+
+    assert (settings.host, settings.port, settings.n_ctx) == ("127.0.0.2", 9, 512)
+    with pytest.raises(SettingsError, match="PORT must be a whole number"):
+        configured(options(port="99999"), {})
+
+
+@pytest.mark.parametrize("given", [{"WEB_CONCURRENCY": "2"}, {"WEB_CONCURRENCY": "many"}])
+def test_more_than_one_worker_is_refused_with_the_reason(given: dict[str, str]) -> None:
+    """A second worker would load the model a second time and share nothing."""
+    with pytest.raises(SettingsError, match="one worker only"):
+        configured(options(), given)
+    with pytest.raises(SettingsError, match="one worker only"):
+        configured(options(workers=2), {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "allowed"),
+    [
+        ({"HOST": "0.0.0.0"}, False),
+        ({"HOST": "::"}, False),
+        ({"HOST": "my-box"}, False),
+        ({"HOST": "0.0.0.0", "ADMIN_API_KEYS": "boss"}, False),
+        ({"HOST": "0.0.0.0", "API_KEYS": "use"}, True),
+        ({"HOST": "0.0.0.0", "ALLOW_ANONYMOUS": "true"}, True),
+        ({"HOST": "127.0.0.1"}, True),
+        ({"HOST": "::1"}, True),
+        ({"HOST": "localhost"}, True),
+        ({}, True),
+    ],
+)
+def test_serving_strangers_has_to_be_meant(environ: dict[str, str], allowed: bool) -> None:
+    """Beyond loopback without keys only with ALLOW_ANONYMOUS."""
+    if allowed:
+        configured(options(), environ)
+    else:
+        with pytest.raises(SettingsError, match="ALLOW_ANONYMOUS"):
+            configured(options(), environ)
+
+
+def run(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "adapters.local", *arguments],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_bad_setting_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    """Exit code 2, the variable's name, what is allowed; no traceback. From .env as from the environment."""
+    (tmp_path / ".env").write_text("N_CTX=many\n")
+    done = run(folder=tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "slm-api-server: N_CTX must be a whole number from 64 to 1048576, got 'many'\n"
+
+
+def test_a_secret_is_not_repeated_in_an_error(tmp_path: Path) -> None:
+    """A key that is wrongly written still is a key."""
+    done = run(folder=tmp_path, API_KEYS="sha256:hunter2")
+
+    assert done.returncode == 2
+    assert "hunter2" not in done.stderr
+
+
+def test_version_and_help(tmp_path: Path) -> None:
+    """Both answer without starting anything."""
+    assert run("--version", folder=tmp_path).stdout == f"slm-api-server {VERSION}\n"
+    assert "README" in run("--help", folder=tmp_path).stdout
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """pyproject.toml, the code and the newest entry of the changelog."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+
+    assert project["version"] == VERSION
+    assert newest.startswith(f"## {VERSION}")
+
+
+def state(model: str | None = "m", loading: Loading | None = None, error: str | None = None) -> HostState:
+    return HostState("available" if model else "unloaded", model, loading, error, None)
+
+
+def test_the_first_lines_say_address_model_state_and_what_to_try() -> None:
+    """With a placeholder for the key where one is needed, never the key."""
+    lines = banner("http://127.0.0.1:8000", Settings(api_keys=keys("hunter2")), state(), "1.2").splitlines()
+
+    assert lines[:2] == ["slm-api-server 1.2 on http://127.0.0.1:8000", "model: m (available)"]
+    assert lines[2].startswith(
+        "try: curl http://127.0.0.1:8000/v1/chat/completions -H 'authorization: Bearer YOUR_KEY'"
+    )
+    assert "Bearer" not in banner("http://x", Settings(), state(), "1.2")
+
+
+def test_the_first_lines_without_a_model_say_how_to_get_one() -> None:
+    """The error and the hint, in place of a curl that would fail."""
+    text = banner("http://x", Settings(), state(None, error="MODEL_PATH is not there."), "1.2")
+
+    assert "no model (unloaded), error: MODEL_PATH is not there." in text
+    assert "Mend what error says" in text
+    assert "curl" not in text
+
+
+def test_progress_is_one_line_that_ends_with_the_outcome() -> None:
+    """Percent while it loads, the new state and the seconds when it is over."""
+    import io
+    import time
+
+    states = [state(loading=Loading("download", "m", 30, 120)), state(loading=Loading("load", "m")), state()]
+    stream = io.StringIO()
+    line = ProgressLine(lambda: states.pop(0) if len(states) > 1 else states[0], stream)
+    line.start()
+    end = time.monotonic() + 10
+    while "after" not in stream.getvalue() and time.monotonic() < end:
+        time.sleep(0.02)
+    line.stop()
+    line.join(5)
+
+    assert "download m 25 % (0 of 0 MB)" in stream.getvalue()
+    assert "load m …" in stream.getvalue()
+    assert "m is available after" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1

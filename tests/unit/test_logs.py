@@ -1,0 +1,83 @@
+"""Logs: text for people, JSON lines for machines."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from adapters import logs
+from core.settings import Settings
+from handlers.trace import request_id
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    identity = request_id.set("")
+    yield
+    request_id.reset(identity)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def lines(stream: io.StringIO) -> list[str]:
+    return stream.getvalue().splitlines()
+
+
+def test_elsewhere_than_in_a_terminal_each_record_is_one_json_line() -> None:
+    """With the request's id, the caller's fields, and a traceback that breaks no line."""
+    stream = io.StringIO()
+    logs.configure(Settings(), stream)
+    request_id.set("req_1")
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        logging.getLogger("x").exception("it\nbroke", extra={"fields": {"status": 500}})
+
+    [line] = lines(stream)
+    told = json.loads(line)
+    assert tuple(
+        told[name] for name in ("level", "logger", "message", "request_id", "status")
+    ) == ("error", "x", "it\nbroke", "req_1", 500)
+    assert "ValueError: boom" in told["exception"]
+    assert told["time"].endswith("Z")
+
+
+def test_in_a_terminal_a_record_is_text_that_ends_with_the_request() -> None:
+    """Short for people."""
+    stream = Terminal()
+    logs.configure(Settings(), stream)
+    request_id.set("req_1")
+    logging.getLogger("x").info("served")
+
+    [line] = lines(stream)
+    assert line.endswith("INFO served [req_1]")
+
+
+@pytest.mark.parametrize(("form", "is_json"), [("text", False), ("json", True)])
+def test_the_form_can_be_set(form: str, is_json: bool) -> None:
+    """LOG_FORMAT wins over what the stream looks like."""
+    stream = io.StringIO() if form == "text" else Terminal()
+    logs.configure(Settings(log_format=form), stream)  # type: ignore[arg-type]
+    logging.getLogger("x").info("served")
+
+    assert is_json == lines(stream)[0].startswith("{")
+
+
+def test_the_level_can_be_set_and_never_makes_http_libraries_print_headers() -> None:
+    """At debug their lines would hold tokens and signed URLs."""
+    stream = io.StringIO()
+    logs.configure(Settings(log_level="debug"), stream)
+    logging.getLogger("x").debug("ours")
+    logging.getLogger("botocore.auth").debug("Authorization: secret")
+    logging.getLogger("huggingface_hub.utils").info("secret")
+
+    assert [json.loads(line)["message"] for line in lines(stream)] == ["ours"]

@@ -1,0 +1,308 @@
+"""Health, models, load and reload over a fake host and store."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ApiError, ModelUnavailable
+from core.host import Loading
+from core.settings import keys
+from core.store.reference import S3, HuggingFace
+from core.store.store import LocalModel
+from handlers.dispatch import dispatch
+from handlers.message import Request
+from tests.fakes import FakeHost, FakeService, FakeStore, ScriptedEngine, fake_service
+
+
+def call(fake: FakeService, method: str, path: str, body: Any = None, **request: Any) -> tuple[int, Any]:
+    """One request through dispatch, as from this machine."""
+    path, _, query = path.partition("?")
+    headers = {"content-type": "application/json", **request.pop("headers", {})}
+    asked = Request(
+        method,
+        path,
+        "id",
+        headers,
+        query=dict(pair.split("=") for pair in query.split("&") if pair),
+        body=b"" if body is None else json.dumps(body).encode(),
+        client="127.0.0.1",
+        **request,
+    )
+    answer = asyncio.run(dispatch(fake.service, asked))
+    assert isinstance(answer.body, bytes)
+    return answer.status, json.loads(answer.body)
+
+
+def test_health_tells_the_state_and_the_engines_counters() -> None:
+    """Ready: who answers, how busy it is, and no error."""
+    _, health = call(fake_service(), "GET", "/health")
+
+    assert tuple(health[name] for name in ("status", "model", "loading", "error")) == ("ready", "fake-1b", None, None)
+    assert health["engine"]["sequences"] == {"running": 0, "total": 4}
+    assert "chat/completions" in health["hint"]
+
+
+@pytest.mark.parametrize(
+    ("status", "loading", "error", "hint"),
+    [
+        ("unloaded", None, None, "set MODEL_PATH"),
+        ("unloaded", None, "MODEL_PATH is not there.", "Mend what error says"),
+        ("available", None, None, "first request loads"),
+        ("available", Loading("download", "m", 25, 100), None, "wait=30"),
+        ("ready", Loading("swap", "m"), None, "chat/completions"),
+    ],
+)
+def test_each_state_has_a_hint_what_to_do_next(
+    status: str, loading: Loading | None, error: str | None, hint: str
+) -> None:
+    """Loading and error stand beside the state, not instead of it."""
+    fake = fake_service(host=FakeHost(None if status == "unloaded" else ScriptedEngine(), status=status))
+    fake.host.loading, fake.host.error = loading, error
+    _, health = call(fake, "GET", "/health")
+
+    assert (status, error) == (health["status"], health["error"])
+    assert hint in health["hint"]
+    assert (health["loading"] or {}).get("percent") == (loading.percent if loading else None)
+
+
+def test_health_with_wait_loads_the_model() -> None:
+    """?wait answers when the model is ready; /health alone never loads anything."""
+    fake = fake_service(host=FakeHost(ScriptedEngine(), status="available"))
+
+    assert call(fake, "GET", "/health")[1]["status"] == "available"
+    assert not fake.host.started
+    assert call(fake, "GET", "/health?wait=5")[1]["status"] == "ready"
+
+
+def test_strangers_learn_the_state_and_no_more() -> None:
+    """Where keys are set, an open /health shows neither error nor counters, and cannot be made to load."""
+    fake = fake_service(host=FakeHost(ScriptedEngine(), status="available"), api_keys=keys("use"))
+    fake.host.error = "/srv/secret/path.gguf is not a GGUF file."
+
+    status, health = call(fake, "GET", "/health")
+    assert (200, {"status", "model", "hint"}) == (status, set(health))
+    assert "secret" not in json.dumps(health)
+    assert call(fake, "GET", "/health?wait=5")[0] == 401
+    assert not fake.host.started
+    assert "error" in call(fake, "GET", "/health", headers={"x-api-key": "use"})[1]
+
+
+def test_models_has_the_active_one_those_on_disk_and_the_start(tmp_path: Path) -> None:
+    """The seed's shape, with OpenAI's list beside it for a base_url without /v1."""
+    model = tmp_path / "sub" / "m.gguf"
+    fake = fake_service(store=FakeStore((LocalModel("sub/m.gguf", model, 7),)), n_ctx=512)
+    with fake.service.timeline.phase("load"):
+        pass
+    _, models = call(fake, "GET", "/models")
+
+    assert {"object", "data", "active", "available", "hint", "boot_info"} == set(models)
+    active = models["active"]
+    assert (active["path"], active["basename"], active["exists"]) == ("/models/fake-1b.gguf", "fake-1b.gguf", False)
+    assert (active["loaded"], active["state"]) == (True, "ready")
+    assert tuple(models["active"]["config"][name] for name in ("n_ctx", "model_path")) == (512, "/models/fake-1b.gguf")
+    assert models["active"]["model"]["chat_template"].startswith("chatml")
+    assert [{"name": "sub/m.gguf", "path": str(model), "size_bytes": 7}] == models["available"]
+    assert models["boot_info"]["source"] == "embedded"
+    assert "load" in models["boot_info"]["phases"]
+
+
+def test_models_of_an_empty_server() -> None:
+    """Nothing configured: no path, not loaded, and a hint."""
+    fake = fake_service(host=FakeHost())
+    fake.host.boot = {}
+    _, models = call(fake, "GET", "/models")
+
+    assert (
+        models["active"]["path"],
+        models["active"]["exists"],
+        models["active"]["loaded"],
+        models["active"]["state"],
+        models["data"],
+    ) == (None, False, False, "unloaded", [])
+
+
+def test_v1_models_lists_the_model_and_its_aliases() -> None:
+    """Both names can be asked for; * is no name."""
+    fake = fake_service(model_aliases=("gpt-4o-mini", "*", "org/model"))
+    _, listed = call(fake, "GET", "/v1/models")
+
+    assert [one["id"] for one in listed["data"]] == ["fake-1b", "gpt-4o-mini", "org/model"]
+    assert {"id", "object", "created", "owned_by"} == set(listed["data"][0])
+    assert listed["data"][2] == call(fake, "GET", "/v1/models/org/model")[1]
+
+
+def test_an_unknown_model_is_a_404_that_names_the_known() -> None:
+    """There is no fallback to another model."""
+    status, answer = call(fake_service(), "GET", "/v1/models/gpt-5")
+
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert "gpt-5" in answer["error"]["message"]
+    assert "fake-1b" in answer["error"]["message"]
+
+
+def test_load_fetches_and_does_not_switch() -> None:
+    """What came, from where, its hash, and the call that serves it."""
+    fake = fake_service()
+    status, answer = call(fake, "POST", "/load", {"repo_id": "org/repo", "filename": "sub/a.gguf", "sha256": "AB" * 32})
+
+    assert [(HuggingFace("org/repo", "sub/a.gguf", "main"), "ab" * 32)] == fake.store.fetches
+    assert (
+        status,
+        *(answer[name] for name in ("status", "repo_id", "filename", "path", "size_bytes")),
+    ) == (200, "downloaded", "org/repo", "sub/a.gguf", "/models/a.gguf", 1000)
+    assert '"model_path": "/models/a.gguf"' in answer["hint"]
+    assert fake.host.swaps == []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"reference": "hf://org/repo/a.gguf@v1"}, HuggingFace("org/repo", "a.gguf", "v1")),
+        ({"reference": "s3://bucket/key/a.gguf"}, S3("bucket", "key/a.gguf")),
+        ({"repo_id": "org/repo", "filename": "a.gguf", "revision": "v1"}, HuggingFace("org/repo", "a.gguf", "v1")),
+    ],
+)
+def test_load_takes_references_too(body: dict[str, str], expected: object) -> None:
+    """A model is named the same way everywhere."""
+    fake = fake_service()
+
+    assert call(fake, "POST", "/load", body)[0] == 200
+    assert expected == fake.store.fetches[0][0]
+
+
+def test_a_load_that_fails_says_why_also_when_streamed() -> None:
+    """Before the first byte as a status, whether `stream` was asked for or not."""
+    fake = fake_service()
+    fake.store.fetch_error = ModelUnavailable("The disk is full: 5 GB are needed, 1 GB is free.")
+    wanted = {"repo_id": "org/repo", "filename": "a.gguf"}
+
+    for body in (wanted, {**wanted, "stream": True}):
+        status, answer = call(fake, "POST", "/load", body)
+        assert (status, answer["error"]["code"]) == (503, "model_unavailable")
+        assert "disk is full" in answer["error"]["message"]
+
+
+def test_a_load_that_fails_late_tells_in_the_stream() -> None:
+    """After the first byte an error is an event; [DONE] still ends the stream."""
+    fake = fake_service()
+
+    def fetch(progress: Any, cancelled: Any) -> None:
+        progress(1, 100)
+        import time
+
+        time.sleep(0.1)
+
+    fake.store.on_fetch = fetch
+    fake.store.fetch_error = ModelUnavailable("The connection broke.")
+    asked = Request(
+        "POST",
+        "/load",
+        "id",
+        {"content-type": "application/json"},
+        body=b'{"repo_id": "org/repo", "filename": "a.gguf", "stream": true}',
+        client="127.0.0.1",
+    )
+
+    async def read() -> bytes:
+        answer = await dispatch(fake.service, asked)
+        assert not isinstance(answer.body, bytes)
+        try:
+            return b"".join([chunk async for chunk in answer.body])
+        finally:
+            await answer.aclose()
+
+    frames = asyncio.run(read()).decode().strip().split("\n\n")
+    assert "The connection broke." in json.loads(frames[-2].removeprefix("data: "))["error"]["message"]
+    assert frames[-1] == "data: [DONE]"
+
+
+def test_closing_a_streamed_load_stops_the_download() -> None:
+    """The thread that downloads is told, and ends."""
+    fake = fake_service()
+    ended = []
+
+    def fetch(progress: Any, cancelled: Any) -> None:
+        import time
+
+        progress(1, 100)
+        while not cancelled():
+            time.sleep(0.01)
+        ended.append(True)
+
+    fake.store.on_fetch = fetch
+    asked = Request(
+        "POST",
+        "/load",
+        "id",
+        {"content-type": "application/json"},
+        body=b'{"repo_id": "org/repo", "filename": "a.gguf", "stream": true}',
+        client="127.0.0.1",
+    )
+
+    async def hang_up() -> None:
+        answer = await dispatch(fake.service, asked)
+        assert not isinstance(answer.body, bytes)
+        await anext(aiter(answer.body))
+        await answer.aclose()
+        await answer.aclose()
+
+    asyncio.run(hang_up())
+    assert ended == [True]
+
+
+def test_reload_swaps_to_a_local_model(tmp_path: Path) -> None:
+    """What is given wins, what is not comes from the settings."""
+    fake = fake_service(store=FakeStore((LocalModel("b.gguf", tmp_path / "b.gguf", 7),)), n_batch=128)
+    status, answer = call(fake, "POST", "/reload", {"model_path": "b.gguf", "n_ctx": 1024, "verbose": None})
+
+    assert (status, answer["status"], answer["model"]) == (200, "ready", "b")
+    [(path, config)] = fake.host.swaps
+    assert (str(tmp_path / "b.gguf"), 1024, 128) == (path, config.n_ctx, config.n_batch)
+    assert answer["active"]["config"]["n_ctx"] == 1024
+
+
+def test_reload_without_a_path_loads_the_same_model_anew() -> None:
+    """An empty body will do."""
+    fake = fake_service()
+
+    assert call(fake, "POST", "/reload")[0] == 200
+    assert fake.host.swaps[0][0] == "/models/fake-1b.gguf"
+
+
+def test_reload_without_any_model_says_so() -> None:
+    """Nothing served, nothing configured: name one."""
+    fake = fake_service(host=FakeHost())
+    fake.host.boot = {}
+    status, answer = call(fake, "POST", "/reload", {})
+
+    assert (status, answer["error"]["param"]) == (400, "model_path")
+
+
+def test_reload_of_a_model_that_is_elsewhere_says_load() -> None:
+    """/reload serves what is here; /load brings it."""
+    status, answer = call(fake_service(), "POST", "/reload", {"model_path": "hf://org/repo/a.gguf"})
+
+    assert status == 400
+    assert "/load" in answer["error"]["message"]
+
+
+def test_a_reload_that_fails_says_why() -> None:
+    """The host's words reach the client; that the old model stays is the host's part."""
+    fake = fake_service()
+    fake.host.swap_error = ModelUnavailable("Not enough memory for 'b'.")
+    status, answer = call(fake, "POST", "/reload", {})
+
+    assert (status, answer["error"]["message"]) == (503, "Not enough memory for 'b'.")
+
+
+def test_an_unforeseen_api_error_is_told_as_a_fixed_sentence() -> None:
+    """ApiError itself carries a message for the log only."""
+    fake = fake_service()
+    fake.host.swap_error = ApiError("llama_decode returned -3 at 0xdeadbeef")
+    status, answer = call(fake, "POST", "/reload", {})
+
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    assert "0xdeadbeef" not in answer["error"]["message"]
