@@ -107,7 +107,7 @@ class Directory:
         return next((path for path in found if path.is_file()), found[0])
 
     def _served_as(self, path: Path) -> Path | None:
-        """What to open for `path`, None if it may not be served. Links are resolved anew each time: mounts come late."""
+        """What to open for `path`, None if it may not be served. Links are resolved anew: mounts come late."""
         real = path.resolve()
         if real.is_relative_to(self.root.resolve()):
             return real

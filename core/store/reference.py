@@ -12,6 +12,7 @@ FORMS = "a file in MODELS_DIR, hf://org/repo/file.gguf@revision or s3://bucket/k
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can carry one, no file system can
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -89,6 +90,11 @@ def s3(bucket: str, key: str) -> S3:
             f"An S3 model is named s3://bucket/path/file.gguf, without '..', got {_quote(f's3://{bucket}/{key}')}."
         )
     return S3(bucket, key)
+
+
+def is_commit(revision: str) -> bool:
+    """Whether it is a whole git commit id, which always means the same."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def split_part(filename: str) -> tuple[int, int] | None:

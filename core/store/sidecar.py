@@ -40,18 +40,28 @@ def path_of(file: Path) -> Path:
 
 def read(file: Path) -> Sidecar | None:
     """The sidecar of `file`, None if there is none or if it speaks of another file."""
+    known = peek(file)
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    if known is None or known.size_bytes != stat.st_size or not _same_time(known.mtime_ns, stat.st_mtime_ns):
+        return None
+    return known
+
+
+def peek(file: Path) -> Sidecar | None:
+    """The sidecar of `file` as it stands, true or not: says whose place this is after an end between two renames."""
     try:
         found = json.loads(path_of(file).read_bytes())
-        stat = file.stat()
     except (OSError, ValueError):
         return None
     if not isinstance(found, dict):
         return None
     known: dict[str, Any] = {field.name: found.get(field.name) for field in fields(Sidecar)}
     texts = (known[name] for name in ("origin", "source", "sha256", "published"))
-    if not all(isinstance(value, str) for value in texts) or not isinstance(known["mtime_ns"], int):
-        return None
-    if known["size_bytes"] != stat.st_size or not _same_time(known["mtime_ns"], stat.st_mtime_ns):
+    numbers = (known[name] for name in ("size_bytes", "mtime_ns"))
+    if not all(isinstance(value, str) for value in texts) or not all(isinstance(value, int) for value in numbers):
         return None
     return Sidecar(**known)
 

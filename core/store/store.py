@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from core.errors import ModelNotFound
-from core.store import sidecar
+from core.errors import ModelNotFound, ModelUnavailable
+from core.store import sidecar, target
 from core.store.directory import Directory, LocalModel, parts
+from core.store.download import Download, Landed, is_sound, origin, places
 from core.store.model_file import ModelFile
-from core.store.reference import S3, File, HuggingFace, Reference, model_name
-from core.store.source import Cancelled, Mirror, Progress, Source
+from core.store.partial import sha256_of
+from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name
+from core.store.source import Cancelled, DownloadCancelled, Found, Mirror, Progress, Source
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Cancelled", "Fetched", "LocalModel", "Progress", "Store"]
 
@@ -71,7 +77,7 @@ class Store:
                 return self.locate(reference.path)
             except ModelNotFound:
                 return None
-        raise NotImplementedError
+        return self._find(reference)
 
     def fetch(
         self,
@@ -87,7 +93,34 @@ class Store:
         Raises InvalidRequest (no such repository, file or revision; wrong sha256; not a GGUF) or ModelUnavailable
         (network, disk space), each saying what to do.
         """
-        raise NotImplementedError
+        if isinstance(reference, HuggingFace) and is_commit(reference.revision):
+            refresh = False  # it cannot have changed its meaning
+        report = progress or _ignore
+        stop = cancelled or _never
+        if not refresh and sha256 is None and (path := self._find(reference)) is not None:
+            return self._present(reference, path, stop)
+        failure: ModelUnavailable | None = None
+        try:
+            for source, found in self._found(reference, refresh=refresh):
+                try:
+                    landed = Download(self._directory.root, source, found, sha256, report, stop).run()
+                except DownloadCancelled:
+                    raise
+                except ModelUnavailable as error:
+                    log.warning("%s could not deliver %s: %s", source.name, reference, error.message)
+                    failure = failure or error
+                    continue
+                if isinstance(reference, HuggingFace) and self._mirror is not None:
+                    self._mirror.offer(reference, found, landed.paths)
+                return _to_fetched(landed)
+        except DownloadCancelled:
+            raise
+        except ModelUnavailable as error:
+            failure = failure or error
+        if sha256 is None and (path := self._find(reference)) is not None:
+            log.warning("%s is served as it is here: no source answered", reference)
+            return self._present(reference, path, stop)
+        raise failure or ModelNotFound(f"No source has {reference}.", param="filename")
 
     def open(
         self, reference: Reference, *, progress: Progress | None = None, cancelled: Cancelled | None = None
@@ -95,7 +128,91 @@ class Store:
         """What llama.cpp can open now: a local file at once, else downloaded to MODEL_TARGET, perhaps arriving yet."""
         if isinstance(reference, File):
             return self._local(reference, self.locate(reference.path))
-        raise NotImplementedError
+        if (path := self._find(reference)) is not None:
+            return self._local(reference, path)
+        if (model := self._open_memory(reference, progress or _ignore, cancelled or _never)) is not None:
+            return model
+        fetched = self.fetch(reference, refresh=False, progress=progress, cancelled=cancelled)
+        return self._local(reference, fetched.path)
+
+    def _open_memory(self, reference: HuggingFace | S3, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+        """None: the model goes to the disk, because it is to, or because no source can bring it into memory."""
+        if self._target == "disk":
+            return None
+        for source, found in self._found(reference, refresh=False):
+            where = target.choose(
+                self._target, self._directory.root, found.size_bytes, prefer_memory=self._prefer_memory
+            )
+            if where == "disk" or len(found.files) > 1:  # the parts of a split model are found by their names
+                return None
+            name = model_name(found.files[0].path)
+            try:
+                model = source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
+            except DownloadCancelled:
+                raise
+            except ModelUnavailable as error:
+                log.warning("%s could not deliver %s into memory: %s", source.name, reference, error.message)
+                continue
+            if model is not None:
+                return model
+        return None
+
+    def _found(self, reference: HuggingFace | S3, *, refresh: bool) -> Iterator[tuple[Source, Found]]:
+        """The sources that have the model, in their order, each with what it has.
+
+        With `refresh`, the authority is asked first what the branch means now; the others must then have that very
+        commit. Raises what the authority says (InvalidRequest), or ModelUnavailable if no source could answer.
+        """
+        failure: ModelUnavailable | None = None
+        told: Found | None = None
+        asked = reference
+        authority = next((source for source in self._sources if source.authority), None)
+        if refresh and authority is not None and isinstance(reference, HuggingFace):
+            try:
+                told = authority.resolve(reference, refresh=True)
+            except ModelUnavailable as error:
+                failure = error
+            if told is not None and told.commit is not None:
+                asked = replace(reference, revision=told.commit)
+        answered = False
+        for source in self._sources:
+            try:
+                found = told if source is authority and refresh else source.resolve(asked, refresh=refresh)
+            except ModelUnavailable as error:
+                log.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
+                failure = failure or error
+                continue
+            if found is None or not _agree(found, told):
+                continue
+            answered = True
+            yield source, replace(found, reference=reference)
+        if not answered and failure is not None:
+            raise failure
+
+    def _find(self, reference: HuggingFace | S3) -> Path | None:
+        """The file that a fetch of `reference` left, or that was put by hand where a fetch would."""
+        for place in places(reference):
+            paths = parts(self._directory.root / place)
+            if not all(path.is_file() for path in paths):
+                continue
+            known = [sidecar.read(path) for path in paths]
+            if all(known):
+                if all(each and _matches(each, reference, path) for each, path in zip(known, paths, strict=True)):
+                    return paths[0]
+                continue
+            if isinstance(reference, HuggingFace) and reference.revision != "main":
+                continue  # nothing says which revision a file is that was put there by hand
+            if not any(known) and is_sound(paths):
+                return paths[0]
+        return None
+
+    def _present(self, reference: HuggingFace | S3, path: Path, cancelled: Cancelled) -> Fetched:
+        known = sidecar.read(path)
+        size = sum(part.stat().st_size for part in parts(path))
+        if known is not None:
+            return Fetched("present", path, size, known.sha256, known.source, known.commit)
+        with path.open("rb") as file:
+            return Fetched("present", path, size, sha256_of(file.fileno(), cancelled), "file")
 
     def _local(self, reference: Reference, path: Path) -> ModelFile:
         known = sidecar.read(path)
@@ -108,3 +225,43 @@ class Store:
             sha256=known.sha256 if known else None,
             commit=known.commit if known else None,
         )
+
+
+def _to_fetched(landed: Landed) -> Fetched:
+    first = landed.sidecars[0]
+    return Fetched(
+        "downloaded" if landed.fresh else "present",
+        landed.paths[0],
+        sum(each.size_bytes for each in landed.sidecars),
+        first.sha256,
+        first.source,
+        first.commit,
+    )
+
+
+def _matches(known: sidecar.Sidecar, reference: HuggingFace | S3, path: Path) -> bool:
+    """Whether a file, by its sidecar, is (a part of) what `reference` names. Parts of one model share a folder."""
+    folder, _, _ = origin(reference).rpartition("/")
+    if known.origin.rpartition("/")[0] != folder or known.origin.rpartition("/")[2] != path.name:
+        return False
+    return not isinstance(reference, HuggingFace) or known.names(reference.revision)
+
+
+def _agree(found: Found, told: Found | None) -> bool:
+    """Whether a source has the files that the hub speaks of, as far as both say."""
+    if told is None or found is told:
+        return True
+    if len(found.files) != len(told.files):
+        return False
+    return all(
+        ours.size_bytes == theirs.size_bytes and (None in (ours.sha256, theirs.sha256) or ours.sha256 == theirs.sha256)
+        for ours, theirs in zip(found.files, told.files, strict=True)
+    )
+
+
+def _ignore(_done: int, _total: int) -> None:
+    return None
+
+
+def _never() -> bool:
+    return False

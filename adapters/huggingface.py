@@ -1,0 +1,218 @@
+"""Hugging Face Hub as a Source: huggingface_hub's own session, headers and errors, straight into the store's file.
+
+huggingface_hub knows the token, the endpoint, HF_HOME, HF_HUB_OFFLINE and the hub's error codes; its cache is not used,
+so that a model lies on the disk once. Its `http_get` is not used either: it hands over 10 MiB at a time, and so reports
+progress and notices a cancellation no more often than that. Files kept by xet come over the hub's HTTP bridge.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from core.errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable
+from core.store.model_file import ModelFile
+from core.store.reference import S3, HuggingFace, split_files
+from core.store.source import Cancelled, DownloadCancelled, Found, Partial, Progress, RemoteFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+TRIES = 5  # in a row without a new byte
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LANDED_EVERY = 1 << 20
+
+
+class Hub:
+    """A Source for hf:// references. `token` None: huggingface_hub's own (HF_TOKEN, or the one it saved in HF_HOME)."""
+
+    name = "huggingface"
+    authority = True
+
+    def __init__(self, endpoint: str, token: str | None = None, *, backoff_s: float = 0.5) -> None:
+        self._endpoint = endpoint.rstrip("/")
+        self._token = token
+        self._backoff_s = backoff_s
+
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+        """Ask the hub for commit, size and sha256 of each file (one HEAD each).
+
+        Raises ModelNotFound, InvalidRequest (gated, disabled, refused token) or ModelUnavailable.
+        """
+        if not isinstance(reference, HuggingFace):
+            return None
+        files: list[RemoteFile] = []
+        commit: str | None = None
+        for path in split_files(reference.filename):
+            file, commit = self._head(reference, path, commit or reference.revision)
+            files.append(file)
+        return Found(self.name, reference, tuple(files), commit)
+
+    def download(
+        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+    ) -> bool:
+        """GETs from where the file ends, again after each break, until it is whole. Verification is the store's."""
+        from huggingface_hub.errors import HTTPError
+
+        assert isinstance(found.reference, HuggingFace)
+        url = self.url(found, file)
+        failures = 0
+        while partial.done < partial.size:
+            before = partial.done
+            try:
+                self._get(url, partial, progress, cancelled)
+                failure: Exception | None = None
+            except HTTPError as error:
+                failure = error
+            if partial.done > before:
+                failures = 0
+            if partial.done == partial.size:
+                break
+            failures += 1
+            if failures >= TRIES or not _is_transient(failure):
+                raise self._explain(failure, found.reference, file.path) from failure
+            log.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
+            _sleep(self._backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1), cancelled)  # noqa: S311 - jitter
+        return False
+
+    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+        return None
+
+    def url(self, found: Found, file: RemoteFile) -> str:
+        """Of the file at the commit that was found; with `headers()` any HTTP client can read ranges of it."""
+        from huggingface_hub import hf_hub_url
+
+        assert isinstance(found.reference, HuggingFace)
+        revision = found.commit or found.reference.revision
+        return hf_hub_url(found.reference.repo_id, file.path, revision=revision, endpoint=self._endpoint)
+
+    def headers(self) -> Mapping[str, str]:
+        """User agent and, where there is a token, its Authorization; not to be sent beyond the hub's own host."""
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(token=self._token, library_name="slm-api-server")
+
+    def _head(self, reference: HuggingFace, path: str, revision: str) -> tuple[RemoteFile, str | None]:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+        url = hf_hub_url(reference.repo_id, path, revision=revision, endpoint=self._endpoint)
+        try:
+            # Retried by huggingface_hub on 429, 5xx and network errors, up to 5 times with backoff.
+            found = get_hf_file_metadata(
+                url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint, retry_on_errors=True
+            )
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            raise self._explain(error, reference, path) from error
+        if found.size is None:
+            raise ModelUnavailable(f"{self._endpoint} names no size for {path!r}; is HF_ENDPOINT a Hugging Face Hub?")
+        etag = found.etag or ""
+        sha256 = etag if _SHA256.fullmatch(etag) else None  # a file not in LFS has a git blob id instead
+        return RemoteFile(path, found.size, sha256, found.etag), found.commit_hash
+
+    def _get(self, url: str, partial: Partial, progress: Progress, cancelled: Cancelled) -> None:
+        """One GET, written as it comes. Raises huggingface_hub's HTTPError, OSError of the disk, DownloadCancelled."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import hf_raise_for_status
+
+        offset = partial.done
+        headers = {**self.headers(), "Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        session = get_session()
+        with session.stream(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+        ) as response:
+            hf_raise_for_status(response)
+            if offset and not _continues(response, offset, partial.size):
+                offset = 0
+                partial.landed(0)
+            try:
+                for chunk in response.iter_bytes():
+                    if cancelled():
+                        raise DownloadCancelled
+                    piece = memoryview(chunk)[: partial.size - offset]
+                    while piece:
+                        written = os.pwrite(partial.fd, piece, offset)
+                        piece, offset = piece[written:], offset + written
+                    if offset - partial.done >= _LANDED_EVERY:
+                        partial.landed(offset)
+                    progress(offset, partial.size)
+            finally:
+                with suppress(OSError):  # a full disk: the reason is already on its way
+                    partial.landed(offset)
+
+    def _explain(self, error: Exception | None, reference: HuggingFace, path: str) -> ApiError:
+        """What went wrong, in our words; the hub's go to the log."""
+        from huggingface_hub import errors
+
+        log.warning("the hub failed for %s: %s", reference, error)
+        where = f"{reference.repo_id} at {self._endpoint}"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        match error:
+            case errors.GatedRepoError():
+                return InvalidRequest(
+                    f"{reference.repo_id} is gated: accept its terms there and set HF_TOKEN to that account's token.",
+                    param="repo_id",
+                )
+            case errors.RepositoryNotFoundError():
+                return ModelNotFound(
+                    f"There is no repository {where}, or it is private: check 'repo_id' and HF_TOKEN.",
+                    param="repo_id",
+                )
+            case errors.RevisionNotFoundError():
+                return ModelNotFound(f"{where} has no revision {reference.revision!r}.", param="revision")
+            case errors.EntryNotFoundError():
+                return ModelNotFound(
+                    f"{where} has no file {path!r} in revision {reference.revision!r}.", param="filename"
+                )
+            case errors.DisabledRepoError():
+                return InvalidRequest(f"{reference.repo_id} was disabled by the hub.", param="repo_id")
+            case errors.OfflineModeIsEnabled():
+                return ModelUnavailable(
+                    "HF_HUB_OFFLINE is set and the model is not here: unset it, or put the file into MODELS_DIR.",
+                    retry_after=None,
+                )
+        if status in (401, 403):
+            return InvalidRequest(
+                f"The hub refused access to {reference.repo_id}: HF_TOKEN is missing, wrong or without that right.",
+                param="repo_id",
+            )
+        if status == 404:
+            return ModelNotFound(f"{where} has no file {path!r}.", param="filename")
+        if status is not None and status < 500 and status not in (408, 416, 429):
+            return InvalidRequest(f"The hub answered {status} for {path!r} of {reference.repo_id}.", param="repo_id")
+        reason = f"it answered {status}" if status is not None else "the connection failed or stalled"
+        return ModelUnavailable(
+            f"{path!r} could not be read from {self._endpoint}: {reason}. What arrived is kept; try again.",
+            retry_after=30 if status == 429 else 10,
+        )
+
+
+def _continues(response: Any, offset: int, size: int) -> bool:
+    """Whether the answer is the range that was asked for: a server or proxy may send the whole file instead."""
+    if response.status_code != 206:
+        return False
+    given: str = response.headers.get("Content-Range", "")
+    return given.startswith(f"bytes {offset}-") and given.endswith((f"/{size}", "/*"))
+
+
+def _is_transient(error: Exception | None) -> bool:
+    """Breaks, timeouts and servers in trouble are; a 404 is not. None: the body ended early without an error."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status in (408, 416, 429) or status >= 500
+
+
+def _sleep(seconds: float, cancelled: Cancelled) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if cancelled():
+            raise DownloadCancelled
+        time.sleep(min(left, 0.1))
