@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 class Slot:
     """A sequence id of llama.cpp's cache. `tokens` are those whose keys and values it holds, from position 0."""
 
-    __slots__ = ("id", "sequence", "tenant", "tokens", "used")
+    __slots__ = ("id", "n_prompt", "sequence", "tenant", "tokens", "used")
 
     def __init__(self, slot_id: int) -> None:
         self.id = slot_id
         self.tokens: list[int] = []
+        self.n_prompt = 0  # how many of them were the last request's prompt
         self.tenant = ""
         self.used = 0  # when it was last taken, by the scheduler's count
         self.sequence: Sequence | None = None
