@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SAM := build/sam/bin/sam
 .DEFAULT_GOAL := help
-.PHONY: help dev install run test lint format settings bench clean
+.PHONY: help dev install run test lint format settings bench sam image image-test clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,11 +20,14 @@ run: | $(VENV)/.installed ## serve as in production, configured by the environme
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/.installed-dev ## ruff, strict mypy, and the generated parts of README and .env.example
+lint: $(VENV)/.installed-dev $(SAM) ## ruff, strict mypy, the generated parts of README and .env.example, the template, the Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m infra.settings_table --check
+	$(BIN)/cfn-lint template.yaml
+	$(BIN)/hadolint Dockerfile.lambda infra/Dockerfile
+	SAM_CLI_TELEMETRY=0 $(SAM) validate --lint --template template.yaml
 
 format: $(VENV)/.installed-dev ## rewrite the sources as ruff would have them
 	$(BIN)/ruff check --fix .
@@ -34,6 +38,15 @@ settings: $(VENV)/.installed-dev ## write .env.example and the README's table fr
 
 bench: $(VENV)/.installed-dev ## measure over HTTP
 	$(BIN)/python -m infra.bench
+
+sam: $(SAM) ## install SAM CLI into build/sam, because its pins fit no other environment
+
+image: ## build the Lambda image as slm-api-server:lambda; ENGINE=docker or podman, BUILD_OPTIONS='--build-arg ...'
+	$(or $(ENGINE),$(shell command -v docker || command -v podman)) build $(BUILD_OPTIONS) -f Dockerfile.lambda \
+	  --build-arg EMBEDDED=on -t slm-api-server:lambda .
+
+image-test: $(VENV)/.installed-dev $(SAM) ## build the Lambda image with a model and run it as Lambda and SAM do (25 minutes, once)
+	$(BIN)/python -m infra.image_test
 
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
@@ -46,6 +59,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@infra/install.sh $(VENV) dev
 	@touch $@ $(VENV)/.installed
+
+$(SAM):
+	$(PYTHON) -m venv build/sam
+	build/sam/bin/pip install --quiet aws-sam-cli==1.170.0
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
