@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from adapters.blocks import OVERTAKE_S, Blocks, Part
+from adapters.checksum import Checksum
 from adapters.connection import Broken, Connection
 from core.errors import ModelUnavailable
 
@@ -45,25 +46,6 @@ class Origin(Protocol):
         `renew`: the last one was refused, so fetch new credentials or a new address first.
         """
         ...
-
-
-class Checksum(Protocol):
-    """A check over a whole object, fed in order."""
-
-    def update(self, data: memoryview, /) -> None: ...
-
-    def matches(self) -> bool: ...
-
-
-class Sha256:
-    """The whole object's sha256, in hex."""
-
-    def __init__(self, expected: str) -> None:
-        self._expected, self._hash = expected.lower(), hashlib.sha256()
-        self.update = self._hash.update
-
-    def matches(self) -> bool:
-        return self._hash.hexdigest() == self._expected
 
 
 class _Refused(Exception):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from range_server import PlainOrigin, RangeServer
 
 from adapters import ranged
-from adapters.ranged import Sha256, Transfer
+from adapters.checksum import Sha256
+from adapters.ranged import Transfer
 from core.errors import ModelUnavailable
 
 BLOCK = 1000

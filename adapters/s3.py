@@ -1,0 +1,221 @@
+"""S3 as a Source: the mirror of Hugging Face in S3_BUCKET, and any s3://bucket/key. Reads only, without boto3.
+
+The mirror's layout is the hub's, keyed by commit:
+
+    <prefix>/org/repo/<commit>/file.gguf                  the model
+    <prefix>/org/repo/<commit>/file.gguf.manifest.json    its digests, written last (`adapters.manifest`)
+    <prefix>/org/repo/<commit>/file.gguf.lease            while somebody uploads it (`adapters.s3_mirror`)
+    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from adapters import memory
+from adapters.bucket import Bucket, Denied, Reply
+from adapters.checksum import s3_values, strongest
+from adapters.manifest import SUFFIX, MalformedManifest, Manifest
+from adapters.ranged import BLOCK_BYTES, Transfer
+from core.errors import ModelNotFound, ModelUnavailable
+from core.store.model_file import ModelFile
+from core.store.reference import S3, HuggingFace, is_commit, split_files
+from core.store.source import Cancelled, Found, Partial, Progress, RemoteFile
+
+PART_BYTES = 8 << 20  # enough for a request's latency not to count, small enough to share out evenly
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class S3File(RemoteFile):
+    """An object that was found, with its manifest if it has one."""
+
+    bucket: Bucket | None = None
+    key: str = ""
+    manifest: Manifest | None = None
+    checksums: Mapping[str, bytes] | None = None  # of a plain object, by algorithm
+
+
+class Layout:
+    """Where things lie in the mirror."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    def model(self, reference: HuggingFace, commit: str, path: str) -> str:
+        return f"{self._prefix}{reference.repo_id}/{commit}/{path}"
+
+    def ref(self, reference: HuggingFace) -> str:
+        return f"{self._prefix}{reference.repo_id}/refs/{reference.revision}"
+
+
+class S3Storage:
+    """A Source. `mirror` None: only s3:// references. `bucket` makes the Bucket of such a reference."""
+
+    name = "s3"
+    authority = False
+
+    def __init__(
+        self,
+        bucket: Callable[[str], Bucket],
+        *,
+        mirror: Bucket | None = None,
+        prefix: str = "",
+        threads: int = 0,
+        part_bytes: int = 0,
+    ) -> None:
+        self._bucket = bucket
+        self._mirror = mirror
+        self._layout = Layout(prefix)
+        self._threads = threads or default_threads()
+        self._part_bytes = part_bytes or PART_BYTES
+        self._lock = threading.Lock()
+        self._refs: dict[tuple[str, str], str] = {}  # what the mirror's refs said: (repository, name) -> commit
+
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+        """What the mirror holds of a hub reference (None: not all of it), or the object that an s3:// reference names.
+
+        Raises ModelNotFound for an s3:// reference without an object, Denied or ModelUnavailable.
+        """
+        if isinstance(reference, S3):
+            bucket = self._bucket(reference.bucket)
+            files = [self._object(bucket, key) for key in split_files(reference.key)]
+            return Found(self.name, reference, tuple(files))
+        if self._mirror is None:
+            return None
+        try:
+            return self._mirrored(self._mirror, reference, refresh=refresh)
+        except Denied as error:
+            # Without s3:ListBucket a missing key is a 403 too: it may just not be there.
+            log.warning("the mirror is passed over: %s", error.message)
+            return None
+
+    def known_ref(self, reference: HuggingFace) -> str | None:
+        """The commit that the mirror named for this branch in this process. No network."""
+        with self._lock:
+            return self._refs.get((reference.repo_id, reference.revision))
+
+    def download(
+        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+    ) -> bool:
+        """Fill `partial` in parallel; what it has from an earlier try is verified first where there is a manifest."""
+
+        def told(done: int, size: int) -> None:
+            partial.landed(transfer.front())
+            progress(done, size)
+
+        assert isinstance(file, S3File)
+        transfer = self._transfer(file, partial.fd, resume=partial.done)
+        transfer.start()
+        try:
+            memory.follow(transfer, told, cancelled)
+        finally:
+            transfer.cancel()  # a no-op once it is complete; else nothing may write any more
+            partial.landed(transfer.front())
+        return file.manifest is not None
+
+    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+        """With a manifest, returns once header and vocabulary are there and verified, the rest on its way."""
+        file = found.files[0]
+        if len(found.files) != 1 or not memory.is_supported():
+            return None
+        assert isinstance(file, S3File)
+        whole = file.manifest is None  # nothing to verify the header by until the end
+        received = memory.receive(
+            file, lambda fd: self._transfer(file, fd, resume=0), name, progress, cancelled, whole=whole
+        )
+        return ModelFile(
+            name=name,
+            path=received.path,
+            size_bytes=file.size_bytes,
+            reference=str(found.reference),
+            source=self.name,
+            sha256=file.sha256,
+            commit=found.commit,
+            arrival=received.arrival,
+            release=received.release,
+        )
+
+    def _transfer(self, file: S3File, fd: int, *, resume: int) -> Transfer:
+        assert file.bucket is not None
+        assert file.etag is not None
+        manifest = file.manifest
+        return Transfer(
+            file.bucket.origin(file.key, file.etag),
+            fd,
+            file.size_bytes,
+            block_bytes=manifest.block_bytes if manifest else BLOCK_BYTES,
+            digests=manifest.digests() if manifest else None,
+            checksum=None if manifest else strongest(file.checksums or {}),
+            first_bytes=manifest.header_bytes if manifest else 0,
+            resume=resume,
+            threads=self._threads,
+            part_bytes=self._part_bytes,
+        )
+
+    def _mirrored(self, bucket: Bucket, reference: HuggingFace, *, refresh: bool) -> Found | None:
+        commit: str | None = reference.revision
+        if not is_commit(reference.revision):
+            if refresh:
+                return None  # only the hub knows
+            commit = self._ref(bucket, reference)
+        if commit is None:
+            return None
+        files = []
+        for path in split_files(reference.filename):
+            file = self._with_manifest(bucket, self._layout.model(reference, commit, path), path)
+            if file is None:
+                return None
+            files.append(file)
+        return Found(self.name, reference, tuple(files), commit)
+
+    def _ref(self, bucket: Bucket, reference: HuggingFace) -> str | None:
+        reply = bucket.get(self._layout.ref(reference), most=256)
+        commit = reply.body.decode("latin-1").strip() if reply else ""
+        if not is_commit(commit):
+            return None
+        with self._lock:
+            self._refs[reference.repo_id, reference.revision] = commit
+        return commit
+
+    def _with_manifest(self, bucket: Bucket, key: str, path: str) -> S3File | None:
+        reply = bucket.get(key + SUFFIX)
+        if reply is None:
+            return None
+        try:
+            manifest = Manifest.from_json(reply.body)
+        except MalformedManifest as error:
+            log.warning("s3://%s/%s%s is passed over: %s", bucket.name, key, SUFFIX, error)
+            return None
+        return S3File(path, manifest.size_bytes, manifest.sha256, manifest.etag, bucket, key, manifest)
+
+    def _object(self, bucket: Bucket, key: str) -> S3File:
+        try:
+            file = self._with_manifest(bucket, key, key)
+        except Denied:
+            file = None  # perhaps only the object itself may be read; the HEAD will tell
+        if file is not None:
+            return file
+        reply = bucket.head(key)
+        if reply is None:
+            raise ModelNotFound(f"There is no object s3://{bucket.name}/{key}; check bucket and key.")
+        return _plain(bucket, key, reply)
+
+
+def default_threads() -> int:
+    """Connections: S3 gives 80 MB/s or so to each; more than a few per CPU only contend for it."""
+    return max(4, min(16, 4 * len(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else 8
+
+
+def _plain(bucket: Bucket, key: str, reply: Reply) -> S3File:
+    size, etag = reply.headers.get("content-length", ""), reply.headers.get("etag", "")
+    if not size.isdecimal() or not etag:
+        raise ModelUnavailable(f"s3://{bucket.name}/{key} has no size or no ETag; is this an S3?", retry_after=None)
+    values = s3_values(reply.headers)
+    sha256 = values["sha256"].hex() if "sha256" in values else None
+    return S3File(key, int(size), sha256, etag, bucket, key, None, values)
