@@ -106,6 +106,9 @@ class Cycle:
             await app(scope, self.receive, self.send)
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, ends one request and not every other's loop
             return error
+        finally:
+            if not self._complete and not self._answer.begun:
+                self._answer.withdraw()  # now: in the next turn of the loop the prelude would leave
         return None
 
     async def _conclude(self, error: BaseException | None, late: bool) -> None:

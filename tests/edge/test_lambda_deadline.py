@@ -1,0 +1,171 @@
+"""The deadline: the answer is ended before Lambda ends the process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from adapters.aws_lambda.cycle import HARD_MARGIN_S
+from infra.runtime_api_exchange import Exchange
+from tests.lambda_runtime import json_app, runtime
+
+EVENTS = (b"content-type", b"text/event-stream")
+SHORT = HARD_MARGIN_S + 0.3
+
+
+def answer(app: Any, *, mode: str = "auto", timeout_s: float = SHORT) -> Exchange:
+    async def go() -> Exchange:
+        async with runtime(app, mode=mode) as bench:
+            exchange = await bench.get(timeout_s=timeout_s)
+            await bench.is_well()
+            return exchange
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("mode", ["auto", "buffered"])
+def test_no_answer_by_the_deadline_is_a_504(mode: str) -> None:
+    """An application that has not begun is cancelled, and its client told in time."""
+    cleaned: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cleaned.append("up")
+
+    exchange = answer(app, mode=mode)
+
+    assert exchange.status == 504
+    assert b"timeout" in exchange.body
+    assert cleaned == ["up"]
+    assert time.monotonic() > exchange.deadline - HARD_MARGIN_S - 0.05
+
+
+def test_a_running_stream_is_ended_with_trailers() -> None:
+    """A stream that is still going is ended between chunks, with an error event and trailers."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        while True:
+            await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+            await asyncio.sleep(0.02)
+
+    exchange = answer(app)
+
+    assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
+    assert exchange.body.endswith(b'"code": "timeout"}}\n\ndata: [DONE]\n\n')
+
+
+def test_an_application_may_finish_when_it_is_cancelled() -> None:
+    """What it still sends in its `except CancelledError` is sent, and is then the whole answer."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    exchange = answer(app)
+
+    assert exchange.body == b"data: [DONE]\n\n"
+    assert exchange.trailers == {}
+
+
+def test_an_application_that_ignores_cancellation_is_left_behind() -> None:
+    """It can neither hold up the next event nor write into another's answer."""
+    raised: list[BaseException] = []
+    release = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+        try:
+            await send({"type": "http.response.body", "body": b"from the dead"})
+        except OSError as error:
+            raised.append(error)
+
+    async def go() -> None:
+        async with runtime(app) as bench:
+            exchange = await bench.get(timeout_s=SHORT)
+            assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
+            await bench.is_well()
+            release.set()
+            await asyncio.sleep(0.02)
+            assert len(raised) == 1
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -5.0, HARD_MARGIN_S / 2])
+def test_a_deadline_already_past_is_a_504_at_once(timeout_s: float) -> None:
+    """The application is not even called."""
+    called: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append(scope)
+
+    exchange = answer(app, timeout_s=timeout_s)
+
+    assert exchange.status == 504
+    assert called == []
+
+
+def test_a_blocked_loop_is_answered_late_but_answered() -> None:
+    """Synchronous code that blocks over the deadline cannot be interrupted; the event still gets its answer."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        time.sleep(SHORT + 0.1)
+        await json_app()(scope, receive, send)
+
+    exchange = answer(app)
+
+    assert exchange.status in (200, 504)
+
+
+def test_a_reader_that_stalls_does_not_hold_the_deadline() -> None:
+    """When nobody reads, the application waits in send; at the deadline the stream is ended all the same."""
+    from infra.runtime_api_exchange import Behaviour
+
+    waited: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        for number in range(4000):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            waited.append(number)
+
+    async def go() -> None:
+        async with runtime(app) as bench:
+            exchange = await bench.get(timeout_s=SHORT + 0.3, behaviour=Behaviour(pause_s=0.03))
+            assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
+            assert len(waited) < 1000  # what was not read was not produced, either
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+def test_the_application_knows_the_deadline() -> None:
+    """Scope and context tell how much time is left, so that generation can end first."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+        await json_app()(scope, receive, send)
+
+    exchange = answer(app, timeout_s=20)
+
+    known = seen[0]["extensions"]["slm.request"]
+    assert abs(known["deadline"] - exchange.deadline) < 0.1
+    assert known["id"] == exchange.id
+    assert known["trusted"] is False
+    assert 0 < seen[0]["aws.context"].get_remaining_time_in_millis() <= 20_000
