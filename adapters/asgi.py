@@ -16,10 +16,8 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote
-
-from starlette.applications import Starlette
 
 from core.errors import InvalidRequest, TooLarge
 from core.service import Service
@@ -27,6 +25,9 @@ from core.settings import Settings
 from handlers.dispatch import dispatch, finished, refusal
 from handlers.message import Request, Response
 from handlers.trace import identify, open_facts, request_id
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -41,13 +42,14 @@ DRAIN_FACTOR, DRAIN_S = 4, 5.0
 
 def create_app(service: Service | None = None) -> Starlette:
     """The application. Without a service one is built from the environment when the application starts."""
+    from starlette.applications import Starlette  # 40 ms that a runtime with a lifespan of its own may spare
+
     endpoint = Endpoint(service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         built = endpoint.service()
-        if built.settings.auto_preload:
-            built.host.start()
+        built.host.start()
         try:
             yield
         finally:

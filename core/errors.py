@@ -57,7 +57,7 @@ class ContextOverflow(InvalidRequest):
 
     def __init__(self, prompt_tokens: int, n_ctx: int, *, param: str | None = "messages") -> None:
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, of which at least one is for the answer. "
+            f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, and at least one is for the answer. "
             "Shorten the prompt or raise N_CTX.",
             param=param,
         )

@@ -1,18 +1,39 @@
 """Host: which model is served now. Loads it, swaps it, lends it out; knows no HTTP and no sources.
 
-States: `unloaded` (nothing to serve) -> `available` (a model is configured or on disk, not in memory) -> `ready`.
+States: `unloaded` (nothing to serve) -> `available` (a model is on this machine, not in memory) -> `ready`.
 `loading` and `error` are reported beside the state, never instead of it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from core.boot import Choice, choose
 from core.engine.generation import Engine, EngineConfig
+from core.errors import ApiError, ModelUnavailable
+from core.settings import Settings
+from core.store.model_file import ModelFile
+from core.store.reference import File, Reference
+from core.store.store import Store
+from core.store.target import free_memory, megabytes
+from core.timeline import Timeline
+
+log = logging.getLogger("slm.host")
 
 Status = Literal["unloaded", "available", "ready"]
+LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], Engine]
+
+STOP_S = 2.0  # what leases get to come back once their answers were cut
+RETRY_S = 5.0  # a load that failed is not tried again sooner
+KV_BYTES_PER_TOKEN = 64 << 10  # between SmolLM2's 23 KiB and Llama 3 8B's 128 KiB; only to guess what a swap needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +61,115 @@ class HostState:
     engine: Engine | None
 
 
-class Lease(Protocol):
-    """The right to use an engine: a swapped-out engine is freed when its last lease is released."""
+class Lease:
+    """The right to use an engine: one that was swapped out is freed when its last lease is released."""
 
-    engine: Engine
+    __slots__ = ("_held", "_host", "engine")
+
+    def __init__(self, host: Host, held: _Held) -> None:
+        self.engine = held.engine
+        self._host = host
+        self._held: _Held | None = held
 
     def release(self) -> None:
         """Idempotent, from any thread."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._host._returned(held)
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """An engine, how it came to be, and how many use it."""
+
+    engine: Engine
+    reference: Reference
+    config: EngineConfig
+    leases: int = 0
+    retired: bool = False
+
+
+def config_of(settings: Settings) -> EngineConfig:
+    """How the settings say a model is loaded."""
+    return EngineConfig(
+        n_ctx=settings.n_ctx,
+        n_batch=settings.n_batch,
+        n_threads=settings.n_threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        n_parallel=settings.n_parallel,
+        max_queue=settings.max_queue,
+        repack=settings.repack != "off",
+    )
+
+
+def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float], None]) -> Engine:
+    """Load with llama.cpp. The import is part of the load: nothing else needs it."""
+    from core.engine.llama import Llama
+
+    return Llama(file, config, progress)
 
 
 class Host:
     """Thread-safe. The async methods may be called on any loop; loads run in threads of the host's own."""
 
-    def state(self) -> HostState:
-        raise NotImplementedError
+    def __init__(self, settings: Settings, store: Store, timeline: Timeline, load: LoadEngine = load_llama) -> None:
+        self._settings = settings
+        self._store = store
+        self._timeline = timeline
+        self._load_engine = load
+        self._lock = threading.Condition()
+        self._choice: Choice | None = None
+        self._held: _Held | None = None
+        self._others: set[_Held] = set()  # swapped out, still in use
+        self._work: Future[None] | None = None  # the load or swap under way
+        self._loading: Loading | None = None
+        self._error: ApiError | None = None
+        self._failed_at = 0.0
+        self._closed = False
+        self._swapping = threading.Lock()
 
-    def start(self) -> None:
-        """Begin loading the configured model in a thread, if that has not begun. Needs no event loop; returns at once."""
-        raise NotImplementedError
+    @property
+    def boot(self) -> dict[str, Any]:
+        """What the settings led to: chosen_by, reason, reference, path."""
+        choice = self._chosen()
+        return {
+            "chosen_by": choice.chosen_by,
+            "reason": choice.reason,
+            "reference": None if choice.reference is None else str(choice.reference),
+            "path": choice.path,
+        }
+
+    def state(self) -> HostState:
+        choice = self._chosen()
+        with self._lock:
+            held, loading = self._held, self._loading
+            error = None if self._error is None else self._error.message
+            if held is not None:
+                arriving = loading is not None and loading.phase == "download"
+                return HostState(
+                    "available" if arriving else "ready", held.engine.card.name, loading, error, held.engine
+                )
+            status: Status = "available" if choice.here else "unloaded"
+            return HostState(status, choice.name, loading, error or choice.error, None)
+
+    def start(self, *, load: bool | None = None) -> None:
+        """Begin what the settings ask for, in a thread: download what is missing, and load if AUTO_PRELOAD (or `load`).
+
+        Needs no event loop; returns at once. Does nothing if something is under way or loaded already.
+        """
+        choice = self._chosen()
+        load = self._settings.auto_preload if load is None else load
+        if choice.reference is None:
+            if choice.error is not None:
+                log.error("%s", choice.error)
+            return
+        with self._lock:
+            if self._closed or self._held is not None or self._work is not None:
+                return
+            if load:
+                self._begin(lambda: self._load(choice))
+            elif not choice.here:
+                self._begin(lambda: self._download(choice))
 
     async def lease(self, deadline: float | None = None) -> Lease:
         """The engine, loading it first if need be. Waits at most until `deadline` (monotonic).
@@ -65,22 +177,296 @@ class Host:
         Raises ModelUnavailable: nothing configured, the load failed (the reason in our words), or no time left (with
         Retry-After). A load that failed is tried again by a later call, not by every call.
         """
-        raise NotImplementedError
+        while True:
+            lease, work = self._lease_or_work()
+            if lease is not None:
+                return lease
+            assert work is not None
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work)), timeout)
+            except TimeoutError:
+                raise self._still_loading() from None
 
     async def wait_ready(self, seconds: float) -> HostState:
         """Start the load if there is something to load, and return when it is ready, failed or the time is up."""
-        raise NotImplementedError
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(ApiError):
+            (await self.lease(deadline)).release()
+        # Tensors may still be arriving, or a swap be under way: there is no one future for both.
+        while self.state().loading is not None and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return self.state()
 
     async def swap(self, reference: str, config: EngineConfig) -> HostState:
         """Load `reference` (a local model) and serve it; running answers finish on the old engine.
 
         Raises what the store or the engine say of the new model; the old one then still serves.
         """
-        raise NotImplementedError
+        await asyncio.to_thread(self._swap, File(reference), config)
+        return self.state()
 
     async def close(self, grace: float) -> None:
         """No new leases; wait up to `grace` seconds for the running ones, then cancel and free."""
-        raise NotImplementedError
+        await asyncio.to_thread(self._close, grace)
+
+    # Loading
+
+    def _chosen(self) -> Choice:
+        with self._lock:
+            if self._choice is None or (not self._choice.here and self._work is None and self._held is None):
+                self._choice = choose(self._settings, self._store)
+            return self._choice
+
+    def _begin(self, work: Callable[[], None]) -> Future[None]:
+        """Run `work` in a thread of its own; call with the lock held."""
+        future: Future[None] = Future()
+        self._work = future
+        self._error = None
+
+        def run() -> None:
+            error: ApiError | None = None
+            try:
+                work()
+            except ApiError as failure:
+                error = failure
+                log.error("%s", failure.message)
+            except Exception:  # a bug or a foreign library's surprise: the waiters must not wait for ever
+                error = ModelUnavailable("The model could not be loaded; the log has the reason.")
+                log.exception("the load failed")
+            with self._lock:
+                self._work = self._loading = None
+                self._error = error
+                self._failed_at = time.monotonic()
+                self._lock.notify_all()
+            future.set_result(None)
+
+        threading.Thread(target=run, name="load", daemon=True).start()
+        return future
+
+    def _lease_or_work(self) -> tuple[Lease | None, Future[None] | None]:
+        choice = self._chosen()
+        with self._lock:
+            if self._closed:
+                raise ModelUnavailable("The server is stopping.", retry_after=1)
+            if self._held is not None:
+                self._held.leases += 1
+                return Lease(self, self._held), None
+            if self._work is not None:
+                return None, self._work
+            if self._error is not None and time.monotonic() - self._failed_at < RETRY_S:
+                raise ModelUnavailable(self._error.message)
+            if choice.reference is None:
+                raise ModelUnavailable(choice.error or _NOTHING, retry_after=None)
+            return None, self._begin(lambda: self._load(choice))
+
+    def _still_loading(self) -> ModelUnavailable:
+        loading = self._loading
+        share = "" if loading is None or loading.percent is None else f" ({loading.percent} %)"
+        return ModelUnavailable(f"The model is still loading{share}; try again.", retry_after=2)
+
+    def _download(self, choice: Choice) -> None:
+        assert choice.reference is not None
+        assert not isinstance(choice.reference, File)
+        with self._timeline.phase("download"):
+            self._store.fetch(
+                choice.reference, refresh=False, progress=self._progress("download", choice), cancelled=self._stopping
+            )
+        with self._lock:
+            self._choice = None
+
+    def _load(self, choice: Choice) -> None:
+        assert choice.reference is not None
+        file = self._open(choice)
+        held = self._make(file, choice.reference, config_of(self._settings))
+        with self._lock:
+            self._choice = replace(choice, here=True, path=str(file.path))
+            if self._closed:
+                self._retire(held)
+                return
+            self._held = held
+            self._lock.notify_all()
+        if file.arrival is not None:
+            self._watch(file, held)
+
+    def _open(self, choice: Choice) -> ModelFile:
+        assert choice.reference is not None
+        if not choice.here:
+            # The bindings' import and the first bytes' way over the network take the same time: do both at once.
+            threading.Thread(target=self._import_bindings, name="import", daemon=True).start()
+        with self._timeline.phase("open"):
+            return self._store.open(
+                choice.reference, progress=self._progress("download", choice), cancelled=self._stopping
+            )
+
+    def _import_bindings(self) -> None:
+        from core.engine import native
+
+        with self._timeline.phase("import llama.cpp"):
+            native.bindings()
+
+    def _make(self, file: ModelFile, reference: Reference, config: EngineConfig) -> _Held:
+        """Turn a file into an engine; the file is released if that fails."""
+        if file.arrival is not None and self._settings.repack == "on":
+            file.arrival.wait()  # repacking reads the weights at load
+            file = replace(file, arrival=None)
+        self._report(Loading("load", file.name, 0, file.size_bytes))
+
+        def report(share: float) -> None:
+            if file.arrival is None:
+                self._report(Loading("load", file.name, int(share * file.size_bytes), file.size_bytes))
+
+        try:
+            with self._timeline.phase("load"):
+                engine = self._load_engine(file, config, report)
+        except BaseException:
+            if file.arrival is not None:
+                file.arrival.cancel()
+            file.release()
+            raise
+        log.info("%s is loaded: %s", file.name, engine.card.description)
+        return _Held(engine, reference, config)
+
+    def _watch(self, file: ModelFile, held: _Held) -> None:
+        """Wait for the tensors of a model that is served while they arrive; give it up if they do not."""
+        assert file.arrival is not None
+        start = self._timeline.now()
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(0.1):
+                arrived, total = file.arrival.progress()  # type: ignore[union-attr]
+                self._report(Loading("download", file.name, arrived, total))
+
+        teller = threading.Thread(target=tell, name="progress", daemon=True)
+        teller.start()
+        try:
+            file.arrival.wait()
+        except ApiError:
+            with self._lock:
+                if self._held is held:
+                    self._held = None
+            self._retire(held)
+            raise
+        finally:
+            done.set()
+            teller.join()
+            self._timeline.mark("tensors arrive", start, self._timeline.now())
+
+    def _progress(self, phase: str, choice: Choice) -> Callable[[int, int], None]:
+        name = choice.name or ""
+        return lambda done, total: self._report(Loading(phase, name, done, total))
+
+    def _report(self, loading: Loading) -> None:
+        with self._lock:
+            self._loading = loading
+
+    def _stopping(self) -> bool:
+        return self._closed
+
+    # Swapping and freeing
+
+    def _swap(self, reference: File, config: EngineConfig) -> None:
+        """One swap at a time; a load under way is waited for."""
+        with self._swapping:
+            with self._lock:
+                while self._work is not None:
+                    self._lock.wait()
+                if self._closed:
+                    raise ModelUnavailable("The server is stopping.", retry_after=1)
+                old = self._held
+            file = self._store.open(reference)
+            try:
+                if old is None or self._room_for(file, config):
+                    self._swap_beside(file, reference, config)
+                else:
+                    self._swap_in_place(old, file, reference, config)
+            finally:
+                with self._lock:
+                    self._loading = None
+
+    def _room_for(self, file: ModelFile, config: EngineConfig) -> bool:
+        need = int(file.size_bytes * 1.1) + config.n_ctx * KV_BYTES_PER_TOKEN
+        free = free_memory()
+        if free and need > free:
+            log.info("no room for two models (%s needed, %s free)", megabytes(need), megabytes(free))
+            return False
+        return True
+
+    def _swap_beside(self, file: ModelFile, reference: Reference, config: EngineConfig) -> None:
+        """Load the new model while the old one serves, then change over."""
+        held = self._make(file, reference, config)
+        with self._lock:
+            old, self._held = self._held, held
+            self._error = None
+        if old is not None:
+            self._retire(old)
+
+    def _swap_in_place(self, old: _Held, file: ModelFile, reference: Reference, config: EngineConfig) -> None:
+        """Free the old model first: its answers finish, new requests wait. If the new one fails, the old one returns."""
+        future: Future[None] = Future()
+        held: _Held | None = None
+        with self._lock:
+            self._work, self._held = future, None
+            self._loading = Loading("swap", file.name)
+        try:
+            self._retire(old)
+            with self._lock:
+                while old in self._others:
+                    self._lock.wait()
+            try:
+                held = self._make(file, reference, config)
+            except ApiError:
+                log.warning("the new model failed; loading the old one again")
+                held = self._make(self._store.open(old.reference), old.reference, old.config)
+                raise
+        finally:
+            with self._lock:
+                self._held, self._work = held, None
+                self._lock.notify_all()
+            future.set_result(None)
+
+    def _returned(self, held: _Held) -> None:
+        with self._lock:
+            held.leases -= 1
+            free = held.retired and held.leases == 0
+        if free:
+            # A release comes from an event loop; joining the engine's thread and unmapping do not belong there.
+            threading.Thread(target=self._free, args=(held,), name="free").start()
+
+    def _retire(self, held: _Held) -> None:
+        """Lend it no more; free it now, or when the last lease is back."""
+        with self._lock:
+            held.retired = True
+            self._others.add(held)
+            free = held.leases == 0
+        if free:
+            self._free(held)
+
+    def _free(self, held: _Held) -> None:
+        held.engine.close()
+        with self._lock:
+            self._others.discard(held)
+            self._lock.notify_all()
+
+    def _close(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        with self._lock:
+            self._closed = True
+            held, self._held = self._held, None
+        if held is not None:
+            self._retire(held)
+        with self._lock:
+            while self._others and (left := deadline - time.monotonic()) > 0:
+                self._lock.wait(left)
+            late = list(self._others)
+        for held in late:
+            held.engine.stop()  # its streams fail, their leases come back, the last one frees it
+        with self._lock:
+            self._lock.wait_for(lambda: not self._others, timeout=STOP_S)
 
 
-LoadEngine = Callable[..., Engine]
+_NOTHING = (
+    "No model is configured: set MODEL_PATH, or AUTO_REPO_ID and AUTO_FILENAME; "
+    "or POST /load to download one, then POST /reload with its path."
+)

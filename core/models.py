@@ -6,11 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from core.engine.generation import EngineConfig
 from core.health import hint, progress
-from core.host import HostState
+from core.host import HostState, config_of
 from core.service import Service
-from core.settings import Settings
 from core.turn import check_model
 
 
@@ -88,19 +86,6 @@ def names(service: Service) -> tuple[str, ...]:
     if state.model is None:
         return ()
     return tuple(dict.fromkeys((state.model, *(name for name in service.settings.model_aliases if name != "*"))))
-
-
-def config_of(settings: Settings) -> EngineConfig:
-    """How the settings say a model is loaded."""
-    return EngineConfig(
-        n_ctx=settings.n_ctx,
-        n_batch=settings.n_batch,
-        n_threads=settings.n_threads,
-        n_gpu_layers=settings.n_gpu_layers,
-        n_parallel=settings.n_parallel,
-        max_queue=settings.max_queue,
-        repack=settings.repack != "off",
-    )
 
 
 def _entry(name: str, created: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from core.errors import InvalidRequest
-from core.models import active, config_of
+from core.host import config_of
+from core.models import active
 from core.service import Service
 from core.store.reference import File, parse
 

@@ -90,6 +90,9 @@ class ScriptedEngine:
             "queued": 0,
         }
 
+    def stop(self) -> None:
+        self.closed = True
+
     def close(self) -> None:
         self.closed = True
 

@@ -61,7 +61,7 @@ class Cache:
 
     @staticmethod
     def _superseded(slot: Slot, shared: int) -> bool:
-        """Whether little is lost by cutting `slot` back to `shared` tokens: it holds few more, or this is its prompt again.
+        """Whether little is lost by cutting `slot` back to `shared` tokens: it holds few more, or this is its prompt.
 
         Where a repeated prompt lies matters: in the same cells it adds up in the same order, so that the same seed
         gives the same text (flash attention accumulates in float16; in other cells a logprob moved by 0.02).

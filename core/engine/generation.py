@@ -146,6 +146,10 @@ class Engine(Protocol):
         sequences {running, total}, queued."""
         ...
 
+    def stop(self) -> None:
+        """Cancel what runs and take no more; the memory stays until `close`. Idempotent."""
+        ...
+
     def close(self) -> None:
         """Cancel what runs, free the memory. Blocks until the engine thread has ended."""
         ...

