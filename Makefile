@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev ## measure over HTTP
 sam: $(SAM) ## install SAM CLI into build/sam, because its pins fit no other environment
 
 image: ## build the Lambda image as slm-api-server:lambda; ENGINE=docker or podman, BUILD_OPTIONS='--build-arg ...'
-	$(or $(ENGINE),$(shell command -v docker || command -v podman)) build $(BUILD_OPTIONS) -f Dockerfile.lambda \
+	$(or $(ENGINE),$(shell docker info >/dev/null 2>&1 && echo docker || echo podman)) build $(BUILD_OPTIONS) -f Dockerfile.lambda \
 	  --build-arg EMBEDDED=on -t slm-api-server:lambda .
 
 image-test: $(VENV)/.installed-dev $(SAM) ## build the Lambda image with a model and run it as Lambda and SAM do (25 minutes, once)

@@ -39,7 +39,7 @@ def main() -> int:
     options.add_argument("--image", default="slm-api-server:image-test", help="name of the image")
     options.add_argument("--no-build", action="store_true", help="test the image as it is")
     chosen = options.parse_args()
-    engine = os.environ.get("ENGINE") or next((name for name in ("docker", "podman") if shutil.which(name)), None)
+    engine = os.environ.get("ENGINE") or next((name for name in ("docker", "podman") if works(name)), None)
     sam = os.environ.get("SAM") or str(ROOT / "build/sam/bin/sam")
     if engine is None or shutil.which(sam) is None:
         print("Needs docker or podman, and SAM CLI: `make sam`, or SAM=/path/to/sam.", file=sys.stderr)
@@ -57,6 +57,12 @@ def main() -> int:
         with_sam(sam, template, Path(folder))
     print("image-test: all passed")
     return 0
+
+
+def works(engine: str) -> bool:
+    """Docker's client may be there without a daemon."""
+    found = shutil.which(engine)
+    return found is not None and subprocess.run([engine, "info"], capture_output=True, check=False).returncode == 0
 
 
 @contextlib.contextmanager
