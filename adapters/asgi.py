@@ -175,7 +175,8 @@ async def _with_body(request: Request, receive: Receive, limit: int) -> Request:
     """Raises TooLarge as soon as it is known, at best before the first byte, and _Gone."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        await _drain(receive, limit)
+        if "expect" not in request.headers:  # a client that asks first has sent nothing, and shall not be told to
+            await _drain(receive, limit)
         raise TooLarge(f"The body has {declared[:20]} bytes; the most is {limit} (MAX_BODY_BYTES).")
     chunks: list[bytes] = []
     size = 0

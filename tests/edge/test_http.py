@@ -199,6 +199,16 @@ def test_a_body_is_bounded_while_it_arrives(open_server: tuple[FakeService, str]
     assert refused(httpx.post(f"{address}/load", content=endless(), headers=JSON)) == (413, "request_too_large")
 
 
+def test_a_client_that_asks_first_is_told_before_it_sends(open_server: tuple[FakeService, str]) -> None:
+    """Expect: 100-continue with too large a length gets the 413, not the invitation."""
+    place = urlsplit(open_server[1])
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        head = "POST /load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999\r\nexpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
 def test_a_sane_request_id_is_echoed_and_another_replaced(open_server: tuple[FakeService, str]) -> None:
     """What would break a header or a log line is not taken over."""
     _, address = open_server
