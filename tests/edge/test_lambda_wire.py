@@ -1,0 +1,214 @@
+"""The Runtime API misbehaves, is slow or is in pieces: the runtime goes on, or ends when it must."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from infra.function_url_event import to_event
+from infra.runtime_api_exchange import Behaviour, Exchange
+from tests.lambda_runtime import json_app, runtime
+
+TEXT = (b"content-type", b"text/plain")
+
+
+async def endless(scope: Any, receive: Any, send: Any) -> None:
+    """Streams until nobody takes it."""
+    await send({"type": "http.response.start", "status": 200, "headers": [TEXT]})
+    while True:
+        await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
+        await asyncio.sleep(0.001)
+
+
+def answer(app: Any, behaviour: Behaviour, *, mode: str = "auto") -> Exchange:
+    async def go() -> Exchange:
+        async with runtime(app, mode=mode) as bench:
+            exchange = await bench.get(behaviour=behaviour)
+            await bench.is_well()
+            return exchange
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "behaviour", [Behaviour(reject_after=5000), Behaviour(hang_up_after=5)], ids=["413", "hang-up"]
+)
+def test_the_application_is_told_when_lambda_takes_no_more(behaviour: Behaviour) -> None:
+    """A 413 or a hang-up during the stream is an OSError in send and http.disconnect in receive, then life goes on."""
+    raised: list[BaseException] = []
+    heard: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        try:
+            await endless(scope, receive, send)
+        except OSError as error:
+            raised.append(error)
+            heard.append(await receive())
+
+    answer(app, behaviour)
+
+    assert [type(error).__name__ for error in raised] == ["Disconnected"]
+    assert heard == [{"type": "http.disconnect"}]
+
+
+@pytest.mark.parametrize("mode", ["auto", "buffered"])
+@pytest.mark.parametrize("status", [400, 403, 410, 413, 500])
+def test_refused_answers_are_logged_and_the_next_event_served(
+    mode: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nothing to mend when Lambda refuses an answer; the loop goes on."""
+    answer(json_app(), Behaviour(status=status), mode=mode)
+
+    assert str(status) in caplog.text
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        Behaviour(segment=1),
+        Behaviour(split_reply=True),
+        Behaviour(delay_s=0.1),
+        Behaviour(close_after_next=True),
+        Behaviour(close_after_reply=True),
+        Behaviour(close_after_next=True, close_after_reply=True, segment=7, split_reply=True),
+    ],
+    ids=["bytewise next", "bytewise reply", "late reply", "next closes", "response closes", "all"],
+)
+@pytest.mark.parametrize("mode", ["auto", "buffered"])
+def test_connections_in_any_condition(mode: str, behaviour: Behaviour) -> None:
+    """Replies in pieces and connections that are closed between calls change nothing."""
+    assert answer(json_app(), behaviour, mode=mode).status == 200
+
+
+def test_large_events_arrive_chunked_and_whole() -> None:
+    """Over 2 KiB /next is chunked; 6 MB of body arrive as they were sent."""
+    received: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        received.append((await receive())["body"])
+        await json_app()(scope, receive, send)
+
+    body = bytes(range(256)) * (4 << 10) + "ünï".encode()
+
+    async def go() -> None:
+        async with runtime(app) as bench:
+            for behaviour in (Behaviour(), Behaviour(segment=5000)):
+                await bench.get("/", method="POST", body=body, behaviour=behaviour)
+
+    asyncio.run(go())
+
+    assert received == [body, body]
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_the_process_ends_when_there_are_no_more_events(status: int) -> None:
+    """A 403 or 5xx to /next means that this process is not wanted any more: it exits with 1."""
+
+    async def go() -> None:
+        async with runtime(json_app()) as bench:
+            await bench.is_well()
+            bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(next_status=status))
+            assert await bench.ended() == 1
+
+    asyncio.run(go())
+
+
+def test_an_unreachable_runtime_api_ends_the_process() -> None:
+    """No connection is an exit status, not a traceback."""
+    from adapters.aws_lambda.loop import Runtime
+
+    assert asyncio.run(Runtime(json_app(), {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:1"}).run()) == 1
+
+
+def test_a_slow_reader_slows_the_application_down() -> None:
+    """Backpressure: what Lambda has not taken is not piled up in the process."""
+    sent = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        await send({"type": "http.response.start", "status": 200, "headers": [TEXT]})
+        for _ in range(500):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            sent += 65536
+        await send({"type": "http.response.body", "body": b""})
+
+    async def go() -> None:
+        async with runtime(app) as bench:
+            exchange = bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(pause_s=0.002))
+            ahead = 0
+            while not exchange.finished.is_set():
+                ahead = max(ahead, sent - len(exchange.body))
+                await asyncio.sleep(0.005)
+            assert len(exchange.body) == 500 * 65536
+            assert ahead < 12 << 20  # the kernel's socket buffers on both sides, and asyncio's 64 KiB
+
+    asyncio.run(go())
+
+
+def test_several_loops_in_one_process_share_nothing() -> None:
+    """With AWS_LAMBDA_MAX_CONCURRENCY, streams run interleaved and each event gets its own answer and state."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            assert (await receive())["type"] == "lifespan.startup"
+            scope["state"]["seen"] = "fresh"
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        assert scope["state"]["seen"] == "fresh"
+        scope["state"]["seen"] = scope["path"]
+        await send({"type": "http.response.start", "status": 200, "headers": [TEXT]})
+        for number in range(5):
+            await send({"type": "http.response.body", "body": f"{scope['path']}{number} ".encode(), "more_body": True})
+            together.append(scope["path"])
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": b""})
+
+    together: list[str] = []
+
+    async def go() -> None:
+        async with runtime(app, concurrency=3, lifespan=True) as bench:
+            exchanges = [bench.server.invoke(to_event("GET", f"/{name}")) for name in "abcdef"]
+            for exchange, name in zip(exchanges, "abcdef", strict=True):
+                await asyncio.wait_for(exchange.finished.wait(), 10)
+                assert exchange.body == b"".join(f"/{name}{number} ".encode() for number in range(5))
+            await bench.is_well()
+
+    asyncio.run(go())
+
+    assert set(together[:3]) == {"/a", "/b", "/c"}
+
+
+def test_the_context_of_an_invocation() -> None:
+    """Client context, identity, tenant and trace reach the application; a trace does not outlive its event."""
+    import os
+
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["aws.context"], os.environ.get("_X_AMZN_TRACE_ID")))
+        await json_app()(scope, receive, send)
+
+    async def go() -> None:
+        environ = {"AWS_LAMBDA_FUNCTION_NAME": "slm", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "3008"}
+        async with runtime(app, environ=environ) as bench:
+            headers = {
+                "Lambda-Runtime-Trace-Id": "Root=1-2-3",
+                "Lambda-Runtime-Client-Context": '{"custom":{"a":1}}',
+                "Lambda-Runtime-Cognito-Identity": "not json",
+                "lambda-runtime-aws-tenant-id": "blue",
+            }
+            await bench.invoke(to_event("GET", "/"), headers=headers)
+            await bench.invoke(to_event("GET", "/"))
+
+    asyncio.run(go())
+
+    (first, trace), (second, no_trace) = seen
+    assert (trace, no_trace) == ("Root=1-2-3", None)
+    assert (first.client_context, first.identity, first.tenant_id) == ({"custom": {"a": 1}}, None, "blue")
+    assert (second.client_context, second.tenant_id, second.memory_limit_in_mb) == (None, None, 3008)
+    assert first.invoked_function_arn.endswith(":function:slm")
