@@ -124,7 +124,11 @@ async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", 
 
     Raises InvalidRequest, ContextOverflow, Busy and ModelUnavailable.
     """
-    return await turns.begin(service, lambda engine: _generation_request(engine, request, tenant, ends), ends)
+    try:
+        return await turns.begin(service, lambda engine: _generation_request(engine, request, tenant, ends), ends)
+    except InvalidRequest as error:  # told of a chat's fields; an extraction has its own
+        error.param = {"messages": "text", "response_format": request.schema_field}.get(error.param or "", error.param)
+        raise
 
 
 async def complete(turn: Turn, request: ExtractRequest) -> Extraction:
@@ -164,21 +168,13 @@ def _generation_request(engine: Engine, request: ExtractRequest, tenant: str, en
     grammar = constraints.grammar(request.wanted, request.schema_field)
     engine.check_grammar(grammar)
     return GenerationRequest(
-        prompt=_prompt(engine, request),
+        prompt=templates.prompt(engine, _messages(request)),
         sampling=Sampling(temperature=request.temperature or 0.0),
         max_tokens=request.max_tokens or MAX_TOKENS,
         grammar=grammar,
         tenant=tenant,
         deadline=ends,
     )
-
-
-def _prompt(engine: Engine, request: ExtractRequest) -> tuple[int, ...]:
-    try:
-        return templates.prompt(engine, _messages(request))
-    except InvalidRequest as error:
-        error.param = "text"  # the messages are ours
-        raise
 
 
 def _messages(request: ExtractRequest) -> templates.Messages:

@@ -98,17 +98,26 @@ def _foreign(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             continue  # true, false, or wrong: the compiler says so
         for keyword, value in one.items():
             place = f"{where}/{keyword}"
-            if keyword in _MAPS:
-                inner = value.items() if isinstance(value, dict) else ()
-                waiting += [(each, f"{place}/{name}") for name, each in inner]
-            elif keyword in _LISTS or (keyword == "items" and isinstance(value, list)):
-                waiting += [(each, f"{place}/{index}") for index, each in enumerate(value or ())]
-            elif keyword in _SINGLE:
-                waiting.append((value, place))
-            elif keyword == "$ref" and not str(value).startswith("#"):
+            waiting += [(inner, f"{place}/{name}" if name else place) for name, inner in _inside(keyword, value)]
+            if keyword == "$ref" and not str(value).startswith("#"):
                 yield f"$ref to {value}", where
-            elif keyword not in _SUPPORTED and keyword not in _ANNOTATIONS:
+            elif keyword not in _SUPPORTED and keyword not in _ANNOTATIONS and not _is_extension(keyword):
                 yield keyword, where
+
+
+def _inside(keyword: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The schemas under a keyword, each with its name in the JSON pointer. What is misplaced the compiler refuses."""
+    if keyword in _MAPS and isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list) and (keyword in _LISTS or keyword == "items"):
+        yield from ((str(index), inner) for index, inner in enumerate(value))
+    elif keyword in _SINGLE:
+        yield "", value
+
+
+def _is_extension(keyword: str) -> bool:
+    """OpenAPI's "x-" annotations; llguidance's own would change how it compiles."""
+    return keyword.startswith("x-") and keyword != "x-guidance"
 
 
 def _depth_beyond(value: Any, levels: int) -> bool:
