@@ -2,22 +2,87 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from adapters.huggingface import Hub
 from core.host import Host
 from core.service import Service
 from core.settings import Settings
 from core.store.embedded import embedded_model
+from core.store.model_file import ModelFile
+from core.store.reference import S3, HuggingFace
+from core.store.source import Cancelled, Found, Partial, Progress, RemoteFile, Source
 from core.store.store import Store
 from core.timeline import Timeline
+
+if TYPE_CHECKING:
+    from adapters.s3 import S3Storage
 
 
 def build(settings: Settings, timeline: Timeline | None = None) -> Service:
     """Settings to Service. Touches neither network nor model; `service.host.start()` does."""
     timeline = timeline or Timeline()
-    store = Store(settings.models_dir, allowed=_allowed(settings), target=settings.model_target)
+    store = Store(
+        settings.models_dir, sources=sources(settings), allowed=_allowed(settings), target=settings.model_target
+    )
     host = Host(settings, store, timeline)
     return Service(settings, store, host, timeline)
+
+
+def sources(settings: Settings) -> tuple[Source, ...]:
+    """In the order in which they are asked: S3 is near, the hub is far. The S3 module's import (30 ms, mostly
+    http.client) is left out of a start that has no use for it; /load can still name s3://."""
+    hub = Hub(settings.hf_endpoint, settings.hf_token)
+    wanted = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
+    return (s3(settings), hub) if wanted else (hub, _LateS3(settings))
+
+
+def s3(settings: Settings) -> S3Storage:
+    """Reads s3:// references, and the mirror in S3_BUCKET unless S3_MIRROR=off."""
+    from adapters.bucket import Bucket
+    from adapters.credentials import CredentialChain
+    from adapters.s3 import S3Storage
+
+    chain = CredentialChain()
+
+    def bucket(name: str) -> Bucket:
+        return Bucket(name, credentials=chain, endpoint_url=settings.s3_endpoint_url)
+
+    mirrored = settings.s3_bucket is not None and settings.s3_mirror != "off"
+    return S3Storage(
+        bucket,
+        mirror=bucket(settings.s3_bucket) if mirrored and settings.s3_bucket else None,
+        prefix=settings.s3_prefix,
+        threads=settings.download_threads,
+        part_bytes=settings.download_part_mb << 20,
+    )
+
+
+class _LateS3:
+    """The S3 source, imported when an s3:// reference first comes; without a bucket it has nothing to say of others."""
+
+    name = "s3"
+    authority = False
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @functools.cached_property
+    def _source(self) -> S3Storage:
+        return s3(self._settings)
+
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+        return self._source.resolve(reference, refresh=refresh) if isinstance(reference, S3) else None
+
+    def download(
+        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+    ) -> bool:
+        return self._source.download(found, file, partial, progress=progress, cancelled=cancelled)
+
+    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+        return self._source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
 
 
 def _allowed(settings: Settings) -> tuple[Path, ...]:
