@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAM := build/sam/bin/sam
 .DEFAULT_GOAL := help
-.PHONY: help dev install run test lint format settings bench sam image image-test clean
+.PHONY: help dev install run url test lint format settings bench sam image image-test clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ install: $(VENV)/.installed ## install what the server needs, no more
 
 run: | $(VENV)/.installed ## serve as in production, configured by the environment and .env
 	$(BIN)/python -m adapters.local
+
+url: $(VENV)/.installed-dev ## serve a local Lambda function URL on 127.0.0.1:9000: the Lambda runtime, its events, its stream
+	$(BIN)/python -m infra.function_url
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -q

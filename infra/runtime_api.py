@@ -29,6 +29,7 @@ class RuntimeAPIServer:
         self.init_errors: list[dict[str, Any]] = []
         self.restore_errors: list[dict[str, Any]] = []
         self.polled = asyncio.Event()  # the first /next has come: init is over
+        self.idle = asyncio.Event()  # /next waits for an event
         self.snapshot = asyncio.Event()  # /restore/next has come
         self.restored = asyncio.Event()  # set it to let /restore/next return
         self.address = ""
@@ -135,6 +136,7 @@ class RuntimeAPIServer:
 
     async def _next(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.polled.set()
+        self.idle.set()
         if len(self.unanswered()) >= self._concurrency:
             self._blame(["/next was called while an event was unanswered"], "/next")
         waiting = asyncio.ensure_future(self._waiting.get())
@@ -152,6 +154,7 @@ class RuntimeAPIServer:
             if leaving.done() and not waiting.done():
                 waiting.cancel()
         exchange = waiting.result()
+        self.idle.clear()
         behaviour = exchange.behaviour
         if behaviour.next_status != 200:
             exchange.fail("Runtime.Refused", "by the test")

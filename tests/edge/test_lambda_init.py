@@ -1,0 +1,265 @@
+"""The start of the runtime and its end: lifespan, init's ten seconds, SnapStart, SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from adapters.aws_lambda import snapstart
+from adapters.aws_lambda.loop import INIT_S, LONG_INIT_S, init_seconds
+from infra.function_url_event import to_event
+from tests.lambda_runtime import PATIENCE_S, json_app, runtime
+
+
+class Application:
+    """An application with a lifespan that keeps a diary. `gate` holds its startup up."""
+
+    def __init__(self, *, gate: asyncio.Event | None = None, failure: str | None = None) -> None:
+        self.diary: list[str] = []
+        self.gate = gate
+        self.failure = failure
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            self.diary.append(scope["path"])
+            await json_app()(scope, receive, send)
+            return
+        assert (await receive())["type"] == "lifespan.startup"
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            await send({"type": "lifespan.startup.failed", "message": self.failure})
+            return
+        self.diary.append("startup")
+        await send({"type": "lifespan.startup.complete"})
+        assert (await receive())["type"] == "lifespan.shutdown"
+        self.diary.append("shutdown")
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def test_lifespan_runs_once_for_the_process() -> None:
+    """Startup before the first event, shutdown after the last, whatever the number of events."""
+    app = Application()
+
+    async def go() -> None:
+        async with runtime(app, lifespan=True) as bench:
+            for path in ("/1", "/2", "/3"):
+                await bench.get(path)
+
+    asyncio.run(go())
+
+    assert app.diary == ["startup", "/1", "/2", "/3", "shutdown"]
+
+
+def test_failed_startup_is_an_init_error() -> None:
+    """An application that cannot start is told to Lambda, and the process ends."""
+
+    async def go() -> None:
+        async with runtime(Application(failure="no database at 10.0.0.1"), lifespan=True) as bench:
+            assert await bench.ended() == 1
+            assert bench.server.init_errors[0]["errorType"] == "Runtime.StartupFailed"
+            assert "10.0.0.1" not in str(bench.server.init_errors)
+            assert not bench.server.polled.is_set()
+
+    asyncio.run(go())
+
+
+def test_slow_startup_hands_over_and_the_first_event_waits() -> None:
+    """When init's time is up, /next is called anyway; the event is answered once the application has started."""
+
+    async def go() -> None:
+        gate = asyncio.Event()
+        app = Application(gate=gate)
+        async with runtime(app, lifespan=True, init_ends=time.monotonic() + 0.05) as bench:
+            exchange = bench.server.invoke(to_event("GET", "/first"))
+            await asyncio.wait_for(bench.server.polled.wait(), PATIENCE_S)
+            await asyncio.sleep(0.05)
+            assert exchange.kind is None
+            gate.set()
+            await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+            assert exchange.status == 200
+            assert app.diary == ["startup", "/first"]
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+def test_startup_that_outlasts_an_event_gives_it_a_504() -> None:
+    """An event that waits for the application is answered before its own deadline; later ones are served."""
+
+    async def go() -> None:
+        gate = asyncio.Event()
+        app = Application(gate=gate)
+        async with runtime(app, lifespan=True, init_ends=time.monotonic()) as bench:
+            assert (await bench.get("/early", timeout_s=0.5)).status == 504
+            gate.set()
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+def test_startup_that_fails_after_the_hand_over_ends_the_process() -> None:
+    """The waiting event gets a 500, then Lambda has to start another process."""
+
+    async def go() -> None:
+        gate = asyncio.Event()
+        async with runtime(Application(gate=gate, failure="x"), lifespan=True, init_ends=time.monotonic()) as bench:
+            exchange = bench.server.invoke(to_event("GET", "/"))
+            await asyncio.wait_for(bench.server.polled.wait(), PATIENCE_S)
+            gate.set()
+            assert await bench.ended() == 1
+            assert exchange.status == 500
+
+    asyncio.run(go())
+
+
+def test_init_waits_for_what_is_loading() -> None:
+    """While there is time, /next is not called before everything is ready: init is the cheapest place to load in."""
+
+    async def go() -> None:
+        loaded = asyncio.Event()
+        async with runtime(json_app(), ready=loaded.wait) as bench:
+            exchange = bench.server.invoke(to_event("GET", "/"))
+            await asyncio.sleep(0.05)
+            assert not bench.server.polled.is_set()
+            loaded.set()
+            await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+
+    asyncio.run(go())
+
+
+def test_init_does_not_wait_for_ever() -> None:
+    """A load that takes longer than init goes on beside the events."""
+
+    async def go() -> None:
+        loaded = asyncio.Event()
+        async with runtime(json_app(), ready=loaded.wait, init_ends=time.monotonic() + 0.05) as bench:
+            await bench.is_well()
+            loaded.set()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [("on-demand", INIT_S), ("", INIT_S), ("provisioned-concurrency", LONG_INIT_S), ("snap-start", LONG_INIT_S)],
+)
+def test_init_lasts_as_long_as_lambda_allows(kind: str, seconds: float) -> None:
+    """Ten seconds on demand, minutes where no request waits."""
+    assert init_seconds({"AWS_LAMBDA_INITIALIZATION_TYPE": kind}) == seconds
+    assert INIT_S < 10
+    assert LONG_INIT_S < 130
+
+
+SNAP = {"AWS_LAMBDA_INITIALIZATION_TYPE": "snap-start"}
+
+
+def hooks(diary: list[str], *, before: Exception | None = None, after: Exception | None = None) -> snapstart.Hooks:
+    async def work(name: str, error: Exception | None) -> None:
+        diary.append(name)
+        if error is not None:
+            raise error
+
+    return snapstart.Hooks(lambda: work("before", before), lambda: work("after", after))
+
+
+def test_snapstart_prepares_waits_and_renews() -> None:
+    """Before-snapshot work, /restore/next, after-restore work, and only then events."""
+    diary: list[str] = []
+
+    async def go() -> None:
+        async with runtime(json_app(), environ=SNAP, hooks=hooks(diary)) as bench:
+            await asyncio.wait_for(bench.server.snapshot.wait(), PATIENCE_S)
+            assert diary == ["before"]
+            assert not bench.server.polled.is_set()
+            bench.server.restored.set()
+            await bench.is_well()
+            assert diary == ["before", "after"]
+
+    asyncio.run(go())
+
+
+def test_restore_is_never_asked_for_without_snapstart() -> None:
+    """Where the variable is not set, /restore/next does not exist: it must not be called."""
+    diary: list[str] = []
+
+    async def go() -> None:
+        async with runtime(json_app(), hooks=hooks(diary)) as bench:
+            await bench.is_well()
+            assert not bench.server.snapshot.is_set()
+
+    asyncio.run(go())
+
+    assert diary == []
+
+
+def test_failure_before_the_snapshot_is_an_init_error() -> None:
+    """No snapshot is taken of a process that could not prepare."""
+
+    async def go() -> None:
+        async with runtime(json_app(), environ=SNAP, hooks=hooks([], before=ValueError("secret"))) as bench:
+            assert await bench.ended() == 64
+            assert bench.server.init_errors[0]["errorType"] == "Runtime.BeforeSnapshotError"
+            assert "secret" not in str(bench.server.init_errors)
+
+    asyncio.run(go())
+
+
+def test_failure_after_the_restore_is_a_restore_error() -> None:
+    """A restored process that cannot renew itself says so and ends."""
+
+    async def go() -> None:
+        async with runtime(json_app(), environ=SNAP, hooks=hooks([], after=ValueError("secret"))) as bench:
+            bench.server.restored.set()
+            assert await bench.ended() == 65
+            assert bench.server.restore_errors[0]["errorType"] == "Runtime.AfterRestoreError"
+            assert "secret" not in str(bench.server.restore_errors)
+
+    asyncio.run(go())
+
+
+def test_stopping_finishes_the_running_event() -> None:
+    """SIGTERM ends the waiting for events, not an answer; then the application is shut down."""
+
+    async def go() -> None:
+        app = Application()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                bench.runtime.stop()
+                await asyncio.sleep(0.05)
+            await app(scope, receive, send)
+
+        async with runtime(slow, lifespan=True) as bench:
+            assert (await bench.get("/last")).status == 200
+            assert await bench.ended() == 0
+        assert app.diary == ["startup", "/last", "shutdown"]
+
+    asyncio.run(go())
+
+
+def test_reseeding_changes_the_generators() -> None:
+    """Processes restored from one snapshot do not draw the same numbers."""
+    import random
+
+    random.seed(1)
+    same = random.random()
+    random.seed(1)
+    snapstart.reseed()
+
+    assert random.random() != same
+
+
+def test_priming_decodes_one_token() -> None:
+    """The snapshot holds a model that has decoded, and gives its lease back."""
+    from tests.fakes import fake_service
+
+    fakes = fake_service()
+
+    asyncio.run(snapstart.prime(fakes.service))
+
+    assert [request.max_tokens for request in fakes.engine.requests] == [1]
+    assert (fakes.host.leases, fakes.engine.running) == (0, 0)
