@@ -121,7 +121,8 @@ class Host:
         self._choice: Choice | None = None
         self._held: _Held | None = None
         self._others: set[_Held] = set()  # swapped out, still in use
-        self._work: Future[None] | None = None  # the load or swap under way
+        self._work: Future[None] | None = None  # a load or swap under way; done as soon as it can be leased, or failed
+        self._busy = False  # a load's thread is at work, perhaps on tensors that still arrive
         self._loading: Loading | None = None
         self._error: ApiError | None = None
         self._failed_at = 0.0
@@ -164,7 +165,7 @@ class Host:
                 log.error("%s", choice.error)
             return
         with self._lock:
-            if self._closed or self._held is not None or self._work is not None:
+            if self._closed or self._held is not None or self._busy:
                 return
             if load:
                 self._begin(lambda: self._load(choice))
@@ -214,14 +215,14 @@ class Host:
 
     def _chosen(self) -> Choice:
         with self._lock:
-            if self._choice is None or (not self._choice.here and self._work is None and self._held is None):
+            if self._choice is None or (not self._choice.here and not self._busy and self._held is None):
                 self._choice = choose(self._settings, self._store)
             return self._choice
 
     def _begin(self, work: Callable[[], None]) -> Future[None]:
         """Run `work` in a thread of its own; call with the lock held."""
         future: Future[None] = Future()
-        self._work = future
+        self._busy, self._work = True, future
         self._error = None
 
         def run() -> None:
@@ -235,11 +236,12 @@ class Host:
                 error = ModelUnavailable("The model could not be loaded; the log has the reason.")
                 log.exception("the load failed")
             with self._lock:
-                self._work = self._loading = None
+                self._busy, self._work, self._loading = False, None, None
                 self._error = error
                 self._failed_at = time.monotonic()
                 self._lock.notify_all()
-            future.set_result(None)
+            if not future.done():
+                future.set_result(None)
 
         threading.Thread(target=run, name="load", daemon=True).start()
         return future
@@ -285,7 +287,9 @@ class Host:
                 self._retire(held)
                 return
             self._held = held
-            self._lock.notify_all()
+            work = self._work
+        if work is not None:
+            work.set_result(None)  # whoever waits may lease it now: templates and tokens need no weights
         if file.arrival is not None:
             self._watch(file, held)
 
@@ -370,7 +374,7 @@ class Host:
         """One swap at a time; a load under way is waited for."""
         with self._swapping:
             with self._lock:
-                while self._work is not None:
+                while self._busy:
                     self._lock.wait()
                 if self._closed:
                     raise ModelUnavailable("The server is stopping.", retry_after=1)
@@ -403,11 +407,11 @@ class Host:
             self._retire(old)
 
     def _swap_in_place(self, old: _Held, file: ModelFile, reference: Reference, config: EngineConfig) -> None:
-        """Free the old model first: its answers finish, new requests wait. If the new one fails, the old one returns."""
+        """Free the old model first: its answers finish, new ones wait. If the new one fails, the old one returns."""
         future: Future[None] = Future()
         held: _Held | None = None
         with self._lock:
-            self._work, self._held = future, None
+            self._busy, self._work, self._held = True, future, None
             self._loading = Loading("swap", file.name)
         try:
             self._retire(old)
@@ -422,7 +426,7 @@ class Host:
                 raise
         finally:
             with self._lock:
-                self._held, self._work = held, None
+                self._busy, self._held, self._work = False, held, None
                 self._lock.notify_all()
             future.set_result(None)
 

@@ -40,17 +40,16 @@ class Cache:
                     source, shared = slot, length
         if source is not None and source.sequence is None and self._superseded(source, shared):
             target = source
-            self.trim(target, shared)
         else:
             # The source is busy, or holds something else worth keeping: it stays as it is.
             target = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.used))
-            if target is source:
-                self.trim(target, shared)
-            else:
+            if target is not source:
                 self.clear(target)
                 if source is not None and shared:
                     self._bindings.llama_memory_seq_cp(self._memory, source.id, target.id, 0, shared)
                     target.tokens = source.tokens[:shared]
+        if len(target.tokens) > shared:
+            self.trim(target, shared)
         self._clock += 1
         target.used = self._clock
         target.n_prompt = sequence.n_prompt

@@ -1,0 +1,135 @@
+"""Cache: which slot a sequence gets, and how much of its prompt is there already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.engine.cache import Cache
+from core.engine.generation import GenerationRequest
+from core.engine.sequence import Sequence, common_prefix
+
+
+class Memory:
+    """llama.cpp's memory calls over a dictionary. `partial` False: like a recurrent model's."""
+
+    def __init__(self, partial: bool = True) -> None:
+        self.partial = partial
+        self.copies: list[tuple[int, int, int]] = []
+
+    def llama_get_memory(self, context: Any) -> None:
+        return None
+
+    def llama_memory_seq_rm(self, memory: Any, slot: int, start: int, end: int) -> bool:
+        return self.partial or start <= 0
+
+    def llama_memory_seq_cp(self, memory: Any, source: int, target: int, start: int, end: int) -> None:
+        self.copies.append((source, target, end))
+
+
+def sequence(tokens: list[int], tenant: str = "") -> Sequence:
+    request = GenerationRequest(tuple(tokens), tenant=tenant)
+    return Sequence(request, 0, None, None, None, None)  # type: ignore[arg-type]
+
+
+def serve(cache: Cache, tokens: list[int], answer: list[int], tenant: str = "") -> int:
+    """One request from begin to end. Returns the tokens that were cached."""
+    one = sequence(tokens, tenant)
+    cached = cache.take(one)
+    assert one.slot is not None
+    one.slot.tokens = tokens + answer
+    cache.release(one)
+    return cached
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    """The longest shared beginning, as a plain loop finds it."""
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+    assert expected == common_prefix(a, b)
+
+
+def test_the_next_turn_finds_the_whole_conversation() -> None:
+    """Prompt and answer stay in the slot for the request that begins with both."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 2, 3], [4, 5])
+
+    assert 5 == serve(cache, [1, 2, 3, 4, 5, 6, 7], [])
+
+
+def test_the_same_prompt_leaves_one_token_to_decode() -> None:
+    """Without a decoded token there are no logits to sample from."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 2, 3], [4])
+
+    assert 2 == serve(cache, [1, 2, 3], [4])
+
+
+def test_another_tenant_never_gets_the_prefix() -> None:
+    """`cached_tokens` and timing would tell one key what another has asked."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 2, 3], [4], tenant="a")
+
+    assert 0 == serve(cache, [1, 2, 3], [4], tenant="b")
+
+
+def test_a_short_shared_prefix_is_copied_and_the_long_conversation_stays() -> None:
+    """Sharing a system prompt must not cost somebody else's history."""
+    memory = Memory()
+    cache = Cache(memory, None, 2, trimmable=True)
+    long = [1, 2, *range(100, 140)]
+    serve(cache, long, [])
+    serve(cache, [1, 2, 9, 9], [])
+
+    assert [(0, 1, 2)] == memory.copies
+    assert len(long) - 1 == serve(cache, long, [])
+
+
+def test_a_busy_slot_shares_its_prefix_by_copy() -> None:
+    """Two requests with one system prompt at once: the second takes the cells, not the slot."""
+    memory = Memory()
+    cache = Cache(memory, None, 2, trimmable=True)
+    first, second = sequence([1, 2, 3, 4]), sequence([1, 2, 3, 5])
+    cache.take(first)
+    assert first.slot is not None
+    first.slot.tokens = [1, 2, 3, 4]
+
+    assert 3 == cache.take(second)
+    assert first.slot is not second.slot
+
+
+def test_the_least_recently_used_prefix_goes_first() -> None:
+    """With all slots holding something, the oldest is overwritten."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 1, 1], [])
+    serve(cache, [2, 2, 2], [])
+    serve(cache, [3, 3, 3], [])
+
+    assert [[3, 3, 3], [2, 2, 2]] == [slot.tokens for slot in cache.slots]
+
+
+def test_evict_takes_idle_prefixes_only() -> None:
+    """A running sequence is never evicted; once nothing idle is left, evict says so."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 1, 1], [])
+    running = sequence([2, 2])
+    cache.take(running)
+    assert running.slot is not None
+    running.slot.tokens = [2, 2]
+
+    assert cache.evict()
+    assert not cache.evict()
+    assert [2, 2] == running.slot.tokens
+
+
+@pytest.mark.parametrize(("following", "cached"), [([1, 2, 3, 4], 3), ([1, 2, 9], 0)])
+def test_a_recurrent_model_only_goes_on_from_its_end(following: list[int], cached: int) -> None:
+    """Its state cannot be cut back, so a prefix counts only if it is all the slot holds."""
+    cache = Cache(Memory(partial=False), None, 2, trimmable=False)
+    serve(cache, [1, 2, 3], [])
+
+    assert cached == serve(cache, following, [])
