@@ -125,9 +125,14 @@ def test_what_cannot_work_or_would_be_open_is_refused_before_anything_is_made(ru
 
 
 def test_permissions_are_for_named_resources_only() -> None:
-    """No statement allows something on everything."""
-    text = json.dumps(RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"])
+    """No statement allows something on everything, and no model in the bucket can be deleted."""
+    policy = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]
+    text = json.dumps(policy)
+    deletes = [one for one in policy["Statement"] if "Delete" in json.dumps(one)]
 
+    assert len(deletes) == 1
+    assert deletes[0]["Fn::If"][1]["Action"] == "s3:DeleteObject"
+    assert deletes[0]["Fn::If"][1]["Resource"]["Fn::Sub"][0].endswith("/${ModelPrefix}/*.lease")
     assert '"Resource": "*"' not in text
     assert not re.search(r'"(s3|logs|secretsmanager):\*"', text)
 
