@@ -1,0 +1,269 @@
+"""S3Mirror: uploads to the bucket, once, what the hub delivered. Implements `core.store.source.Mirror`.
+
+A server uploads in a thread of its own. On Lambda nothing runs between invocations, so the runtime's loop calls
+`run_pending` after an answer's last byte, before it asks for the next event; what is not finished then goes on after
+the next one. `adapters.lease` sees to it that of fifty cold starts one uploads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.bucket import Bucket
+from adapters.lease import Lease, LeaseLost, code
+from adapters.manifest import SUFFIX
+from adapters.s3 import Layout, S3Storage
+from adapters.upload import Upload, UploadFailed
+from core.errors import ModelUnavailable
+from core.store.reference import HuggingFace, is_commit
+from core.store.source import Found, RemoteFile
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+TRIES = 3  # of a model, after failures that may pass
+RETRY_S = 30.0  # until a lease that another holds is looked at again
+START_S = 8.0  # time before a deadline under which nothing is begun: importing boto3 alone takes a second
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One model to be mirrored; `files` are those still to do, each with its open descriptor."""
+
+    reference: HuggingFace
+    commit: str
+    files: list[tuple[RemoteFile, int]]
+    progress: Callable[[int, int], None] | None = None
+    upload: Upload | None = None
+    tries: int = 0
+    not_before: float = 0.0
+    failure: str | None = None
+
+    def close(self) -> None:
+        if self.upload is not None:
+            self.upload.close()
+        for _, descriptor in self.files:
+            os.close(descriptor)
+        self.files = []
+
+
+class S3Mirror:
+    """`reader` reads the same bucket; `client` makes boto3's client, when there is something to upload.
+
+    `background`: a thread of its own does the work; else `run_pending` does.
+    """
+
+    def __init__(
+        self,
+        storage: S3Storage,
+        reader: Bucket,
+        prefix: str,
+        client: Callable[[], S3Client],
+        *,
+        background: bool,
+        lease_ttl: float = 600.0,
+    ) -> None:
+        self._storage, self._reader, self._layout = storage, reader, Layout(prefix)
+        self._make_client = client
+        self._client: S3Client | None = None
+        self._background, self._lease_ttl = background, lease_ttl
+        self._lock = threading.Lock()  # held by whoever works
+        self._jobs: list[_Job] = []
+        self._wake = threading.Condition()  # guards _jobs and _thread
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+        """Upload once, later, and note what the branch in `reference` means. Returns at once, raises nothing."""
+        job = self._job(reference, found, paths)
+        if job is None:
+            return
+        with self._wake:
+            if self._closed.is_set() or any(
+                each.reference == reference and each.commit == job.commit for each in self._jobs
+            ):
+                job.close()
+                return
+            self._jobs.append(job)
+            if self._background and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+
+    def run_pending(self, deadline: float | None) -> bool:
+        """Work on what was offered until `deadline` (monotonic). True: nothing is left to do. Raises nothing."""
+        with self._wake:
+            jobs = list(self._jobs)
+        if not jobs:
+            return True
+        with self._lock:
+            for job in jobs:
+                if job.not_before <= time.monotonic() and self._work(job, deadline):
+                    job.close()
+                    with self._wake:
+                        self._jobs.remove(job)
+        with self._wake:
+            return not self._jobs
+
+    def upload(
+        self,
+        reference: HuggingFace,
+        found: Found,
+        paths: tuple[Path, ...],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Like `offer`, but now, to the end. Raises ModelUnavailable if it does not succeed."""
+        job = self._job(reference, found, paths)
+        if job is None:
+            return
+        job.progress = progress
+        try:
+            with self._lock:
+                while not self._work(job, None):
+                    time.sleep(max(0.1, min(5.0, job.not_before - time.monotonic())))
+            if job.failure is not None:
+                raise ModelUnavailable(f"{reference} was not uploaded: {job.failure}", retry_after=None)
+        finally:
+            job.close()
+
+    def close(self) -> None:
+        """End the thread and what it uploads; another process may go on at once."""
+        with self._wake:
+            self._closed.set()
+            thread, self._thread = self._thread, None
+            self._wake.notify_all()
+        if thread is not None:
+            thread.join()
+        with self._wake:
+            jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            if job.upload is not None:
+                job.upload.abandon()
+            job.close()
+
+    def _job(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> _Job | None:
+        """None: there is nothing to do. The files are opened now, so that they cannot be replaced meanwhile."""
+        if found.commit is None or not is_commit(found.commit):
+            return None
+        mirrored = found.source == self._storage.name
+        if mirrored and (is_commit(reference.revision) or self._storage.known_ref(reference) == found.commit):
+            return None
+        job = _Job(reference, found.commit, [])
+        try:
+            for file, path in zip(found.files, paths, strict=True) if not mirrored else ():
+                job.files.append((file, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+        except OSError as error:
+            log.warning("%s is not mirrored: %s", reference, error)
+            job.close()
+            return None
+        return job
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            if self.run_pending(None):
+                with self._wake:
+                    if not self._jobs:
+                        self._thread = None
+                        return
+            self._closed.wait(1.0)
+
+    def _work(self, job: _Job, deadline: float | None) -> bool:
+        """One sitting. True: the job is over, done or given up."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return self._sit(job, deadline)
+        except LeaseLost:
+            log.info("%s: somebody else uploads it now", job.reference)
+            self._drop_upload(job)
+            job.not_before = time.monotonic() + RETRY_S
+            return False
+        except UploadFailed as error:
+            job.failure = str(error)
+        except ModelUnavailable as error:
+            job.failure = error.message
+        except (ClientError, BotoCoreError, OSError) as error:
+            job.failure = f"{type(error).__name__}: {error}"
+            job.tries += 1
+            if not (isinstance(error, ClientError) and code(error) == "AccessDenied") and job.tries < TRIES:
+                log.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
+                self._drop_upload(job)
+                job.failure, job.not_before = None, time.monotonic() + RETRY_S
+                return False
+        log.warning("%s is not mirrored: %s", job.reference, job.failure)
+        self._drop_upload(job)
+        return True
+
+    def _sit(self, job: _Job, deadline: float | None) -> bool:
+        while job.files:
+            if job.upload is None and not self._begin(job, deadline):
+                return False
+            if job.upload is not None and not job.upload.advance(deadline):
+                return False
+            job.upload = None
+            file, descriptor = job.files.pop(0)
+            os.close(descriptor)
+            log.info("mirrored %s of %s", file.path, job.reference)
+        return self._note_ref(job, deadline)
+
+    def _begin(self, job: _Job, deadline: float | None) -> bool:
+        """Have an upload for the first file of `job`, unless it is there already. False: not now."""
+        if deadline is not None and deadline - time.monotonic() < START_S:
+            return False
+        file, descriptor = job.files[0]
+        key = self._layout.model(job.reference, job.commit, file.path)
+        if self._reader.get(key + SUFFIX) is not None:
+            return True
+        client = self._boto()
+        lease = Lease(client, self._reader.name, key + ".lease", ttl=self._lease_ttl)
+        left = lease.acquire()
+        if left is None:
+            job.not_before = time.monotonic() + RETRY_S
+            return False
+        job.upload = Upload(
+            client,
+            self._reader.name,
+            key,
+            descriptor,
+            sha256=file.sha256,
+            origin=f"hf://{job.reference.repo_id}/{file.path}@{job.commit}",
+            lease=lease,
+            progress=job.progress,
+            stopped=self._closed.is_set,
+        )
+        if self._reader.get(key + SUFFIX) is not None:  # the holder finished between our look and our lease
+            self._drop_upload(job)
+            return True
+        job.upload.begin(left)
+        return True
+
+    def _note_ref(self, job: _Job, deadline: float | None) -> bool:
+        if is_commit(job.reference.revision):
+            return True
+        if deadline is not None and deadline - time.monotonic() < START_S:
+            return False
+        key = self._layout.ref(job.reference)
+        reply = self._reader.get(key, most=256)
+        if reply is None or reply.body.decode("latin-1").strip() != job.commit:
+            self._boto().put_object(Bucket=self._reader.name, Key=key, Body=job.commit.encode())
+            log.info("the mirror's %s of %s is %s", job.reference.revision, job.reference.repo_id, job.commit)
+        return True
+
+    def _drop_upload(self, job: _Job) -> None:
+        if job.upload is not None:
+            job.upload.abandon()
+            job.upload = None
+
+    def _boto(self) -> S3Client:
+        if self._client is None:
+            self._client = self._make_client()
+        return self._client

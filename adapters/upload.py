@@ -1,0 +1,199 @@
+"""Upload: one model file into the mirror, in parts, in as many sittings as it takes. With boto3: nobody waits for it.
+
+The file is read once: what goes up is what is hashed, and nothing is completed unless the whole sha256 is right. The
+completion is conditional, so an upload that lost its lease cannot overwrite another; the manifest is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from adapters.lease import Lease, LeaseLost, code, refused
+from adapters.manifest import SUFFIX, Manifest
+from adapters.ranged import BLOCK_BYTES
+from core.store import gguf
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+PART_BYTES = 8 << 20  # S3 takes 5 MiB to 5 GiB; four in flight are 32 MiB
+MAX_PARTS = 9000  # S3 takes 10,000
+IN_FLIGHT = 4
+TRIES = 4  # of a part, on top of botocore's own
+MARGIN_S = 1.0  # before a deadline
+
+
+class UploadFailed(Exception):
+    """The upload cannot succeed as it is. The message is for the log."""
+
+
+class Upload:
+    """`descriptor` is the open file; it stays the caller's. One thread uses it."""
+
+    def __init__(
+        self,
+        client: S3Client,
+        bucket: str,
+        key: str,
+        descriptor: int,
+        *,
+        sha256: str | None,
+        origin: str,
+        lease: Lease,
+        progress: Callable[[int, int], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._client, self._bucket, self._key, self._lease = client, bucket, key, lease
+        self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
+        self._expected, self._origin = sha256, origin
+        self._progress = progress or (lambda done, total: None)
+        blocks = max(PART_BYTES, -(-self._size // MAX_PARTS)) / BLOCK_BYTES
+        self._part_bytes = BLOCK_BYTES * -int(-blocks // 1)
+        self._count = max(1, -(-self._size // self._part_bytes))
+        self._stopped = stopped
+        self._hash = hashlib.sha256()
+        self._blocks: list[str] = []
+        self._id: str | None = None
+        self._condition: Any = {}
+        self._next = 0  # the first part that was not read yet
+        self._tries: dict[int, int] = {}
+        self._etags: dict[int, str] = {}
+        self._flying: dict[Future[str], int] = {}
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="upload")
+
+    def begin(self, left: str) -> None:
+        """Call with the lease in hand; `left` is the note in it: an upload that its last holder did not finish."""
+        from botocore.exceptions import ClientError
+
+        if left:
+            with suppress(ClientError):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=left)
+        try:
+            # Complete, but without a manifest: its uploader died between the two. It is replaced, if still the same.
+            self._condition = {"IfMatch": self._client.head_object(Bucket=self._bucket, Key=self._key)["ETag"]}
+        except ClientError as error:
+            if code(error) not in ("404", "NoSuchKey", "NotFound", "403"):
+                raise
+            self._condition = {"IfNoneMatch": "*"}
+        self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
+        self._lease.renew(self._id, always=True)
+
+    def advance(self, deadline: float | None) -> bool:
+        """Go on until it is complete (True), or `deadline` on the monotonic clock is near or `stopped()` (False).
+
+        Raises LeaseLost, UploadFailed, botocore's ClientError and BotoCoreError.
+        """
+        while len(self._etags) < self._count:
+            if self._stopped() or self._short(deadline):
+                return False
+            self._lease.renew(self._id or "")
+            while len(self._flying) < IN_FLIGHT and self._next < self._count:
+                self._submit(self._next, self._read(self._next, hashed=True))
+                self._next += 1
+            timeout = 0.5 if deadline is None else min(0.5, deadline - time.monotonic() - MARGIN_S)
+            landed, _ = wait(self._flying, timeout, FIRST_COMPLETED)
+            for future in landed:
+                self._collect(self._flying.pop(future), future)
+            self._progress(min(self._size, len(self._etags) * self._part_bytes), self._size)
+        if self._short(deadline, need=10.0):
+            return False
+        self._finish()
+        return True
+
+    def abandon(self) -> None:
+        """Leave nothing in S3 that costs money. Raises nothing."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        self.close()
+        with suppress(ClientError, BotoCoreError):
+            if self._id is not None:
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._id)
+        with suppress(ClientError, BotoCoreError):
+            self._lease.release()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _short(self, deadline: float | None, need: float = 3.0) -> bool:
+        return deadline is not None and deadline - time.monotonic() < need + MARGIN_S
+
+    def _read(self, part: int, *, hashed: bool) -> bytes:
+        offset = part * self._part_bytes
+        length = min(self._part_bytes, self._size - offset)
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) != length:
+            raise UploadFailed("the file was cut short while it was uploaded")
+        if hashed:
+            self._hash.update(data)
+            view = memoryview(data)
+            self._blocks += [
+                hashlib.sha256(view[at : at + BLOCK_BYTES]).hexdigest() for at in range(0, length, BLOCK_BYTES)
+            ]
+        return data
+
+    def _submit(self, part: int, data: bytes) -> None:
+        def send() -> str:
+            return self._client.upload_part(
+                Bucket=self._bucket, Key=self._key, UploadId=self._id or "", PartNumber=part + 1, Body=data
+            )["ETag"]
+
+        self._flying[self._pool.submit(send)] = part
+
+    def _collect(self, part: int, future: Future[str]) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self._etags[part] = future.result()
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and code(error) == "NoSuchUpload":
+                raise LeaseLost from error  # who took the lease over ended our upload
+            self._tries[part] = self._tries.get(part, 0) + 1
+            if self._tries[part] >= TRIES:
+                raise
+            self._submit(part, self._read(part, hashed=False))
+
+    def _finish(self) -> None:
+        from botocore.exceptions import ClientError
+
+        digest = self._hash.hexdigest()
+        if self._expected is not None and digest != self._expected:
+            raise UploadFailed(f"the file has sha256 {digest}, its source said {self._expected}")
+        self._lease.renew(self._id or "", always=True)
+        parts: Any = [{"PartNumber": part + 1, "ETag": self._etags[part]} for part in range(self._count)]
+        try:
+            done = self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._id or "",
+                MultipartUpload={"Parts": parts},
+                **self._condition,
+            )
+        except ClientError as error:
+            if refused(error) or code(error) == "NoSuchUpload":
+                raise LeaseLost from error
+            raise
+        self._id = None
+        header = gguf.parse_header(lambda offset, length: os.pread(self._descriptor, length, offset), self._size)
+        manifest = Manifest(
+            size_bytes=self._size,
+            sha256=digest,
+            etag=done["ETag"],
+            header_bytes=header.data_offset,
+            block_bytes=BLOCK_BYTES,
+            blocks=tuple(self._blocks),
+            origin=self._origin,
+        )
+        self._client.put_object(
+            Bucket=self._bucket,
+            Key=self._key + SUFFIX,
+            Body=manifest.to_json(),
+            ContentType="application/json",
+        )
+        self._lease.release()
+        self.close()

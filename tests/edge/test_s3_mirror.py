@@ -1,0 +1,415 @@
+"""The mirror against moto's S3: what is uploaded, by whom, and what a cold start then reads of it."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from adapters import s3_mirror as s3_mirror_module
+from adapters.lease import Lease, LeaseLost
+from adapters.manifest import Manifest
+from adapters.s3 import S3Storage
+from adapters.s3_mirror import S3Mirror
+from core.errors import ModelUnavailable
+from core.store import gguf
+from core.store.reference import HuggingFace
+from core.store.source import Found, RemoteFile
+from tests import gguf_files
+from tests.edge.fault_proxy import FaultProxy, Status
+from tests.edge.s3_double import BUCKET, bucket, clean_environ, moto_server, s3_client
+
+COMMIT, OLD_COMMIT = "c" * 40, "0" * 40
+TENSOR = random.Random(5).randbytes(4 * 1024 * 5000)  # 20 MB: three parts of an upload, ten blocks
+MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 5000), TENSOR)])
+SHA256 = hashlib.sha256(MODEL).hexdigest()
+REFERENCE = HuggingFace("org/repo", "folder/tiny.gguf")
+FOUND = Found("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
+KEY = f"models/org/repo/{COMMIT}/folder/tiny.gguf"
+
+
+@pytest.fixture(scope="module")
+def port():
+    with moto_server() as port:
+        yield port
+
+
+@pytest.fixture
+def client(port):
+    """An S3 client on an empty bucket."""
+    client = s3_client(port)
+    yield client
+    for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=each["Key"])
+    for each in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []):
+        client.abort_multipart_upload(Bucket=BUCKET, Key=each["Key"], UploadId=each["UploadId"])
+    client.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(MODEL)
+    return path
+
+
+class Bench:
+    """A storage and a mirror on one bucket; `requests` counts what went to it."""
+
+    def __init__(self, port, client, **options):
+        self.reader = bucket(port)
+        self.storage = S3Storage(bucket=lambda name: bucket(port, name), mirror=self.reader, prefix="models")
+        options = {"background": False, **options}
+        self.mirror = S3Mirror(self.storage, self.reader, "models", lambda: client, **options)
+
+    def close(self):
+        self.mirror.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def bench(port, client):
+    bench = Bench(port, client)
+    yield bench
+    bench.close()
+
+
+def keys(client):
+    return sorted(each["Key"] for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []))
+
+
+def soon(deadline=20.0):
+    return time.monotonic() + deadline
+
+
+def test_upload(bench, client, path):
+    """What the hub delivered is uploaded with a manifest and a ref; no lease and no half upload stay behind."""
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    assert bench.mirror.run_pending(None)
+
+    assert keys(client) == [KEY, f"{KEY}.manifest.json", "models/org/repo/refs/main"]
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+    manifest = Manifest.from_json(client.get_object(Bucket=BUCKET, Key=f"{KEY}.manifest.json")["Body"].read())
+    assert manifest.sha256 == SHA256
+    assert manifest.header_bytes == gguf.read_header(path).data_offset
+    assert manifest.blocks[1] == hashlib.sha256(MODEL[2 << 20 : 4 << 20]).hexdigest()
+    assert manifest.origin == f"hf://org/repo/folder/tiny.gguf@{COMMIT}"
+    assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+def test_uploaded_once(bench, client, path):
+    """A second offer of the same commit finds it there."""
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.run_pending(None)
+    before = client.head_object(Bucket=BUCKET, Key=KEY)["LastModified"]
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    time.sleep(1.1)  # Last-Modified counts in seconds
+    assert bench.mirror.run_pending(None)
+
+    assert client.head_object(Bucket=BUCKET, Key=KEY)["LastModified"] == before
+
+
+def test_resolve_by_ref_and_by_commit(bench, client, path):
+    """A cold start trusts the ref; a refresh asks by commit only; an unknown branch or commit is not here."""
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.run_pending(None)
+
+    found = bench.storage.resolve(REFERENCE, refresh=False)
+    assert (found.commit, found.files[0].sha256, found.size_bytes) == (COMMIT, SHA256, len(MODEL))
+    assert bench.storage.resolve(REFERENCE, refresh=True) is None
+    pinned = HuggingFace("org/repo", REFERENCE.filename, COMMIT)
+    assert bench.storage.resolve(pinned, refresh=True).commit == COMMIT
+    assert bench.storage.resolve(HuggingFace("org/repo", REFERENCE.filename, "v2"), refresh=False) is None
+    assert bench.storage.resolve(HuggingFace("org/repo", "other.gguf"), refresh=False) is None
+
+
+def test_ref_follows_the_branch(bench, client, path):
+    """When the hub says that a branch means another commit now, the ref moves, whichever source brought the file."""
+    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=OLD_COMMIT.encode())
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+    mirrored = Found("s3", REFERENCE, FOUND.files, COMMIT)
+    bench.mirror.offer(REFERENCE, mirrored, (path,))
+    bench.mirror.run_pending(None)
+
+    assert client.get_object(Bucket=BUCKET, Key="models/org/repo/refs/main")["Body"].read().decode() == COMMIT
+    assert keys(client) == ["models/org/repo/refs/main"]
+
+
+def test_cold_start_offers_nothing(bench, client, path):
+    """What came from the mirror by its own ref is not looked at again."""
+    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
+    bench.storage.resolve(REFERENCE, refresh=False)
+    bench.mirror.offer(REFERENCE, Found("s3", REFERENCE, FOUND.files, COMMIT), (path,))
+
+    assert bench.mirror.run_pending(0.0)
+
+
+def test_split_model(bench, client, tmp_path):
+    """Each file of a split model is uploaded; the model is there when all are."""
+    names = [f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
+    paths = []
+    for name in names:
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(MODEL)
+    reference = HuggingFace("org/repo", names[0])
+    files = tuple(RemoteFile(name, len(MODEL), SHA256) for name in names)
+    bench.mirror.offer(reference, Found("huggingface", reference, files, COMMIT), tuple(paths))
+    assert bench.mirror.run_pending(None)
+
+    assert [file.path for file in bench.storage.resolve(reference, refresh=False).files] == names
+    client.delete_object(Bucket=BUCKET, Key=f"models/org/repo/{COMMIT}/{names[1]}.manifest.json")
+    assert bench.storage.resolve(reference, refresh=False) is None
+
+
+def test_background(port, client, path):
+    """A server uploads in a thread of its own."""
+    bench = Bench(port, client, background=True)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    end = soon(30)
+    while "models/org/repo/refs/main" not in keys(client) and time.monotonic() < end:
+        time.sleep(0.05)
+    bench.close()
+
+    assert len(keys(client)) == 3
+
+
+def test_wrong_file_is_not_uploaded(bench, client, path):
+    """A file that is not what the hub promised never becomes an object."""
+    wrong = bytearray(MODEL)
+    wrong[-1] ^= 1
+    path.write_bytes(wrong)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    assert bench.mirror.run_pending(None)
+
+    assert keys(client) == []
+    assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+def test_in_sittings(bench, client, path, monkeypatch):
+    """On Lambda an upload goes on where the last invocation's deadline left it."""
+    parts = []
+    upload_part = client.upload_part
+
+    def slow(**arguments):
+        parts.append(arguments["PartNumber"])
+        time.sleep(0.7)
+        return upload_part(**arguments)
+
+    monkeypatch.setattr(s3_mirror_module, "START_S", 0.0)
+    monkeypatch.setattr(client, "upload_part", slow)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    sittings = 1
+    while not bench.mirror.run_pending(time.monotonic() + (4.3 if sittings < 4 else 60)):
+        sittings += 1
+        assert sittings < 20
+
+    assert sittings > 1
+    assert sorted(parts) == [1, 2, 3]
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+
+
+def test_deadline_too_near(bench, client, path):
+    """With little time left nothing is begun: the deadline is the client's, not ours."""
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert not bench.mirror.run_pending(time.monotonic() + 2)
+    assert keys(client) == []
+
+
+def test_lease_of_another(bench, client, path):
+    """While another uploads, nothing is uploaded, and it is looked at again later."""
+    assert Lease(client, BUCKET, f"{KEY}.lease").acquire() == ""
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert not bench.mirror.run_pending(soon())
+    assert keys(client) == [f"{KEY}.lease"]
+
+
+def test_lease_takeover(port, client, path):
+    """A lease whose holder went silent is taken over, and what it had begun is cleared away."""
+    left = client.create_multipart_upload(Bucket=BUCKET, Key=KEY)["UploadId"]
+    dead = Lease(client, BUCKET, f"{KEY}.lease", ttl=1)
+    dead.acquire()
+    dead.renew(left, always=True)
+    time.sleep(2.1)
+    bench = Bench(port, client, lease_ttl=1.0)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    assert bench.mirror.run_pending(None)
+    bench.close()
+
+    assert KEY in keys(client)
+    assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+    with pytest.raises(LeaseLost):
+        dead.renew("", always=True)
+
+
+def test_loser_never_overwrites(bench, client, path, monkeypatch):
+    """An uploader that lost its lease and does not know it is stopped by the conditional completion."""
+    complete = client.complete_multipart_upload
+
+    def late(**arguments):
+        client.put_object(Bucket=BUCKET, Key=KEY, Body=b"the other's")
+        return complete(**arguments)
+
+    monkeypatch.setattr(client, "complete_multipart_upload", late)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert not bench.mirror.run_pending(None)
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == b"the other's"
+    assert f"{KEY}.manifest.json" not in keys(client)
+
+
+def test_object_without_manifest(bench, client, path):
+    """An object whose uploader died before the manifest is not in the mirror, and is replaced."""
+    client.put_object(Bucket=BUCKET, Key=KEY, Body=b"half a thought")
+    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.run_pending(None)
+
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+
+
+@pytest.mark.parametrize("broken", [b"", b"{}", b"[1]", b'{"format": 2}', b"\xff", b"null"])
+def test_malformed_manifest(bench, client, broken):
+    """A manifest that cannot be read counts as none."""
+    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
+    client.put_object(Bucket=BUCKET, Key=f"{KEY}.manifest.json", Body=broken)
+
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+
+
+def test_malformed_ref(bench, client):
+    """A ref that names no commit counts as none."""
+    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=b"../../elsewhere")
+
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+
+
+def test_no_right_to_write(bench, client, path, monkeypatch):
+    """Where writing is forbidden, the offer is dropped at once, without an error for anyone."""
+    forbidden = ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject")
+    monkeypatch.setattr(client, "put_object", lambda **_: (_ for _ in ()).throw(forbidden))
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert bench.mirror.run_pending(None)
+
+
+def test_by_hand_says_why_not(bench, path):
+    """The upload by hand raises what went wrong."""
+    path.write_bytes(MODEL[:-5])
+    with pytest.raises(ModelUnavailable, match="sha256"):
+        bench.mirror.upload(REFERENCE, FOUND, (path,))
+
+
+def test_denied_read_is_not_here(port):
+    """A mirror that may not be read is passed over: the hub is asked instead."""
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.plan(Status(403, "AccessDenied"), times=5)
+        reader = bucket(proxy.port)
+        storage = S3Storage(bucket=lambda name: reader, mirror=reader, prefix="models")
+
+        assert storage.resolve(REFERENCE, refresh=False) is None
+        reader.close()
+
+
+def test_ten_processes_upload_once(port, client, path):
+    """Ten processes that mirror the same model at once upload one copy."""
+    script = """
+        import sys
+        from pathlib import Path
+        from tests.edge.s3_double import bucket, s3_client
+        from tests.edge import test_s3_mirror as t
+        from adapters import s3_mirror
+        from adapters.upload import Upload
+        s3_mirror.RETRY_S = 0.3
+        client = s3_client(PORT)
+        bench = t.Bench(PORT, client)
+        begin, begun = Upload.begin, []
+        Upload.begin = lambda self, left: (begun.append(1), begin(self, left))
+        sys.stdin.readline()
+        bench.mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
+        print(len(begun))
+        bench.close()
+        client.close()
+    """.replace("PORT", str(port))
+    environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    children = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ) for _ in range(10)
+    ]
+    outputs = [b""] * 10
+
+    def finish(index):
+        outputs[index] = children[index].communicate(b"go\n", timeout=120)[0]
+
+    threads = [threading.Thread(target=finish, args=(index,)) for index in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [child.returncode for child in children] == [0] * 10
+    assert sum(map(int, outputs)) == 1
+    assert keys(client) == [KEY, f"{KEY}.manifest.json", "models/org/repo/refs/main"]
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+
+
+def test_killed_uploader(port, client, path):
+    """After a kill -9 amid an upload nothing passes for a model, and the next one uploads it whole."""
+    script = """
+        import sys, time
+        from pathlib import Path
+        from tests.edge.s3_double import bucket, s3_client
+        from tests.edge import test_s3_mirror as t
+        client = s3_client(PORT)
+        upload_part = client.upload_part
+        def slow(**arguments):
+            if arguments["PartNumber"] == 3:
+                print("third", flush=True)
+                time.sleep(60)
+            return upload_part(**arguments)
+        client.upload_part = slow
+        t.Bench(PORT, client, lease_ttl=1.0).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
+    """.replace("PORT", str(port))
+    environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as child:
+        assert child.stdout.readline() == b"third\n"
+        child.send_signal(signal.SIGKILL)
+    bench = Bench(port, client, lease_ttl=1.0)
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+    time.sleep(2.1)
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+
+    assert bench.storage.resolve(REFERENCE, refresh=False) is not None
+    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+    assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+    bench.close()
+
+
+def test_manifest_round_trip():
+    """A manifest is read as it was written, and nothing that does not add up is taken for one."""
+    manifest = Manifest(10, "a" * 64, '"etag"', 4, 4, ("b" * 64,) * 3, "hf://o/r/f@c")
+    fields = json.loads(manifest.to_json())
+
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    for name, wrong in {
+        "size_bytes": 13,
+        "sha256": "a",
+        "etag": "no quotes",
+        "header_bytes": 11,
+        "block_bytes": 0,
+        "blocks": ["b" * 64] * 2,
+        "origin": None,
+    }.items():
+        with pytest.raises(ValueError, match=r"."):
+            Manifest.from_json(json.dumps({**fields, name: wrong}).encode())
