@@ -69,7 +69,7 @@ class S3Storage:
         threads: int = 0,
         part_bytes: int = 0,
     ) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self._mirror = mirror
         self._layout = Layout(prefix)
         self._threads = threads or default_threads()
@@ -83,7 +83,7 @@ class S3Storage:
         Raises ModelNotFound for an s3:// reference without an object, Denied or ModelUnavailable.
         """
         if isinstance(reference, S3):
-            bucket = self._bucket(reference.bucket)
+            bucket = self.bucket(reference.bucket)
             files = [self._object(bucket, key) for key in split_files(reference.key)]
             return Found(self.name, reference, tuple(files))
         if self._mirror is None:

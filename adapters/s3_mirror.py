@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.bucket import Bucket
 from adapters.lease import Lease, LeaseLost, code
 from adapters.manifest import SUFFIX
 from adapters.s3 import Layout, S3Storage
@@ -57,7 +56,7 @@ class _Job:
 
 
 class S3Mirror:
-    """`reader` reads the same bucket; `client` makes boto3's client, when there is something to upload.
+    """`storage` reads the same bucket; `client` makes boto3's client, when there is something to upload.
 
     `background`: a thread of its own does the work; else `run_pending` does.
     """
@@ -65,14 +64,15 @@ class S3Mirror:
     def __init__(
         self,
         storage: S3Storage,
-        reader: Bucket,
+        bucket: str,
         prefix: str,
         client: Callable[[], S3Client],
         *,
         background: bool,
         lease_ttl: float = 600.0,
     ) -> None:
-        self._storage, self._reader, self._layout = storage, reader, Layout(prefix)
+        self._storage, self._layout = storage, Layout(prefix)
+        self._reader = storage.bucket(bucket)
         self._make_client = client
         self._client: S3Client | None = None
         self._background, self._lease_ttl = background, lease_ttl
@@ -267,3 +267,19 @@ class S3Mirror:
         if self._client is None:
             self._client = self._make_client()
         return self._client
+
+
+def boto3_client(endpoint_url: str | None) -> S3Client:
+    """boto3's S3 client, a second or so in the making. MinIO and its kind want path-style addresses."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
+        retries={"mode": "standard", "total_max_attempts": 3},
+        connect_timeout=5,
+        read_timeout=30,
+        max_pool_connections=8,
+        request_checksum_calculation="when_required",  # older MinIOs know no trailing checksums; ours is the sha256
+    )
+    return boto3.client("s3", endpoint_url=endpoint_url, config=config)

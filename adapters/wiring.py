@@ -13,7 +13,7 @@ from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace
-from core.store.source import Cancelled, Found, Partial, Progress, RemoteFile, Source
+from core.store.source import Cancelled, Found, Mirror, Partial, Progress, RemoteFile, Source
 from core.store.store import Store
 from core.timeline import Timeline
 
@@ -21,11 +21,21 @@ if TYPE_CHECKING:
     from adapters.s3 import S3Storage
 
 
-def build(settings: Settings, timeline: Timeline | None = None) -> Service:
-    """Settings to Service. Touches neither network nor model; `service.host.start()` does."""
+def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bool = False) -> Service:
+    """Settings to Service. Touches neither network nor model; `service.host.start()` does.
+
+    `on_lambda`: nothing runs between invocations, so mirroring waits for `service.store.idle`; and a model goes to
+    memory if it fits, for /tmp is small, SnapStart forbids a larger one, and memory need not be written back.
+    """
     timeline = timeline or Timeline()
+    asked = sources(settings)
     store = Store(
-        settings.models_dir, sources=sources(settings), allowed=_allowed(settings), target=settings.model_target
+        settings.models_dir,
+        sources=asked,
+        mirror=mirror(settings, asked, background=not on_lambda),
+        allowed=_allowed(settings),
+        target=settings.model_target,
+        prefer_memory=on_lambda,
     )
     host = Host(settings, store, timeline)
     return Service(settings, store, host, timeline)
@@ -37,6 +47,23 @@ def sources(settings: Settings) -> tuple[Source, ...]:
     hub = Hub(settings.hf_endpoint, settings.hf_token)
     wanted = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
     return (s3(settings), hub) if wanted else (hub, _LateS3(settings))
+
+
+def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -> Mirror | None:
+    """Uploads to S3_BUCKET what the hub delivered, if S3_MIRROR=write."""
+    if settings.s3_bucket is None or settings.s3_mirror != "write":
+        return None
+    from adapters.s3 import S3Storage
+    from adapters.s3_mirror import S3Mirror, boto3_client
+
+    storage = next(source for source in asked if isinstance(source, S3Storage))
+    return S3Mirror(
+        storage,
+        settings.s3_bucket,
+        settings.s3_prefix,
+        functools.partial(boto3_client, settings.s3_endpoint_url),
+        background=background,
+    )
 
 
 def s3(settings: Settings) -> S3Storage:

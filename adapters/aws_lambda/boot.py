@@ -75,6 +75,6 @@ class Boot:
         with self.timeline.phase("wiring"):
             from adapters.wiring import build
 
-            service = build(self.settings, self.timeline)
+            service = build(self.settings, self.timeline, on_lambda=True)
         service.host.start()
         return service

@@ -102,3 +102,9 @@ class Mirror(Protocol):
 
         Called after each fetch of a hub reference, whichever source brought it; `paths` are the published files.
         """
+        ...
+
+    def run_pending(self, deadline: float | None) -> bool:
+        """Where nothing runs in the background (Lambda): work on what was offered until `deadline` on the monotonic
+        clock. True: nothing is left to do. Never raises."""
+        ...

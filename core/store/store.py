@@ -135,6 +135,14 @@ class Store:
         fetched = self.fetch(reference, refresh=False, progress=progress, cancelled=cancelled)
         return self._local(reference, fetched.path)
 
+    def idle(self, deadline: float | None) -> bool:
+        """Upload to the mirror what the hub delivered, until `deadline` on the monotonic clock.
+
+        For Lambda, where nothing runs between invocations: call it after an answer's last byte and before the next
+        event is asked for. True: nothing is left to do. Cheap then; never raises.
+        """
+        return self._mirror is None or self._mirror.run_pending(deadline)
+
     def _open_memory(self, reference: HuggingFace | S3, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
         """None: the model goes to the disk, because it is to, or because no source can bring it into memory."""
         if self._target == "disk":
@@ -154,6 +162,8 @@ class Store:
                 log.warning("%s could not deliver %s into memory: %s", source.name, reference, error.message)
                 continue
             if model is not None:
+                if isinstance(reference, HuggingFace) and self._mirror is not None:
+                    self._mirror.offer(reference, found, (model.path,))
                 return model
         return None
 

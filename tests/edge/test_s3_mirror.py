@@ -68,7 +68,7 @@ class Bench:
         self.reader = bucket(port)
         self.storage = S3Storage(bucket=lambda name: bucket(port, name), mirror=self.reader, prefix="models")
         options = {"background": False, **options}
-        self.mirror = S3Mirror(self.storage, self.reader, "models", lambda: client, **options)
+        self.mirror = S3Mirror(self.storage, BUCKET, "models", lambda: client, **options)
 
     def close(self):
         self.mirror.close()
