@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import functools
 import ipaddress
-import math
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,69 +61,33 @@ def configured(options: argparse.Namespace, environ: Mapping[str, str]) -> Setti
 def serve(settings: Settings, timeline: Timeline) -> int:
     """Bind, say so, serve until SIGTERM or Ctrl-C, and let running answers finish within SHUTDOWN_GRACE_S."""
     with timeline.phase("import server"):
-        import uvicorn
-
         from adapters import logs
-        from adapters.asgi import create_app
+        from adapters.server import Server, address_of, listen
         from adapters.terminal import ProgressLine, banner
         from adapters.wiring import build
 
     logs.configure(settings)
     service = build(settings, timeline)
     signal.signal(signal.SIGTERM, _terminated)
-    config = uvicorn.Config(
-        functools.partial(create_app, service),
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        lifespan="on",
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # a peer's word on who it speaks for would let it pass as loopback
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
-    )
     try:
-        listener = _bound(settings)
+        listener = listen(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or "no such address"
         print(f"slm-api-server: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)  # noqa: T201
         return 1
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(banner(f"http://{shown}:{port}", settings, service.host.state(), VERSION), flush=True)  # noqa: T201
+    print(banner(address_of(listener), settings, service.host.state(), VERSION), flush=True)  # noqa: T201
     progress = ProgressLine(service.host.state) if sys.stderr.isatty() else None
     if progress is not None:
         progress.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(service).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # uvicorn has shut down and passes on the Ctrl-C that told it to
+        pass  # uvicorn has shut down, and passes on the Ctrl-C that told it to
     finally:
         listener.close()
         if progress is not None:
             progress.stop()
-        asyncio.run(service.host.close(0))  # a second Ctrl-C skips the application's own shutdown
     return 0
-
-
-def _bound(settings: Settings) -> socket.socket:
-    """Listening before the first line is printed, so that the line is true and PORT=0 shows the port."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -126,6 +126,9 @@ class ScriptedGeneration:
         if not self._open or not self._todo:
             self.cancel()
             raise StopAsyncIteration
+        if self._engine.closed:
+            self.cancel()
+            raise ModelUnavailable("The model was released before the answer was finished; try again.")
         return self._todo.pop(0)
 
     def cancel(self) -> None:
@@ -194,6 +197,11 @@ class FakeHost:
 
     async def close(self, grace: float) -> None:
         self.closed = grace
+        end = asyncio.get_running_loop().time() + grace
+        while self.leases and asyncio.get_running_loop().time() < end and self.closed == grace:
+            await asyncio.sleep(0.01)
+        if self.engine is not None:
+            self.engine.stop()
 
 
 class FakeStore:

@@ -1,0 +1,142 @@
+"""`python -m adapters.local` as a process: its first lines, its signals, its ports."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REAL = ("-m", "adapters.local")
+# The same program over an engine that talks without end, for what signals do to running answers.
+ENDLESS = (
+    "-c",
+    "import sys, adapters.wiring; from tests.fakes import ScriptedEngine, fake_service;"
+    "adapters.wiring.build = lambda settings, timeline: fake_service(ScriptedEngine(endless=True, delay=0.02),"
+    " shutdown_grace_s=settings.shutdown_grace_s).service;"
+    "from adapters.local import main; sys.exit(main([]))",
+)
+
+
+@contextmanager
+def process(
+    folder: Path, program: tuple[str, ...] = REAL, **environ: str
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its address and its first three lines. Killed at the end, if a test has not ended it."""
+    running = subprocess.Popen(
+        [sys.executable, *program],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PORT": "0", "EMBEDDED_MODEL": "off", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    try:
+        lines = [running.stdout.readline().rstrip("\n") for _ in range(3)]
+        address = re.search(r"http://\S+", lines[0])
+        assert address, running.communicate(timeout=10)
+        yield running, address[0], lines
+    finally:
+        if running.poll() is None:
+            running.kill()
+        running.communicate(timeout=10)
+
+
+def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and what it said on stderr."""
+    _, errors = running.communicate(timeout=30)
+    return running.returncode, errors
+
+
+@contextmanager
+def chat(address: str) -> Iterator[Iterator[str]]:
+    """The lines of a streamed answer."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
+        yield answer.iter_lines()
+
+
+def test_without_a_model_it_serves_and_says_what_to_do(tmp_path: Path) -> None:
+    """The first lines are true as soon as they are there: the address answers."""
+    with process(tmp_path) as (running, address, lines):
+        assert lines[1] == "model: no model (unloaded)"
+        assert "MODEL_PATH" in lines[2]
+        assert httpx.get(f"{address}/health").json()["status"] == "unloaded"
+        refused = httpx.post(f"{address}/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+        running.send_signal(signal.SIGTERM)
+        code, errors = ended(running)
+
+    assert code == 0
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env_is_read_and_the_environment_wins(tmp_path: Path) -> None:
+    """./.env is for what nobody exports; what is exported stands."""
+    (tmp_path / ".env").write_text("API_KEYS=from-file\nPORT=1\nMODEL_PATH=absent.gguf\n")
+    with process(tmp_path) as (_, address, lines):
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        assert httpx.get(f"{address}/v1/models", headers={"x-api-key": "from-file"}).status_code == 200
+        assert "MODEL_PATH=absent.gguf" in lines[1]
+
+
+def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
+    """No traceback, exit code 1."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, *REAL, "--port", str(port)],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "EMBEDDED_MODEL": "off"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"slm-api-server: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_running_answer_gets_its_grace_and_no_more(tmp_path: Path, number: signal.Signals) -> None:
+    """It goes on after the signal, new connections are refused; after SHUTDOWN_GRACE_S it ends with an error event and
+    [DONE], not in mid-air; exit code 0."""
+    with process(tmp_path, ENDLESS, SHUTDOWN_GRACE_S="2") as (running, address, _):
+        with chat(address) as lines:
+            next(lines)
+            running.send_signal(number)
+            time.sleep(0.5)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{address}/health")
+            rest = [line for line in lines if line]
+        code, errors = ended(running)
+
+    assert len(rest) > 10
+    assert '"model_unavailable"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert code == 0
+    assert "Traceback" not in errors
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    """Whoever presses twice means it; still no traceback."""
+    with process(tmp_path, ENDLESS, SHUTDOWN_GRACE_S="60") as (running, address, _), chat(address) as lines:
+        next(lines)
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        code, errors = ended(running)
+
+    assert code in (0, -signal.SIGINT)
+    assert "Traceback" not in errors
