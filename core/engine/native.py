@@ -15,6 +15,8 @@ from typing import Any
 
 log = logging.getLogger("slm.llama")
 
+SPIN_COUNT = "1000"
+
 _lock = threading.Lock()
 _bindings: Any = None
 _log_callback: Any = None  # ctypes callbacks must outlive every call into the library
@@ -31,6 +33,12 @@ def bindings() -> Any:
     global _bindings
     with _lock:
         if _bindings is None:
+            # ggml meets at an OpenMP barrier after every node of the graph. By default libgomp's threads spin there for
+            # about a millisecond before they sleep; when a neighbour has the CPU that the other thread needs (another
+            # container, a quota, our own event loop) a token then takes a second and more. Measured with 2 threads on
+            # 2 CPUs, ms a token, alone and beside 14 busy processes: default 11 / 1200-2500, 3000: 10 / 210,
+            # 1000: 10 / 130, 300: 12 / 80, 0: 20 / 55. Read by libgomp when it is loaded.
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
             if "llama_cpp" not in sys.modules:
                 spec = importlib.util.find_spec("llama_cpp")
                 if spec is None or spec.submodule_search_locations is None:
