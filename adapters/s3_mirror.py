@@ -105,12 +105,16 @@ class S3Mirror:
             jobs = list(self._jobs)
         if not jobs:
             return True
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return False  # another thread is at it
+        try:
             for job in jobs:
                 if job.not_before <= time.monotonic() and self._work(job, deadline):
                     job.close()
                     with self._wake:
                         self._jobs.remove(job)
+        finally:
+            self._lock.release()
         with self._wake:
             return not self._jobs
 

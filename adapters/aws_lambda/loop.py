@@ -41,7 +41,8 @@ class Runtime:
     """`ready` ends when everything is loaded, and never raises: init waits for it until `init_ends` (monotonic).
 
     `concurrency` loops share the process (Managed Instances); `hooks` is for SnapStart. `app` may be replaced by a
-    hook; the lifespan stays the first one's.
+    hook; the lifespan stays the first one's. `afterwards` is called in a thread, with the invocation's deadline, after
+    an answer's last byte and before the next event: the only time in which work runs on Lambda that nobody waits for.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Runtime:
         init_ends: float | None = None,
         concurrency: int = 1,
         hooks: snapstart.Hooks | None = None,
+        afterwards: Callable[[float], object] | None = None,
     ) -> None:
         self.app = app
         self._environ = environ
@@ -62,6 +64,7 @@ class Runtime:
         self._init_ends = time.monotonic() + INIT_S if init_ends is None else init_ends
         self._concurrency = concurrency
         self._hooks = hooks
+        self._afterwards = afterwards
         self._lifespan = Lifespan(app)
         self._startup: asyncio.Task[None] | None = None
         self._idle: set[asyncio.Task[None]] = set()
@@ -142,6 +145,8 @@ class Runtime:
                 logger.error("The runtime failed.", exc_info=error)
                 text = f"An internal error occurred; the log has the reason under request {invocation.id}."
                 await api.error(invocation, Failure("Runtime.InternalError", text))
+            if self._afterwards is not None:
+                await asyncio.to_thread(self._afterwards, invocation.deadline)
             if self._startup is not None and self._startup.done() and self._startup.exception() is not None:
                 raise RuntimeGone("the application did not start")
 
