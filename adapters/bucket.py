@@ -22,6 +22,7 @@ from core.errors import ModelUnavailable
 
 ATTEMPTS = 5
 TIMEOUT_S = 5.0
+FIRST_PAUSE_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Bucket:
         reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                pause = min(2.0, 0.1 * 2**attempt)
+                pause = min(2.0, FIRST_PAUSE_S * 2 ** (attempt - 1))
                 time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter, no secret
             url, signed, credentials = self.signed(method, key, headers, stale=stale)
             try:

@@ -77,15 +77,15 @@ class Transfer:
         resume: int = 0,
         threads: int = 4,
         part_bytes: int = 8 << 20,
-        stall: float = STALL_S,
+        stall: float | None = None,
     ) -> None:
         width = max(1, min(threads, -(-size // block_bytes)))
         blocks = Blocks(size, block_bytes, first_bytes=first_bytes, part_bytes=part_bytes, width=width)
         if not 0 < block_bytes <= MAX_BLOCK_BYTES or (digests is not None and len(digests) != blocks.count):
             raise ValueError("the blocks do not cover the object")
-        self._origin, self._fd, self._size, self._stall = origin, fd, size, stall
+        self._origin, self._fd, self._size = origin, fd, size
         self._block_bytes, self._digests, self._checksum = block_bytes, digests, checksum
-        self._resume, self._width = resume, width
+        self._resume, self._width, self._stall = resume, width, STALL_S if stall is None else stall
         self._stopped = threading.Event()
         self._changed = threading.Condition()  # guards all below
         self._blocks = blocks

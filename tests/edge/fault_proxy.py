@@ -89,6 +89,11 @@ class FaultProxy:
         with self._lock:
             self._plan.extend([(fault, re.compile(matching), method)] * times)
 
+    def heal(self):
+        """No more faults."""
+        with self._lock:
+            self._plan.clear()
+
     def _accept(self):
         while not self._closed.is_set():
             try:

@@ -1,0 +1,459 @@
+"""S3 as a source, from moto through a faulty network to a whole model or a clear error."""
+
+import base64
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from adapters import bucket as bucket_module
+from adapters import ranged
+from adapters.bucket import Bucket, Denied
+from adapters.credentials import CredentialChain
+from adapters.s3 import S3Storage
+from adapters.s3_mirror import S3Mirror
+from adapters.sigv4 import Credentials
+from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
+from core.store.reference import S3, HuggingFace
+from core.store.source import DownloadCancelled, Found, RemoteFile
+from core.store.store import Store
+from tests import gguf_files
+from tests.edge.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
+from tests.edge.s3_double import BUCKET, ENVIRON, bucket, clean_environ, moto_server, s3_client
+
+COMMIT = "d" * 40
+TENSOR = random.Random(6).randbytes(4 * 1024 * 1700)
+MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR)])  # 7 MB: four blocks
+SHA256 = hashlib.sha256(MODEL).hexdigest()
+REFERENCE = HuggingFace("org/repo", "tiny.gguf")
+FOUND = Found("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
+KEY = f"org/repo/{COMMIT}/tiny.gguf"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Pauses of milliseconds."""
+    monkeypatch.setattr(ranged, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(ranged, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(ranged, "STALL_S", 0.5)
+    monkeypatch.setattr(bucket_module, "FIRST_PAUSE_S", 0.001)
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    """An S3 that mirrors MODEL, and holds it as a plain object under odd names."""
+    with moto_server() as port:
+        client = s3_client(port)
+        storage = S3Storage(lambda name: bucket(port, name), mirror=bucket(port))
+        path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+        path.write_bytes(MODEL)
+        mirror = S3Mirror(storage, BUCKET, "", lambda: client, background=False)
+        mirror.upload(REFERENCE, FOUND, (path,))
+        mirror.close()
+        client.put_object(Bucket=BUCKET, Key="plain.gguf", Body=MODEL)
+        client.put_object(Bucket=BUCKET, Key="odd ~name+ü//(1).gguf", Body=MODEL)
+        client.put_object(Bucket=BUCKET, Key="not.gguf", Body=b"<html>" * 1000)
+        client.close()
+        yield port
+
+
+@pytest.fixture
+def proxy(port):
+    with FaultProxy("127.0.0.1", port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def storage(proxy):
+    made = []
+
+    def make(name):
+        made.append(bucket(proxy.port, name))
+        return made[-1]
+
+    yield S3Storage(make, mirror=make(BUCKET), threads=3)
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def store(storage, tmp_path):
+    return Store(tmp_path / "models", sources=(storage,), target="disk")
+
+
+@pytest.fixture
+def memory_store(storage, tmp_path):
+    return Store(tmp_path / "models", sources=(storage,), target="memory")
+
+
+def test_fetch_from_the_mirror(store):
+    """A model in the mirror lands in MODELS_DIR, by its hub reference, with commit and sha256."""
+    fetched = store.fetch(REFERENCE, refresh=False)
+
+    assert fetched.path.read_bytes() == MODEL
+    assert (fetched.source, fetched.commit, fetched.sha256) == ("s3", COMMIT, SHA256)
+
+
+@pytest.mark.parametrize("key", [KEY, "plain.gguf"])
+def test_fetch_by_key(store, key):
+    """Any object can be named, with a manifest or without."""
+    assert store.fetch(S3(BUCKET, key)).path.read_bytes() == MODEL
+
+
+def test_odd_key(storage, store):
+    """Keys are bytes: blanks, plus signs, double slashes and umlauts are signed as they are."""
+    found = storage.resolve(S3(BUCKET, "odd ~name+ü//(1).gguf"), refresh=True)
+
+    assert found.size_bytes == len(MODEL)
+
+
+def test_open_into_memory(memory_store, proxy, tmp_path):
+    """With a manifest the model can be opened once its header is there; the rest arrives meanwhile."""
+    proxy.plan(Stall(after=0, seconds=0.4), matching=r"bytes=6291456-")
+    model = memory_store.open(REFERENCE)
+    try:
+        assert model.arrival is not None
+        assert str(model.path).startswith("/proc/self/fd/")
+        done, total = model.arrival.progress()
+        assert 0 < done < total == len(MODEL)
+        model.arrival.wait()
+        assert model.path.read_bytes() == MODEL
+        assert list(tmp_path.rglob("*.gguf")) == []
+    finally:
+        model.release()
+
+
+def test_plain_object_into_memory(memory_store):
+    """Without a manifest it is opened when all is there."""
+    model = memory_store.open(S3(BUCKET, "plain.gguf"))
+
+    assert model.arrival is None
+    assert model.path.read_bytes() == MODEL
+    model.release()
+    assert not model.path.exists()
+    model.release()
+
+
+def test_release_while_arriving(memory_store, proxy):
+    """Giving a model up while it arrives ends the download and closes the memory."""
+    proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=6291456-")
+    model = memory_store.open(REFERENCE)
+    model.release()
+
+    with pytest.raises(ModelUnavailable, match="cancelled"):
+        model.arrival.wait()
+    assert not model.path.exists()
+
+
+FAULTS = [
+    Reset(after=100_000),
+    Short(after=100_000),
+    WrongBytes(at=5000),
+    Status(500),
+    Status(503, "SlowDown"),
+    Status(403, "ExpiredToken"),
+    Stall(after=100_000),
+]
+
+
+@pytest.mark.parametrize("into", ["disk", "memory"])
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+def test_passing_fault(storage, proxy, tmp_path, fault, into):
+    """A fault in the data that passes is survived, to the disk and to memory."""
+    proxy.plan(fault, matching="(?i)range: bytes")
+    model = Store(tmp_path, sources=(storage,), target=into).open(REFERENCE)
+    if model.arrival is not None:
+        model.arrival.wait()
+
+    assert proxy.faults == 1
+    assert model.path.read_bytes() == MODEL
+    model.release()
+
+
+@pytest.mark.parametrize("fault", [Status(500), Status(503, "SlowDown"), Reset(after=10), Short(after=10)], ids=repr)
+def test_passing_fault_of_the_manifest(store, proxy, fault):
+    """A fault while ref and manifest are read is survived too."""
+    proxy.plan(fault, matching="manifest|refs")
+
+    assert store.fetch(REFERENCE, refresh=False).path.read_bytes() == MODEL
+    assert proxy.faults == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Status(403, "AccessDenied"), "may not be read"),
+        (Status(404, "NoSuchKey"), "not there any more"),
+        (Status(412, "PreconditionFailed"), "was replaced"),
+        (Status(503, "SlowDown"), "reads failed"),
+        (WrongBytes(), "wrong bytes"),
+        (Reset(after=10), "reads failed"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("into", ["disk", "memory"])
+def test_lasting_fault(storage, proxy, tmp_path, fault, message, into):
+    """A fault that stays is a clear error and leaves no model; the next try succeeds."""
+    proxy.plan(fault, times=1000, matching="(?i)range: bytes")
+    store = Store(tmp_path, sources=(storage,), target=into)
+    with pytest.raises(ModelUnavailable, match=message):
+        store.open(REFERENCE)
+    assert list(tmp_path.rglob("tiny.gguf")) == []
+
+    proxy.heal()
+    model = store.open(REFERENCE)
+    if model.arrival is not None:
+        model.arrival.wait()
+    assert model.path.read_bytes() == MODEL
+    model.release()
+
+
+def test_interrupted_download_resumes(proxy, tmp_path):
+    """What an interrupted download left on the disk is verified and not fetched again."""
+    reader = bucket(proxy.port)
+    storage = S3Storage(lambda name: reader, mirror=reader, threads=1)
+    proxy.plan(Status(500), times=1000, matching=r"bytes=4194304-")
+    store = Store(tmp_path, sources=(storage,), target="disk")
+    with pytest.raises(ModelUnavailable):
+        store.fetch(REFERENCE, refresh=False)
+    proxy.heal()
+    proxy.requests.clear()
+    store.fetch(REFERENCE, refresh=False)
+    reader.close()
+
+    ranges = [line for _, _, head in proxy.requests for line in head.splitlines() if line.lower().startswith("range")]
+    assert ranges == ["range: bytes=4194304-6291455", f"range: bytes=6291456-{len(MODEL) - 1}"]
+
+
+def test_cancel(storage, proxy, tmp_path):
+    """A cancelled download says so, and leaves no model."""
+    proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=[1-9]")
+    store = Store(tmp_path, sources=(storage,), target="disk")
+    with pytest.raises(DownloadCancelled):
+        store.fetch(REFERENCE, refresh=False, cancelled=lambda: True)
+
+    assert list(tmp_path.rglob("tiny.gguf")) == []
+
+
+def test_another_etag(storage):
+    """A manifest whose object has been replaced never yields a mixture."""
+    found = storage.resolve(REFERENCE, refresh=False)
+    other = dataclasses.replace(found, files=(dataclasses.replace(found.files[0], etag='"another"'),))
+    with pytest.raises(ModelUnavailable, match="was replaced"):
+        storage.open_memory(other, name="m", progress=lambda *_: None, cancelled=lambda: False)
+
+
+def test_no_such_object(storage):
+    """An s3:// reference without an object is the client's mistake."""
+    with pytest.raises(ModelNotFound, match=r"s3://models/none\.gguf"):
+        storage.resolve(S3(BUCKET, "none.gguf"), refresh=True)
+
+
+def test_no_such_bucket(storage):
+    """A bucket that does not exist is said to be the matter."""
+    with pytest.raises(ModelUnavailable, match="no bucket 'elsewhere'"):
+        storage.resolve(S3("elsewhere", "none.gguf"), refresh=True)
+
+
+def test_denied(storage, proxy):
+    """A 403 on an object that was asked for by name is an error that names the right it needs."""
+    proxy.plan(Status(403, "AccessDenied"), times=9)
+    proxy.plan(Status(403, "AccessDenied"), times=9, method="HEAD")
+    with pytest.raises(Denied, match="s3:GetObject"):
+        storage.resolve(S3(BUCKET, "plain.gguf"), refresh=True)
+
+
+@pytest.mark.parametrize("into", ["disk", "memory"])
+def test_not_a_model(storage, tmp_path, into):
+    """An object that is no GGUF file is refused with the reason, wherever it goes."""
+    with pytest.raises(InvalidRequest, match="GGUF"):
+        Store(tmp_path, sources=(storage,), target=into).open(S3(BUCKET, "not.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "value"),
+    [
+        ("sha256", base64.b64encode(hashlib.sha256(MODEL).digest()).decode()),
+        ("crc32", base64.b64encode(zlib.crc32(MODEL).to_bytes(4, "big")).decode()),
+    ],
+)
+def test_checksum_of_a_plain_object(memory_store, proxy, algorithm, value):
+    """The checksum that S3 keeps of a plain object is what its bytes must have."""
+    name = f"x-amz-checksum-{algorithm}"
+    proxy.plan(Header(name, value), method="HEAD")
+    memory_store.open(S3(BUCKET, "plain.gguf")).release()
+
+    wrong = base64.b64encode(bytes(len(base64.b64decode(value)))).decode()
+    proxy.plan(Header(name, wrong), times=2, method="HEAD")  # to memory, then to the disk
+    with pytest.raises(ModelUnavailable, match="checksum"):
+        memory_store.open(S3(BUCKET, "plain.gguf"))
+
+
+def test_composite_checksum_is_not_of_the_whole(memory_store, proxy):
+    """A checksum of part checksums says nothing about the bytes, so it is not held against them."""
+    proxy.plan(Header("x-amz-checksum-sha256", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=-3"), method="HEAD")
+
+    memory_store.open(S3(BUCKET, "plain.gguf")).release()
+
+
+def test_wrong_region_is_found():
+    """S3 names a bucket's region when it is asked in a wrong one; it is used from then on."""
+    chain = CredentialChain(ENVIRON)
+    asked = []
+
+    class Redirecting(Bucket):
+        def _exchange(self, method, url, headers, most):
+            asked.append(url)
+            if "ap-south-1" in url and "ap-south-1" in headers["authorization"]:
+                return bucket_module.Reply(200, {}, b"here")
+            return bucket_module.Reply(301, {"x-amz-bucket-region": "ap-south-1"})
+
+    found = Redirecting("models", credentials=chain, environ=ENVIRON)
+
+    assert found.get("key").body == b"here"
+    assert found.get("key").body == b"here"
+    assert [url.split(".")[2] for url in asked] == ["eu-central-1", "ap-south-1", "ap-south-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "region", "endpoint", "expected"),
+    [
+        ("models", "eu-central-1", None, "https://models.s3.eu-central-1.amazonaws.com/a%20b/%2B.gguf"),
+        ("my.models", "eu-central-1", None, "https://s3.eu-central-1.amazonaws.com/my.models/a%20b/%2B.gguf"),
+        ("models", "cn-north-1", None, "https://models.s3.cn-north-1.amazonaws.com.cn/a%20b/%2B.gguf"),
+        ("models", "eu-central-1", "http://minio:9000/", "http://minio:9000/models/a%20b/%2B.gguf"),
+    ],
+)
+def test_addresses(name, region, endpoint, expected):
+    """AWS is addressed by host; dotted buckets, which no certificate covers, and MinIO by path."""
+    made = Bucket(name, credentials=CredentialChain(ENVIRON), endpoint_url=endpoint, region=region)
+
+    assert expected == made.url("a b/+.gguf")
+
+
+def test_cold_path_imports_no_boto3(port, tmp_path):
+    """Reading a model from S3, its credentials from the environment, imports neither boto3 nor botocore nor the hub."""
+    script = f"""
+        import sys
+        from pathlib import Path
+        from adapters.wiring import build
+        from core.settings import Settings
+        from core.store import reference
+        settings = Settings(models_dir=Path({str(tmp_path)!r}), s3_bucket={BUCKET!r}, s3_prefix="",
+                            s3_endpoint_url="http://127.0.0.1:{port}", embedded_model="off", model_target="memory")
+        store = build(settings, on_lambda=True).store
+        model = store.open(reference.parse("hf://org/repo/tiny.gguf"))
+        model.arrival.wait()
+        assert model.path.stat().st_size == {len(MODEL)}
+        assert store.idle(None)
+        heavy = {{"boto3", "botocore", "huggingface_hub", "requests", "numpy"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environ, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+# Credentials
+
+
+class Endpoint:
+    """A container's credential endpoint."""
+
+    def __init__(self, lifetime=3600):
+        self.asked = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.asked.append((self.path, self.headers.get("Authorization")))
+                expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + lifetime))
+                reply = {"AccessKeyId": f"key{len(outer.asked)}", "SecretAccessKey": "s", "Token": "t"}
+                body = json.dumps({**reply, "Expiration": expires}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/creds?x=1"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_credentials_of_the_environment():
+    """Lambda's variables are used as they are."""
+    environ = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_SESSION_TOKEN": "c"}
+
+    assert CredentialChain(environ).get() == Credentials("a", "b", "c")
+
+
+def test_credentials_of_the_container():
+    """With SnapStart they come from an endpoint, and are kept while they are good."""
+    with Endpoint() as endpoint:
+        environ = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": endpoint.url,
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": "secret token",
+        }
+        chain = CredentialChain(environ)
+        first, second = chain.get(), chain.get()
+
+        assert (first.access_key, first.token) == ("key1", "t")
+        assert first is second
+        assert endpoint.asked == [("/creds?x=1", "secret token")]
+        assert chain.get(stale=first).access_key == "key2"
+
+
+def test_credentials_are_renewed_before_they_expire(tmp_path):
+    """Credentials near their end are not used any more; the token may stand in a file."""
+    token = tmp_path / "token"
+    token.write_text("from a file\n")
+    with Endpoint(lifetime=100) as endpoint:
+        environ = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": endpoint.url,
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
+        }
+        chain = CredentialChain(environ)
+
+        assert [chain.get().access_key, chain.get().access_key] == ["key1", "key2"]
+        assert endpoint.asked[0][1] == "from a file"
+
+
+def test_credentials_are_not_shown_to_the_network():
+    """An endpoint over plain HTTP on a foreign host is not asked."""
+    chain = CredentialChain({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://example.com/creds"})
+    with pytest.raises(ModelUnavailable, match="https"):
+        chain.get()
+
+
+def test_no_credentials(monkeypatch, tmp_path):
+    """Without any, the error says what can be set."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ModelUnavailable, match="AWS_ACCESS_KEY_ID"):
+        CredentialChain({}).get()
