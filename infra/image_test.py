@@ -134,10 +134,10 @@ def under_emulator(engine: str, image: str) -> None:
     try:
         url = f"http://127.0.0.1:{port}/{INVOCATIONS.format('function')}"
         wait_for_port(port)
-        begun = time.monotonic()
-        report("emulator, cold", seconds=round(time.monotonic() - begun, 2), **completion(post(url, url_event())))
-        begun = time.monotonic()
-        report("emulator, warm", seconds=round(time.monotonic() - begun, 2), **completion(post(url, url_event())))
+        for start in ("cold", "warm"):
+            begun = time.monotonic()
+            answer = completion(post(url, url_event()))
+            report(f"emulator, {start}", seconds=round(time.monotonic() - begun, 2), **answer)
     except BaseException:
         subprocess.run([engine, "logs", container], check=False)
         raise
@@ -149,7 +149,8 @@ def with_sam(sam: str, template: Path, folder: Path) -> None:
     event = folder / "event.json"
     event.write_text(json.dumps(url_event()))
     digest = hashlib.sha256(KEY.encode()).hexdigest()
-    common = ["--template", str(template), "--parameter-overrides", f"ApiKeySha256={digest}", "--skip-pull-image"]
+    common = ["--template", str(template), "--skip-pull-image", "--parameter-overrides"]
+    common += [f"ApiKeySha256={digest} ModelFile={embedded_model().name}"]
     environ = {"SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1", **os.environ}
 
     command = [sam, "local", "invoke", FUNCTION, "--event", str(event), *common]
