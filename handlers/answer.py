@@ -33,11 +33,11 @@ async def streamed(
 ) -> Response:
     """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
 
-    Only when no model is loaded yet the 200 goes out early, with comments that tell the progress of the load: a client
+    Only while the model is not ready yet the 200 goes out early, with comments that tell the progress of the load: a client
     or a proxy would else give up. What goes wrong after that is an `error` event.
     """
     task = asyncio.ensure_future(beginning)
-    patience = None if service.host.state().engine is not None else GRACE_S
+    patience = None if service.host.state().status == "ready" else GRACE_S
     try:
         await asyncio.wait({task}, timeout=patience)
     except asyncio.CancelledError:

@@ -1,0 +1,81 @@
+"""The real server on the embedded model: once as a process of its own, once inside this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from openai import OpenAI
+
+from adapters.wiring import build
+from core.service import Service
+from core.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+READY_S = 180  # the machine may be busy; nothing here is timed
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `python -m adapters.local` with nothing configured, its model loaded."""
+    folder = tmp_path_factory.mktemp("server")
+    environ = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "N_THREADS")
+        if name in os.environ
+    }
+    environ |= {"PYTHONPATH": str(ROOT), "MODELS_DIR": str(folder / "models"), "LOG_FORMAT": "text"}
+    log = (folder / "log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "adapters.local", "--port", "0"],
+        cwd=folder,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        match = re.search(r"http://\S+", first)
+        assert match is not None, first + (folder / "log").read_text()
+        state = httpx.get(f"{match[0]}/health", params={"wait": READY_S}, timeout=READY_S + 10).json()
+        assert state["status"] == "ready", state
+        yield match[0]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+        log.close()
+    assert process.returncode == 0
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> Iterator[OpenAI]:
+    """The stock client, which never tries twice."""
+    with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=READY_S) as openai:
+        yield openai
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for everything in this process."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service as it is wired for production, in this process, its model loaded."""
+    service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=1024))
+    state = runner.run(service.host.wait_ready(READY_S))
+    assert state.status == "ready", state
+    yield service
+    runner.run(service.host.close(5))
