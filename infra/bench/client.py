@@ -116,7 +116,7 @@ def stream_many(port: int, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
         except (RequestFailed, OSError) as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(len(bodies))]
+    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(bodies))]
     for thread in threads:
         thread.start()
     for thread in threads:

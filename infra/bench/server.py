@@ -2,8 +2,9 @@
 
 Every round starts each server anew, then puts the same work to one after the other (the order turns from round to
 round), so that whatever else the machine does falls on all of them; ratios are formed within a round. Standard output
-gets one JSON line per server and one per comparison, standard error a table. A round takes about 40 s on 2 cores; no
-round begins that would not end within --seconds.
+gets one JSON line per server and one per comparison, standard error a table. A round takes about 40 s on 2 idle cores,
+many times that on busy ones: two compute threads wait for each other some hundred times a token. No round begins that
+would not end within --seconds, and one that runs over is given up.
 
 Measured: process start to first token over HTTP; decode tokens/s for one client (after its first token) and for four
 (all their tokens over the whole time, prompts included); time to first token of a 1,000-token prompt, new and
@@ -21,9 +22,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from infra.bench import report
 from infra.bench.client import RequestFailed
@@ -36,6 +37,10 @@ from infra.bench.workload import FIRST, Target, Workload
 FLOOR = "floor"
 
 
+class OutOfTime(Exception):
+    """--seconds are over."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when everything was measured (goals missed or not), 1 when a server could not be."""
     options = _options(argv)
@@ -46,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = run(contenders, load, options.rounds, options.seconds, with_floor=options.floor)
     except (StartFailed, RequestFailed, FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"benchmark stopped: {error}", file=sys.stderr)
+        return 1
+    if not all(measured.values()):
+        print("nothing was measured: no round came to its end", file=sys.stderr)
         return 1
     _tell(contenders, load, measured)
     return 0
@@ -97,12 +105,33 @@ def run(
             break
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
         turn = number % len(contenders)
-        for name, values in one_round([*contenders[turn:], *contenders[:turn]], workload, number).items():
-            measured[name].append(values)
-        if with_floor:
-            measured[FLOOR].append(_floor(load))
+        try:
+            with _at_most(begun + seconds - round_begun):
+                values = one_round([*contenders[turn:], *contenders[:turn]], workload, number)
+                if with_floor:
+                    values[FLOOR] = _floor(load)
+        except OutOfTime:
+            print(f"round {number + 1} was given up: {seconds:g} s are over; is the machine busy?", file=sys.stderr)
+            break
+        for name, one in values.items():
+            measured[name].append(one)
         longest = max(longest, time.monotonic() - round_begun)
     return measured
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block when it runs longer."""
+
+    def over(number: int, frame: object) -> NoReturn:
+        raise OutOfTime
+
+    signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def one_round(order: Sequence[Contender], workload: Workload, number: int) -> dict[str, dict[str, float]]:
