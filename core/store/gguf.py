@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.store.hyperparameters import find_fault
+
 MAGIC = b"GGUF"
 MAX_HEADER = 256 << 20  # bytes; the largest vocabularies (262144 tokens with merges) need about 16 MB
 MAX_METADATA = 1 << 16  # keys, and tensors: the largest models have some thousands
@@ -24,6 +26,7 @@ MAPPABLE = 32  # TENSOR_ALIGNMENT of ggml-backend
 _READ = 1 << 20
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _WIDTHS = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()}
 
 # ggml type: (values in a block, bytes of a block), from ggml_blck_size and ggml_type_size of llama.cpp in
@@ -207,6 +210,8 @@ def _check_model(header: Header) -> None:
         raise MalformedGGUF("names no general.architecture: it is not a model")
     if architecture == "clip" or header.metadata.get("general.type", "model") in ("adapter", "mmproj"):
         raise MalformedGGUF("is an adapter or projector, not a language model")
+    if (fault := find_fault(header.metadata, architecture)) is not None:
+        raise MalformedGGUF(fault)
     if not header.tensors and header.split == (0, 1):
         raise MalformedGGUF("holds no tensors: it is a vocabulary, not a model")
 
@@ -218,7 +223,7 @@ class _Reader:
         self._pread = pread
         self._size = size
         self._limit = min(size, MAX_HEADER)
-        self._buffer = bytearray()
+        self._buffer = b""
         self.position = 0
 
     def _need(self, end: int, what: str) -> None:
@@ -240,7 +245,7 @@ class _Reader:
         end = self.position + length
         if end > len(self._buffer):
             self._need(end, what)
-        taken = bytes(self._buffer[self.position : end])
+        taken = self._buffer[self.position : end]
         self.position = end
         return taken
 
@@ -266,20 +271,22 @@ class _Reader:
         what = f"the array {key!r:.80}"
         if count * 8 > self._limit - self.position:
             raise MalformedGGUF(f"has {what} of {count} strings, more than the file can hold")
-        read = struct.Struct("<Q").unpack_from
-        buffer, position, limit = self._buffer, self.position, self._limit
+        length_at = _LENGTH.unpack_from
+        buffer, position = self._buffer, self.position
         seen: set[bytes] = set()
-        add = seen.add
         for index in range(count):
-            if position + 8 > len(buffer):
-                self._need(position + 8, what)
             start = position + 8
-            position = start + read(buffer, position)[0]
-            if position > len(buffer):
-                self._need(min(position, limit + 1), what)
+            if start > len(buffer):
+                self._need(start, what)
+                buffer = self._buffer
+            position = start + length_at(buffer, position)[0]
             if unique:
+                if position > len(buffer):
+                    self._need(position, what)
+                    buffer = self._buffer
                 # An empty token is renamed after its index by llama.cpp, so empty ones differ.
-                add(bytes(buffer[start:position]) or b"[EMPTY_%d]" % index)
+                seen.add(buffer[start:position] or b"[EMPTY_%d]" % index)
+        self._need(position, what)
         if unique and len(seen) != count:
             raise MalformedGGUF(f"has {count - len(seen)} duplicate tokens in its vocabulary")
         self.position = position
