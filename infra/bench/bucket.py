@@ -1,0 +1,145 @@
+"""Bucket: a folder that nginx serves as S3 would serve a bucket, at loopback's speed or behind a link of limited speed.
+
+nginx knows no signatures and ignores them; ranges, If-Match and 404 it does as S3 does. `apt-get install nginx-light`.
+
+The link is a network namespace of its own with a veth pair and a token bucket filter (`tc tbf`), so the total of all
+connections is limited and nothing else on the machine is. nginx's own `limit_rate` cannot do it: it counts each request
+anew and lets a whole second's worth through at once, which an 8 MiB range never exceeds. The link needs root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from adapters.manifest import SUFFIX, Manifest
+from adapters.ranged import BLOCK_BYTES
+from core.store import gguf
+from infra.bench.process import free_port
+
+BUCKET, PREFIX = "bench", "models"
+COMMIT = "b" * 40
+ENVIRON = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
+HOST, PEER = "198.18.77.1", "198.18.77.2"  # RFC 2544: for benchmarks
+
+_CONFIG = """
+daemon off; worker_processes 1; error_log stderr crit; pid {folder}/pid;
+events {{ worker_connections 512; }}
+http {{
+    access_log off; sendfile on; sendfile_max_chunk 512k; tcp_nopush on; keepalive_requests 100000;
+    client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+    uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
+    server {{ listen {address}:{port}; root {root}; default_type application/octet-stream; }}
+}}
+"""
+
+
+def lay_out(root: Path, model: Path, repo: str) -> str:
+    """Put `model` into the mirror's layout under `root`, with manifest and ref. Returns its key."""
+    folder = root / BUCKET / PREFIX / repo / COMMIT
+    folder.mkdir(parents=True)
+    copy = folder / model.name
+    shutil.copyfile(model, copy)
+    stat = copy.stat()
+    whole, blocks = hashlib.sha256(), []
+    with copy.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    manifest = Manifest(
+        size_bytes=stat.st_size,
+        sha256=whole.hexdigest(),
+        etag=f'"{int(stat.st_mtime):x}-{stat.st_size:x}"',  # as nginx makes it
+        header_bytes=gguf.read_header(copy).data_offset,
+        block_bytes=BLOCK_BYTES,
+        blocks=tuple(blocks),
+        origin=f"hf://{repo}/{model.name}@{COMMIT}",
+    )
+    copy.with_name(model.name + SUFFIX).write_bytes(manifest.to_json())
+    refs = root / BUCKET / PREFIX / repo / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    return f"{PREFIX}/{repo}/{COMMIT}/{model.name}"
+
+
+class Server:
+    """nginx over `root`. Use as a context manager; `url` is what S3_ENDPOINT_URL is to be."""
+
+    def __init__(self, root: Path, *, megabytes_s: float | None = None, delay_ms: float = 0.0) -> None:
+        self._root, self._megabytes_s, self._delay_ms = root, megabytes_s, delay_ms
+        self._namespace = f"bench{os.getpid()}" if megabytes_s is not None else None
+        self._folder = tempfile.TemporaryDirectory(prefix="nginx-")
+        self._nginx: subprocess.Popen[bytes] | None = None
+        self._port = free_port()
+        self.url = f"http://{PEER if self._namespace else '127.0.0.1'}:{self._port}"
+
+    def __enter__(self) -> Self:
+        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+        if nginx is None:
+            raise SystemExit("no nginx: apt-get install nginx-light")
+        address = "127.0.0.1"
+        command = [nginx]
+        if self._namespace is not None:
+            self._link(self._namespace)
+            command, address = ["ip", "netns", "exec", self._namespace, *command], PEER
+        config = Path(self._folder.name) / "nginx.conf"
+        config.write_text(
+            _CONFIG.format(folder=self._folder.name, address=address, port=self._port, root=self._root.resolve())
+        )
+        if os.geteuid() == 0:  # the workers would be nobody, who may not look into our folders
+            config.write_text("user root;\n" + config.read_text())
+        self._nginx = subprocess.Popen([*command, "-c", str(config)], stdin=subprocess.DEVNULL)
+        self._await()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._nginx is not None:
+            self._nginx.terminate()
+            self._nginx.wait()
+        if self._namespace is not None:
+            subprocess.run(["ip", "netns", "del", self._namespace], check=False)
+        self._folder.cleanup()
+
+    def _link(self, namespace: str) -> None:
+        if os.geteuid() != 0:
+            raise SystemExit("limiting the bandwidth takes a network namespace, and that takes root: run it with sudo")
+        near, far = f"n{os.getpid()}", f"f{os.getpid()}"
+        bits = int((self._megabytes_s or 0) * 8e6)
+        inside = ["ip", "netns", "exec", namespace]
+        shape = [*inside, "tc", "qdisc", "add", "dev", far]
+        commands = [
+            ["ip", "netns", "add", namespace],
+            ["ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", namespace],
+            ["ip", "addr", "add", f"{HOST}/30", "dev", near],
+            ["ip", "link", "set", near, "mtu", "9000", "up"],
+            [*inside, "ip", "addr", "add", f"{PEER}/30", "dev", far],
+            [*inside, "ip", "link", "set", far, "mtu", "9000", "up"],
+            [*shape, "root", "handle", "1:", "tbf", "rate", f"{bits}bit", "burst", "256kb", "latency", "50ms"],
+        ]
+        if self._delay_ms:
+            commands.append([*shape, "parent", "1:1", "netem", "delay", f"{self._delay_ms}ms", "limit", "10000"])
+        for command in commands:
+            subprocess.run(command, check=True)
+
+    def _await(self) -> None:
+        for _ in range(200):
+            try:
+                with urllib.request.urlopen(f"{self.url}/nothing", timeout=1):  # noqa: S310 - our own address
+                    return
+            except urllib.error.HTTPError as error:
+                error.close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        raise SystemExit("nginx does not answer")

