@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAM := build/sam/bin/sam
 .DEFAULT_GOAL := help
-.PHONY: help dev install run url test lint format settings bench sam image image-test clean
+.PHONY: help dev install run url test lint format settings bench rie sam image image-test clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ run: | $(VENV)/.installed ## serve as in production, configured by the environme
 url: $(VENV)/.installed-dev ## serve a local Lambda function URL on 127.0.0.1:9000: the Lambda runtime, its events, its stream
 	$(BIN)/python -m infra.function_url
 
-test: $(VENV)/.installed-dev ## run the tests
+test: $(VENV)/.installed-dev rie ## run the tests
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.installed-dev $(SAM) ## ruff, strict mypy, the generated parts of README and .env.example, the template, the Dockerfiles
@@ -41,6 +41,9 @@ settings: $(VENV)/.installed-dev ## write .env.example and the README's table fr
 
 bench: $(VENV)/.installed-dev ## measure over HTTP
 	$(BIN)/python -m infra.bench
+
+rie: $(VENV)/.installed-dev ## fetch Amazon's Lambda emulator out of the aws-sam-cli wheel into build
+	@$(BIN)/python -m infra.rie
 
 sam: $(SAM) ## install SAM CLI into build/sam, because its pins fit no other environment
 
