@@ -77,9 +77,7 @@ class Emulator:
         self.close()
         raise RuntimeError("The emulator did not open its port.")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
