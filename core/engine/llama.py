@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from core.engine import native, threads
@@ -41,7 +42,9 @@ class Llama:
         self._file = file
         self._closed = False
         self._close_lock = threading.Lock()
+        native.set_verbose(config.verbose)
         native.take_errors()
+        config = replace(config, n_threads=config.n_threads or threads.available())
         self._model = self._load_model(config, progress)
         try:
             self._context = self._make_context(config)
@@ -146,14 +149,13 @@ class Llama:
     def _make_context(self, config: EngineConfig) -> Any:
         bindings = self._bindings
         params = bindings.llama_context_default_params()
-        cpus = config.n_threads or threads.available()
         params.n_ctx = config.n_ctx
         params.n_batch = params.n_ubatch = min(config.n_batch, config.n_ctx)
         params.n_seq_max = config.n_parallel
         # Only a sequence's last token is sampled from: 4 rows of logits instead of n_batch, 256 MB less for Gemma 3.
         params.n_outputs_max = config.n_parallel
         params.n_outputs_max_per_seq = 1
-        params.n_threads = params.n_threads_batch = cpus
+        params.n_threads = params.n_threads_batch = config.n_threads
         params.kv_unified = True
         params.swa_full = True  # a sliding window's cache can only be cut back to a shared prefix if it is kept whole
         context = bindings.llama_init_from_model(self._model, params)

@@ -16,11 +16,13 @@ from typing import Any
 log = logging.getLogger("slm.llama")
 
 SPIN_COUNT = "1000"
+LOG_LEVEL_ERROR = 4  # ggml.h's GGML_LOG_LEVEL_ERROR; the bindings have no name for it
 
 _lock = threading.Lock()
 _bindings: Any = None
 _log_callback: Any = None  # ctypes callbacks must outlive every call into the library
 _errors: list[str] = []
+_verbose = False
 
 
 def bindings() -> Any:
@@ -86,20 +88,26 @@ def _mapped_library(name: str) -> str | None:
 
 
 def _route_log(module: Any) -> None:
-    """Send llama.cpp's log lines to logging: errors are kept for `last_errors`, all else is debug."""
+    """Send llama.cpp's log lines to logging: errors are kept for `take_errors`."""
     global _log_callback
-    levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
     def write(level: int, text: bytes, _data: object) -> None:
         line = text.decode("utf-8", "replace").strip()
-        if level == 4 and line:
+        if not line:
+            return
+        if level == LOG_LEVEL_ERROR:
             _errors.append(line)
             del _errors[:-20]
-        if line and log.isEnabledFor(logging.DEBUG):
-            log.log(min(levels.get(level, logging.DEBUG), logging.INFO), "%s", line)
+        log.log(logging.INFO if _verbose else logging.DEBUG, "%s", line)
 
     _log_callback = module.llama_log_callback(write)
     module.llama_log_set(_log_callback, ctypes.c_void_p(0))
+
+
+def set_verbose(verbose: bool) -> None:
+    """Whether llama.cpp's own lines appear in the log at level info, or only at debug."""
+    global _verbose
+    _verbose = verbose
 
 
 def take_errors() -> list[str]:

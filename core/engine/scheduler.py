@@ -93,6 +93,7 @@ class Scheduler:
         self._reading: set[PieceStream] = set()  # streams whose prompts the current decode call reads
         self._out: list[tuple[PieceStream, Piece | Exception]] = []
         self._closed = False
+        self._crowded = False  # one was paused for want of cells: nobody is admitted until another has ended
         self._prefill_rate = 0.0  # tokens a second, smoothed
         self._admissions = 0
         self.counters = Counters()
@@ -186,7 +187,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, oldest first. A follower waits until its leader has read their prompt."""
-        if not self._waiting:
+        if not self._waiting or (self._crowded and self._running):
             return
         for sequence in list(self._waiting):
             if not self._cache.free_slots():
@@ -300,6 +301,7 @@ class Scheduler:
                 self._cache.release(youngest)
             self._running.remove(youngest)
             self._waiting.appendleft(youngest)
+            self._crowded = True
             self.counters.paused += 1
         else:
             self._emit(youngest, youngest.text.finish(), finish="length")
@@ -323,6 +325,7 @@ class Scheduler:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+        self._crowded = False
         with self._wake:
             self._cache.release(sequence)
         sequence.sampler.free()
