@@ -7,8 +7,10 @@ replaced by hand is ignored, never believed.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,16 +69,24 @@ def peek(file: Path) -> Sidecar | None:
 
 
 def write(file: Path, sidecar: Sidecar) -> None:
-    """Put it beside `file`, whole or not at all. Raises OSError."""
+    """Put it beside `file`, whole or not at all, and tidy up after writers that were killed. Raises OSError."""
     path = path_of(file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    text = json.dumps(asdict(sidecar), indent=2) + "\n"
+    for last in (False, False, True):
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+            break
+        except FileNotFoundError:  # another writer took it for a dead one's and tidied it away
+            if last:
+                raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        stray.unlink(missing_ok=True)
 
 
 def _same_time(recorded: int, found: int) -> bool:

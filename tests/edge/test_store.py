@@ -1,0 +1,586 @@
+"""The store against a hub: huggingface_hub over HTTP, faults in between, several processes, sudden ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_double import Fault, HubDouble
+
+from adapters.huggingface import Hub
+from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
+from core.store import sidecar, target
+from core.store.reference import File, HuggingFace, parse
+from core.store.source import DownloadCancelled, Found, Partial, Progress, RemoteFile
+from core.store.store import Store
+from tests import gguf_files as files
+
+REPO = "org/repo"
+NAME = "model.gguf"
+REFERENCE = HuggingFace(REPO, NAME)
+SIZE = 3_000_000
+CONTENT = files.padded_model(SIZE)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+OTHER = files.padded_model(SIZE, seed=1)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    with HubDouble() as double:
+        double.add(REPO, {NAME: CONTENT})
+        yield double
+        close_session()
+
+
+@pytest.fixture
+def store(hub: HubDouble, tmp_path: Path) -> Store:
+    return Store(tmp_path / "models", (Hub(hub.url, token="t", backoff_s=0.01),))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_download_lands_whole_with_its_sidecar(store: Store, folder: Path) -> None:
+    """The file, and what is known of it; nothing else is left behind."""
+    fetched = store.fetch(REFERENCE)
+
+    assert (fetched.status, fetched.sha256, fetched.source) == ("downloaded", SHA256, "huggingface")
+    assert (fetched.commit, fetched.size_bytes) == ("c" * 40, len(CONTENT))
+    assert fetched.path.read_bytes() == CONTENT
+    assert names(folder) == [NAME, NAME + ".json"]
+    assert (
+        json.loads((folder / (NAME + ".json")).read_text()).items()
+        >= {
+            "origin": "hf://org/repo/model.gguf",
+            "source": "huggingface",
+            "revision": "main",
+            "commit": "c" * 40,
+            "sha256": SHA256,
+            "size_bytes": len(CONTENT),
+        }.items()
+    )
+    assert store.present(REFERENCE) == fetched.path
+    assert [model.name for model in store.list()] == [NAME]
+
+
+def test_what_is_there_is_not_downloaded_again(store: Store, hub: HubDouble) -> None:
+    """A second fetch asks the hub what the branch means and reads no byte of the model."""
+    store.fetch(REFERENCE)
+    again = store.fetch(REFERENCE)
+
+    assert (again.status, again.sha256, again.source) == ("present", SHA256, "huggingface")
+    assert len(hub.gets()) == 1
+
+
+def test_without_refresh_the_hub_is_not_even_asked(store: Store, hub: HubDouble) -> None:
+    """A cold start with the model on its disk needs no network."""
+    store.fetch(REFERENCE)
+    hub.log.clear()
+
+    assert store.fetch(REFERENCE, refresh=False).status == "present"
+    assert store.open(REFERENCE).source == "huggingface"
+    assert hub.log == []
+
+
+def test_a_branch_that_moved_replaces_the_file(store: Store, hub: HubDouble, folder: Path) -> None:
+    """The new version takes the name; the sidecar tells the new commit; the pinned old one is no longer here."""
+    store.fetch(REFERENCE)
+    hub.add(REPO, {NAME: OTHER}, commit="d" * 40)
+    fetched = store.fetch(REFERENCE)
+
+    assert (fetched.status, fetched.commit) == ("downloaded", "d" * 40)
+    assert fetched.path.read_bytes() == OTHER
+    assert names(folder) == [NAME, NAME + ".json"]
+    assert store.present(HuggingFace(REPO, NAME, "d" * 40)) == fetched.path
+    assert store.present(HuggingFace(REPO, NAME, "c" * 40)) is None
+
+
+def test_two_repositories_may_have_a_file_of_one_name(store: Store, hub: HubDouble, folder: Path) -> None:
+    """The second goes below its repository's name; neither is taken for the other."""
+    hub.add("other/repo", {NAME: OTHER})
+    first, second = store.fetch(REFERENCE), store.fetch(HuggingFace("other/repo", NAME))
+
+    assert (first.path, second.path) == (folder / NAME, folder / "other/repo" / NAME)
+    assert store.present(HuggingFace("other/repo", NAME)) == second.path
+    assert store.present(REFERENCE) == first.path
+    assert second.path.read_bytes() == OTHER
+
+
+def test_a_file_put_there_by_hand_is_adopted_if_it_is_the_same(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Its sha256 is computed once; then it has a sidecar like any other."""
+    files.write(folder, NAME, CONTENT)
+    fetched = store.fetch(REFERENCE)
+
+    assert (fetched.status, fetched.sha256) == ("present", SHA256)
+    assert hub.gets() == []
+    assert sidecar.read(folder / NAME) is not None
+
+
+def test_a_file_put_there_by_hand_is_not_overwritten_by_another(store: Store, folder: Path) -> None:
+    """Someone's own model of the same name stays; the hub's goes beside it."""
+    own = files.write(folder, NAME, OTHER)
+    fetched = store.fetch(REFERENCE)
+
+    assert own.read_bytes() == OTHER
+    assert fetched.path == folder / "org/repo" / NAME
+
+
+def test_a_truncated_file_is_replaced(store: Store, folder: Path) -> None:
+    """The half of a model that another tool left is no model, so its place is free."""
+    files.write(folder, NAME, CONTENT[: SIZE // 2])
+
+    assert store.present(REFERENCE) is None
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+def test_a_split_model_is_one_model(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Any part names it; all parts come; it is listed, found and opened by its first."""
+    parts = files.split_model("big", 3)
+    hub.add(REPO, parts)
+    reference = HuggingFace(REPO, "big-00002-of-00003.gguf")
+    seen: list[tuple[int, int]] = []
+    fetched = store.fetch(reference, progress=lambda done, total: seen.append((done, total)))
+    total = sum(map(len, parts.values()))
+
+    assert fetched.path == folder / "big-00001-of-00003.gguf"
+    assert (fetched.size_bytes, seen[-1]) == (total, (total, total))
+    assert [(model.name, model.size_bytes) for model in store.list()] == [("big-00001-of-00003.gguf", total)]
+    assert store.locate("big-00003-of-00003.gguf") == fetched.path
+    assert (store.open(reference).name, store.present(reference)) == ("big", fetched.path)
+    (folder / "big-00002-of-00003.gguf").unlink()
+    assert store.list() == ()
+    assert store.present(reference) is None
+    with pytest.raises(InvalidRequest, match=r"big-00002-of-00003\.gguf' is missing"):
+        store.locate("big-00001-of-00003.gguf")
+
+
+def test_progress_counts_up_to_the_whole(store: Store) -> None:
+    """Bytes done of bytes in all, never backwards."""
+    seen: list[tuple[int, int]] = []
+    store.fetch(REFERENCE, progress=lambda done, total: seen.append((done, total)))
+
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert seen == sorted(seen)
+
+
+def test_the_token_stays_with_the_hub(store: Store, hub: HubDouble) -> None:
+    """It is sent to the hub and not to where the hub redirects."""
+    hub.repos[REPO].token = "t"
+    store.fetch(REFERENCE)
+
+    assert {given for host, given in hub.authorizations if host == "hub"} == {"Bearer t"}
+    assert {given for host, given in hub.authorizations if host == "cdn"} == {None}
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "words"),
+    [
+        ("hf://org/none/model.gguf", ModelNotFound, "no repository org/none"),
+        ("hf://org/repo/none.gguf", ModelNotFound, "no file 'none.gguf' in revision 'main'"),
+        ("hf://org/repo/model.gguf@v9", ModelNotFound, "no revision 'v9'"),
+        ("hf://org/gated/model.gguf", InvalidRequest, "gated: accept its terms"),
+        ("hf://org/private/model.gguf", InvalidRequest, "HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_our_words(
+    store: Store, hub: HubDouble, folder: Path, reference: str, kind: type[Exception], words: str
+) -> None:
+    """Each mistake names the field and what to do; nothing is left on the disk."""
+    hub.add("org/gated", {NAME: CONTENT}, gated=True)
+    hub.add("org/private", {NAME: CONTENT}, token="another")
+    with pytest.raises(kind, match=words):
+        store.fetch(parse(reference))  # type: ignore[arg-type]
+
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(reset_after=1_500_000),
+        Fault(close_after=1_500_000),
+        Fault(close_after=0),
+        Fault(stall_after=1_500_000),
+        Fault(status=500),
+        Fault(status=503, times=3),
+        Fault(status=429),
+    ],
+    ids=["reset", "short", "empty", "stall", "500", "503 thrice", "429"],
+)
+def test_a_passing_fault_is_survived(store: Store, hub: HubDouble, fault: Fault) -> None:
+    """The download goes on where it broke off, and what lands is right."""
+    hub.faults.append(fault)
+    fetched = store.fetch(REFERENCE)
+
+    assert fetched.path.read_bytes() == CONTENT
+    assert len(hub.gets()) >= 2
+    if fault.reset_after is None:  # a reset takes with it what the kernel had received and nobody had read
+        assert hub.sent <= len(CONTENT) * 1.1
+
+
+@pytest.mark.parametrize("on", ["HEAD", "GET"])
+@pytest.mark.parametrize("status", [500, 403, 404])
+def test_a_lasting_fault_is_a_clear_error_and_the_next_try_succeeds(
+    store: Store, hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch, on: str, status: int
+) -> None:
+    """The error is ours; no model appears; when the hub is well again the same call works."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    hub.faults.append(Fault(on=on, status=status, times=100))
+    kind = ModelUnavailable if status == 500 else InvalidRequest
+    with pytest.raises(kind) as caught:
+        store.fetch(REFERENCE)
+    assert "huggingface_hub" not in caught.value.message
+    assert store.list() == ()
+    assert not folder.exists() or names(folder) == []
+    hub.faults.clear()
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+def test_wrong_bytes_never_become_a_model(store: Store, hub: HubDouble, folder: Path) -> None:
+    """The sha256 that the hub names is what counts; the damaged file is thrown away and the next try succeeds."""
+    hub.faults.append(Fault(flip=True))
+    with pytest.raises(ModelUnavailable, match="arrived damaged"):
+        store.fetch(REFERENCE)
+    assert names(folder) == []
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+def test_a_wrong_etag_is_noticed(store: Store, hub: HubDouble, folder: Path) -> None:
+    """A hub that names another sha256 than its bytes have delivers nothing."""
+    hub.faults.append(Fault(on="HEAD", etag="0" * 64))
+    with pytest.raises(ModelUnavailable, match=f"sha256 {SHA256}, expected {'0' * 64}"):
+        store.fetch(REFERENCE)
+
+    assert names(folder) == []
+
+
+def test_a_file_that_is_not_a_gguf_is_refused(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Right bytes of the wrong kind: the client is told, nothing stays."""
+    hub.add(REPO, {NAME: b"<html>" + bytes(1000)})
+    with pytest.raises(InvalidRequest, match="another kind of file"):
+        store.fetch(REFERENCE)
+
+    assert names(folder) == []
+
+
+def test_a_pinned_sha256_is_checked_before_a_byte_is_read(store: Store, hub: HubDouble) -> None:
+    """A pin that the hub does not bear out is the client's mistake; the right one is fine."""
+    with pytest.raises(InvalidRequest, match=SHA256) as caught:
+        store.fetch(REFERENCE, sha256="1" * 64)
+    assert caught.value.param == "sha256"
+    assert hub.gets() == []
+
+    assert store.fetch(REFERENCE, sha256=SHA256).status == "downloaded"
+
+
+def test_a_server_that_ignores_ranges_is_survived(store: Store, hub: HubDouble) -> None:
+    """When a resumed read is answered with the whole file, the file starts over."""
+    hub.faults += [Fault(reset_after=1_500_000), Fault(ignore_range=True)]
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+def test_a_cancelled_download_resumes(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Cancelling keeps what arrived and nothing else; the next try asks for the rest only."""
+    hub.faults.append(Fault(rate=3_000_000))
+    stop = threading.Event()
+
+    def progress(done: int, _total: int) -> None:
+        if done > 1_000_000:
+            stop.set()
+
+    with pytest.raises(DownloadCancelled):
+        store.fetch(REFERENCE, progress=progress, cancelled=stop.is_set)
+    assert names(folder) == [f".{NAME}.lock", f".{NAME}.part"]
+    assert store.list() == ()
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+    (resumed,) = [given for given in hub.gets() if given]
+    assert int(resumed.removeprefix("bytes=").rstrip("-")) > 1_000_000
+    assert names(folder) == [NAME, NAME + ".json"]
+
+
+def test_a_partial_of_another_version_is_not_continued(store: Store, hub: HubDouble) -> None:
+    """When the branch moved meanwhile, what arrived of the old file is of no use."""
+    hub.faults.append(Fault(close_after=1_500_000))
+    stop = threading.Event()
+    with pytest.raises(DownloadCancelled):
+        store.fetch(REFERENCE, progress=lambda done, _: stop.set() if done > 10**6 else None, cancelled=stop.is_set)
+    hub.add(REPO, {NAME: OTHER}, commit="d" * 40)
+
+    assert store.fetch(REFERENCE).path.read_bytes() == OTHER
+
+
+def test_a_damaged_partial_is_found_out(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Bytes that changed between two tries make the whole wrong: it is thrown away, the try after that is right."""
+    stop = threading.Event()
+    hub.faults.append(Fault(rate=3_000_000))
+    with pytest.raises(DownloadCancelled):
+        store.fetch(REFERENCE, progress=lambda done, _: stop.set() if done > 10**6 else None, cancelled=stop.is_set)
+    with (folder / f".{NAME}.part").open("r+b") as part:
+        part.seek(500_000)
+        part.write(b"damage")
+    with pytest.raises(ModelUnavailable, match="arrived damaged"):
+        store.fetch(REFERENCE)
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+def test_disk_space_is_checked_first(
+    store: Store, hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does not fit is refused before a byte of it is read."""
+    monkeypatch.setattr(target, "free_disk", lambda _folder: 1000)
+    with pytest.raises(ModelUnavailable, match="no room"):
+        store.fetch(REFERENCE)
+
+    assert hub.gets() == []
+    assert names(folder) == []
+
+
+def test_a_disk_that_fills_up_gives_its_room_back(store: Store, folder: Path) -> None:
+    """ENOSPC midway (here: EFBIG) is said in our words, and the partial file goes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(ModelUnavailable, match="no room"):
+            store.fetch(REFERENCE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(folder) == []
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_says_so(store: Store, folder: Path) -> None:
+    """What is in it is served; what is not cannot be brought."""
+    folder.mkdir()
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(ModelUnavailable, match="cannot be written"):
+            store.fetch(REFERENCE)
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_folder_that_is_a_link_out_is_refused(store: Store, hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    """A file name with folders cannot lead the download out of MODELS_DIR."""
+    hub.add(REPO, {"sub/model.gguf": CONTENT})
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidRequest, match="link out of MODELS_DIR"):
+        store.fetch(HuggingFace(REPO, "sub/model.gguf"))
+
+    assert names(tmp_path / "elsewhere") == []
+
+
+def test_an_unreachable_hub_leaves_what_is_there(tmp_path: Path, store: Store, hub: HubDouble) -> None:
+    """With the model on the disk a fetch is content with it; without, it says that the hub cannot be reached."""
+    store.fetch(REFERENCE)
+    hub.faults.append(Fault(on="HEAD", status=404, times=0))
+    away = Store(tmp_path / "models", (_Away(),))
+
+    assert away.fetch(REFERENCE).status == "present"
+    with pytest.raises(ModelUnavailable, match="away"):
+        away.fetch(HuggingFace(REPO, "another.gguf"))
+
+
+def test_offline_mode_is_respected(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE stops the download with a word on what to do."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelUnavailable, match="HF_HUB_OFFLINE"):
+        store.fetch(REFERENCE)
+
+
+def test_a_source_that_delivers_rubbish_is_passed_over(store: Store, hub: HubDouble, tmp_path: Path) -> None:
+    """A mirror with wrong bytes costs a warning; the hub then delivers, and the mirror is offered the right ones."""
+    mirror = _Mirror()
+    both = Store(tmp_path / "models", (_Rubbish(), Hub(hub.url, backoff_s=0.01)), mirror)
+    fetched = both.fetch(REFERENCE)
+
+    assert (fetched.source, fetched.path.read_bytes()) == ("huggingface", CONTENT)
+    assert mirror.offered == [(REFERENCE, "c" * 40, (fetched.path,))]
+
+
+class _Away:
+    name, authority = "away", True
+
+    def resolve(self, _reference: object, *, refresh: bool) -> Found | None:
+        raise ModelUnavailable("The hub is away.")
+
+
+class _Rubbish:
+    """A mirror that claims the right sha256 and writes zeros."""
+
+    name, authority = "rubbish", False
+
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+        return Found(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
+
+    def download(
+        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+    ) -> bool:
+        os.pwrite(partial.fd, bytes(partial.size), 0)
+        partial.landed(partial.size)
+        return False
+
+
+class _Mirror:
+    def __init__(self) -> None:
+        self.offered: list[object] = []
+
+    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+        self.offered.append((reference, found.commit, paths))
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from adapters.huggingface import Hub
+from core.store.reference import HuggingFace
+from core.store.store import Store
+print(Store(Path(sys.argv[1]), (Hub(sys.argv[2], backoff_s=0.01),)).fetch(HuggingFace("org/repo", "model.gguf")).status)
+"""
+
+
+def start(folder: Path, hub: HubDouble) -> subprocess.Popen[str]:
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH, str(folder), hub.url], stdout=subprocess.PIPE, text=True, env=environ
+    )
+
+
+def test_ten_processes_download_a_model_once(hub: HubDouble, folder: Path) -> None:
+    """The first takes the lock, the others wait for it and find the model there."""
+    hub.faults.append(Fault(rate=1_500_000))
+    running = [start(folder, hub) for _ in range(10)]
+    said = [process.communicate(timeout=120)[0].strip() for process in running]
+
+    assert sorted(said) == ["downloaded"] + ["present"] * 9
+    assert len(hub.gets()) == 1
+    assert (folder / NAME).read_bytes() == CONTENT
+    assert names(folder) == [NAME, NAME + ".json"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_ends_leaves_what_the_next_resumes(hub: HubDouble, folder: Path, how: signal.Signals) -> None:
+    """No handler is needed: the kernel releases the lock, the partial file is continued."""
+    hub.faults.append(Fault(rate=1_500_000))
+    process = start(folder, hub)
+    part = folder / f".{NAME}.part"
+    while not part.exists() or part.stat().st_size < 1_200_000:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert names(folder) == [f".{NAME}.lock", f".{NAME}.part"]
+
+    assert Store(folder, (Hub(hub.url),)).fetch(REFERENCE).path.read_bytes() == CONTENT
+    assert hub.gets()[1] is not None
+    assert names(folder) == [NAME, NAME + ".json"]
+
+
+def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> None:
+    """SIGSTOP for longer than any timeout (a frozen Lambda): the connection is gone, the download is not."""
+    hub.faults.append(Fault(stall_after=1_500_000, stall_s=1.5))
+    process = start(folder, hub)
+    part = folder / f".{NAME}.part"
+    while not part.exists() or part.stat().st_size < 1_200_000:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+
+    assert process.communicate(timeout=60)[0].strip() == "downloaded"
+    assert (folder / NAME).read_bytes() == CONTENT
+
+
+def test_a_hundred_sudden_ends_never_make_a_wrong_model(hub: HubDouble, folder: Path) -> None:
+    """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds."""
+    draw = random.Random(0)
+    finished = 0
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            _fetch_slowly(folder)
+        time.sleep(draw.uniform(0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        path = folder / NAME
+        if path.exists():
+            assert path.read_bytes() == CONTENT
+            finished += 1
+            if known := sidecar.read(path):
+                assert known.sha256 == SHA256
+            if draw.random() < 0.5:
+                path.unlink()
+    store = Store(folder, (_Local(0.0),))
+
+    assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
+    assert names(folder) == [NAME, NAME + ".json"]
+    assert 5 < finished < 95
+
+
+class _Local:
+    """The content without a network, in pieces: so that a hundred processes take seconds."""
+
+    name, authority = "huggingface", True
+
+    def __init__(self, pause: float) -> None:
+        self._pause = pause
+
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+        return Found(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
+
+    def download(
+        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+    ) -> bool:
+        while partial.done < partial.size:
+            piece = CONTENT[partial.done : partial.done + 200_000]
+            os.pwrite(partial.fd, piece, partial.done)
+            partial.landed(partial.done + len(piece))
+            time.sleep(self._pause)
+        return False
+
+
+def _fetch_slowly(folder: Path) -> None:
+    """In a forked child: ends it in any case."""
+    try:
+        Store(folder, (_Local(0.002),)).fetch(REFERENCE)
+    finally:
+        os._exit(0)
+
+
+def test_a_local_file_is_opened_as_it_is(store: Store, folder: Path) -> None:
+    """No source is asked; the name is the file's."""
+    files.write(folder, "sub/own.Q8_0.gguf", CONTENT)
+    model = store.open(File("sub/own.Q8_0.gguf"))
+
+    assert (model.name, model.source, model.sha256, model.size_bytes) == ("own.Q8_0", "file", None, len(CONTENT))
