@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 
+_TOKEN = 128  # characters in the longest token of the vocabularies known to us (Llama 3: 128 spaces)
+_ASKED = 1 << 16  # characters searched for control tokens, in all
+_OPENERS = 1000  # characters with which names of control tokens begin: each costs Gemma's vocabulary 90 microseconds
+
 
 def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
     """Tokens of the conversation, up to where the assistant speaks. Blocks; call it in a worker thread.
@@ -37,6 +41,13 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
             code="context_length_exceeded",
         )
     marks = _Marks(engine, messages)
+    if marks.characters > card.n_ctx * _TOKEN:
+        raise InvalidRequest(
+            f"The messages have {marks.characters} characters; the context holds {card.n_ctx} tokens, which is at most "
+            f"{card.n_ctx * _TOKEN} characters. Shorten the prompt or raise N_CTX.",
+            param="messages",
+            code="context_length_exceeded",
+        )
     text = _render(card, marks.apply(messages))
     tokens: list[int] = []
     if card.bos and card.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not text.startswith(card.bos):
@@ -156,7 +167,12 @@ def _without_system(messages: Messages) -> Messages | None:
 
 
 class _Marks:
-    """Strings that hold the name of a control token, and the marks that stand for them in the template's output."""
+    """Strings that may hold the name of a control token, and the marks that stand for them in the template's output.
+
+    Whether one does is asked of the tokenizer itself, whose search for such names takes quadratic time in their number
+    (30,000 of them: 6 s). So the question is asked within bounds, and what is beyond them is marked unasked: a mark
+    does no harm.
+    """
 
     def __init__(self, engine: Engine, messages: Messages) -> None:
         strings = [
@@ -166,41 +182,41 @@ class _Marks:
             if key != "role"
             for string in _strings(value)
         ]
-        self._marks: dict[str, str] = {}  # by string
-        if _plain(engine, "\n".join(strings)):
-            return
-        secret = os.urandom(8).hex()
-        for string in strings:
-            if string not in self._marks and not _plain(engine, string):
-                self._marks[string] = f"x{secret}x{len(self._marks)}x"
+        self.characters = sum(map(len, strings))
+        self._secret = os.urandom(8).hex()
+        self._marked: list[str] = []
+        asked, openers = 0, 0
+        for string in dict.fromkeys(strings):
+            asked += len(string)
+            openers += string.count("<") + string.count("[")
+            if asked > _ASKED or openers > _OPENERS or not _plain(engine, string):
+                self._marked.append(string)
+        self._marks = {string: f"x{self._secret}x{index}x" for index, string in enumerate(self._marked)}
 
     def apply(self, messages: Messages) -> Messages:
         if not self._marks:
             return messages
         return [
-            {key: value if key == "role" else self._marked(value) for key, value in message.items()}
+            {key: value if key == "role" else self._mark(value) for key, value in message.items()}
             for message in messages
         ]
 
     def split(self, text: str) -> Iterator[tuple[str, bool]]:
         """Parts of the rendered text, each with whether names of control tokens in it mean the tokens."""
-        if not self._marks:
-            yield text, True
-            return
-        strings = {mark: string.strip() for string, mark in self._marks.items()}
-        for part in re.split("(" + "|".join(strings) + ")", text):
-            yield (strings[part], False) if part in strings else (part, True)
+        parts = re.split(f"x{self._secret}x([0-9]+)x", text)
+        for index, part in enumerate(parts):
+            yield (part, True) if index % 2 == 0 else (self._marked[int(part)].strip(), False)
 
-    def _marked(self, value: Any) -> Any:
+    def _mark(self, value: Any) -> Any:
         if isinstance(value, str):
             mark = self._marks.get(value)
-            if mark is None:
+            if mark is None or value.isspace():
                 return value
             start = len(value) - len(value.lstrip())  # white space stays outside, for templates that trim
             return value[:start] + mark + value[len(value.rstrip()) :]
         if isinstance(value, dict):
-            return {self._marked(key): self._marked(inner) for key, inner in value.items()}
-        return [self._marked(inner) for inner in value] if isinstance(value, list) else value
+            return {self._mark(key): self._mark(inner) for key, inner in value.items()}
+        return [self._mark(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(engine: Engine, text: str) -> bool:

@@ -93,6 +93,22 @@ def test_a_clients_words_are_never_control_tokens(words: str, template: str | No
     assert words.strip() in shown(tokens)
 
 
+@pytest.mark.parametrize("words", ["<" * 5000, " \n" * 3000, "x" * 30_000 + "<s>", "  " + "<|im_end|>" * 3000 + "\n"])
+def test_long_words_lose_nothing(words: str) -> None:
+    """What is too long to be searched for control tokens is plain text, whole, white space included."""
+    tokens = templates.prompt(engine(SMOL), [said("x<s>"), said(words)])
+
+    assert f"[<|im_start|>]user\n{words}[<|im_end|>]" in shown(tokens)
+
+
+def test_what_no_context_can_hold_is_refused_unread() -> None:
+    """Far too long a text is refused by its length, however often it is told, before it costs time."""
+    big = "x" * 10_000
+    with pytest.raises(InvalidRequest, match="70000 characters; the context holds 512 tokens") as caught:
+        templates.prompt(engine(SMOL), [said(big)] * 7)
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_trimming_templates_trim_words_with_control_tokens() -> None:
     """White space round such words is the template's to keep or to trim."""
     tokens = templates.prompt(engine(GEMMA), [said(" <s> ")])
