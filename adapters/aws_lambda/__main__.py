@@ -59,7 +59,7 @@ def main() -> int:
         init_ends=time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ),
         concurrency=max(1, int(os.environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)),
         hooks=snapstart.Hooks(before, after),
-        afterwards=service.store.idle,
+        afterwards=service.store.idle if service.settings.s3_bucket else None,
     )
     return asyncio.run(runtime.run())
 

@@ -15,7 +15,7 @@ from core.errors import ApiError
 
 # Lambda keeps a type only if it looks like this; any other becomes Function.Unknown or Runtime.Unknown.
 _TYPE = re.compile(r"(Runtime|Function)\.[A-Z][a-zA-Z]+")
-_MAX_MESSAGE = 2000  # characters; trailers and headers share 8 KiB
+_MAX_MESSAGE = 800  # characters, six bytes each as JSON and a third more as base64; trailers may have 8 KiB
 
 
 @dataclass(frozen=True, slots=True)

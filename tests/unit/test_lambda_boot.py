@@ -1,0 +1,137 @@
+"""Boot: what is checked, set and started before anything is served."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.aws_lambda import boot
+from adapters.aws_lambda.boot import Boot, place_in_tmp, read_settings
+from core.service import Service
+from core.settings import SettingsError, keys
+from tests.fakes import FakeHost, FakeStore, ScriptedEngine
+
+
+def test_only_tmp_is_written_to() -> None:
+    """Without a home that can be written to, everything goes below /tmp."""
+    environ = {"HOME": "/nonexistent"}
+    place_in_tmp(environ)
+
+    assert environ == {"HOME": "/tmp", "HF_HOME": "/tmp/huggingface", "MODELS_DIR": "/tmp/models"}
+
+
+def test_what_is_configured_stays(tmp_path: Path) -> None:
+    """Folders that were chosen, and a home that works, are left alone."""
+    environ = {"HOME": str(tmp_path), "HF_HOME": "/mnt/hf", "MODELS_DIR": "/mnt/models"}
+    given = dict(environ)
+    place_in_tmp(environ)
+
+    assert environ == given
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"API_KEYS": "a"},
+        {"API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"},
+        {"IAM_AUTH": "true"},
+    ],
+)
+def test_something_guards_the_url(environ: dict[str, str]) -> None:
+    """Keys, a secret with keys, or IAM."""
+    read_settings(environ)
+
+
+@pytest.mark.parametrize("environ", [{}, {"ALLOW_ANONYMOUS": "true"}, {"ADMIN_API_KEYS": "a"}, {"IAM_AUTH": "false"}])
+def test_an_open_url_stops_the_start(environ: dict[str, str]) -> None:
+    """Admin keys alone, or being told that anyone may call, do not close a URL to the world."""
+    with pytest.raises(SettingsError, match=r"API_KEYS or API_KEYS_SECRET must be set.*IAM_AUTH=true"):
+        read_settings(environ)
+
+
+@pytest.fixture
+def wiring(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A composition root over fakes."""
+    host = FakeHost(ScriptedEngine())
+    module = types.ModuleType("adapters.wiring")
+
+    def build(settings: Any, timeline: Any, *, on_lambda: bool) -> Service:
+        assert on_lambda
+        return Service(settings, FakeStore(), host, timeline)  # type: ignore[arg-type]
+
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "adapters.wiring", module)
+    return host
+
+
+def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> None:
+    """Loading is started by boot itself, whatever AUTO_PRELOAD says."""
+    service = Boot({"API_KEYS": "a"}).service()
+
+    assert wiring.started
+    assert service.settings.api_keys == keys("a")
+    assert [phase.name for phase in service.timeline.phases()] == ["wiring"]
+
+
+def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The secret is read beside the load; its keys count like those in API_KEYS, and can be renewed."""
+    from adapters.aws_lambda import secret
+
+    monkeypatch.setattr(secret, "read_keys", lambda arn, environ: keys("from-secret"))
+    environ = {"API_KEYS": "a", "API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}
+    started = Boot(environ)
+
+    assert started.service().settings.api_keys == keys("a,from-secret")
+    assert started.with_keys(keys("renewed")).settings.api_keys == keys("a,renewed")
+    assert started.with_keys(keys("renewed")).host is wiring
+
+
+def test_a_secret_that_cannot_be_read_stops_the_start(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL without its keys is not served."""
+    from adapters.aws_lambda import secret
+
+    def fail(arn: str, environ: Any) -> Any:
+        raise SettingsError("API_KEYS_SECRET cannot be read: no answer.")
+
+    monkeypatch.setattr(secret, "read_keys", fail)
+
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Boot({"API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}).service()
+
+
+def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`adapters.aws_lambda.handler` is Mangum round the application, with deadline and request id; once."""
+    import asyncio
+
+    import adapters.aws_lambda as package
+    from infra.function_url_event import from_buffered, to_event
+
+    monkeypatch.setattr(boot.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp", "LOG_LEVEL": "error"})
+
+    class Context:
+        aws_request_id = "request-1"
+
+        def get_remaining_time_in_millis(self) -> int:
+            return 5000
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        handler = package.handler
+        assert package.handler is handler
+        event = to_event("GET", "/v1/models", headers=[("authorization", "Bearer secret")])
+        status, headers, body = from_buffered(handler(event, Context()), b"")
+    finally:
+        package.__dict__.pop("handler", None)
+        asyncio.set_event_loop(None)
+        loop.close()
+
+    assert status == 200
+    assert b"fake-1b" in body
+    assert dict(headers)["x-request-id"] == "request-1"
+    with pytest.raises(AttributeError):
+        package.other  # noqa: B018
