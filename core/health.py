@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.host import HostState, Loading
+from core.host import HostState
+from core.loader import Loading
 from core.service import Service
 
 

@@ -19,9 +19,11 @@ from typing import Any, Literal
 from core.boot import Choice, choose
 from core.engine.generation import Engine, EngineConfig
 from core.errors import ApiError, ModelUnavailable
+from core.lease import Lease, Lender, Loaded
+from core.loader import LoadEngine, Loader, Loading, load_llama
 from core.settings import Settings
 from core.store.model_file import ModelFile
-from core.store.reference import File, Reference
+from core.store.reference import File
 from core.store.store import Store
 from core.store.target import free_memory, megabytes
 from core.timeline import Timeline
@@ -29,25 +31,9 @@ from core.timeline import Timeline
 log = logging.getLogger("slm.host")
 
 Status = Literal["unloaded", "available", "ready"]
-LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], Engine]
 
-STOP_S = 2.0  # what leases get to come back once their answers were cut
 RETRY_S = 5.0  # a load that failed is not tried again sooner
 KV_BYTES_PER_TOKEN = 64 << 10  # between SmolLM2's 23 KiB and Llama 3 8B's 128 KiB; only to guess what a swap needs
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """A load under way: phase is "download", "load" or "swap"; `done` of `total` bytes (0 of 0: not known yet)."""
-
-    phase: str
-    model: str
-    done: int = 0
-    total: int = 0
-
-    @property
-    def percent(self) -> int | None:
-        return None if self.total == 0 else min(100, self.done * 100 // self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +45,6 @@ class HostState:
     loading: Loading | None
     error: str | None  # of the last load that failed, in our words
     engine: Engine | None
-
-
-class Lease:
-    """The right to use an engine: one that was swapped out is freed when its last lease is released."""
-
-    __slots__ = ("_held", "_host", "engine")
-
-    def __init__(self, host: Host, held: _Held) -> None:
-        self.engine = held.engine
-        self._host = host
-        self._held: _Held | None = held
-
-    def release(self) -> None:
-        """Idempotent, from any thread."""
-        held, self._held = self._held, None
-        if held is not None:
-            self._host._returned(held)
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """An engine, how it came to be, and how many use it."""
-
-    engine: Engine
-    reference: Reference
-    config: EngineConfig
-    leases: int = 0
-    retired: bool = False
 
 
 def config_of(settings: Settings) -> EngineConfig:
@@ -102,28 +60,19 @@ def config_of(settings: Settings) -> EngineConfig:
     )
 
 
-def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float], None]) -> Engine:
-    """Load with llama.cpp. The import is part of the load: nothing else needs it."""
-    from core.engine.llama import Llama
-
-    return Llama(file, config, progress)
-
-
 class Host:
     """Thread-safe. The async methods may be called on any loop; loads run in threads of the host's own."""
 
     def __init__(self, settings: Settings, store: Store, timeline: Timeline, load: LoadEngine = load_llama) -> None:
         self._settings = settings
         self._store = store
-        self._timeline = timeline
-        self._load_engine = load
+        self._loader = Loader(settings, store, timeline, load)
         self._lock = threading.Condition()
         self._choice: Choice | None = None
-        self._held: _Held | None = None
-        self._others: set[_Held] = set()  # swapped out, still in use
+        self._held: Loaded | None = None
+        self._lender = Lender()
         self._work: Future[None] | None = None  # a load or swap under way; done as soon as it can be leased, or failed
         self._busy = False  # a load's thread is at work, perhaps on tensors that still arrive
-        self._loading: Loading | None = None
         self._error: ApiError | None = None
         self._failed_at = 0.0
         self._closed = False
@@ -143,14 +92,13 @@ class Host:
     def state(self) -> HostState:
         choice = self._chosen()
         with self._lock:
-            held, loading = self._held, self._loading
+            held, loading = self._held, self._loader.progress()
             error = None if self._error is None else self._error.message
+            status: Status
             if held is not None:
-                arriving = loading is not None and loading.phase == "download"
-                return HostState(
-                    "available" if arriving else "ready", held.engine.card.name, loading, error, held.engine
-                )
-            status: Status = "available" if choice.here else "unloaded"
+                status = "available" if self._loader.arriving else "ready"
+                return HostState(status, held.engine.card.name, loading, error, held.engine)
+            status = "available" if choice.here else "unloaded"
             return HostState(status, choice.name, loading, error or choice.error, None)
 
     def start(self, *, load: bool | None = None) -> None:
@@ -236,7 +184,8 @@ class Host:
                 error = ModelUnavailable("The model could not be loaded; the log has the reason.")
                 log.exception("the load failed")
             with self._lock:
-                self._busy, self._work, self._loading = False, None, None
+                self._busy, self._work = False, None
+                self._loader.announce(None)
                 self._error = error
                 self._failed_at = time.monotonic()
                 self._lock.notify_all()
@@ -252,8 +201,7 @@ class Host:
             if self._closed:
                 raise ModelUnavailable("The server is stopping.", retry_after=1)
             if self._held is not None:
-                self._held.leases += 1
-                return Lease(self, self._held), None
+                return self._lender.lend(self._held), None
             if self._work is not None:
                 return None, self._work
             if self._error is not None and time.monotonic() - self._failed_at < RETRY_S:
@@ -263,110 +211,36 @@ class Host:
             return None, self._begin(lambda: self._load(choice))
 
     def _still_loading(self) -> ModelUnavailable:
-        loading = self._loading
+        loading = self._loader.progress()
         share = "" if loading is None or loading.percent is None else f" ({loading.percent} %)"
         return ModelUnavailable(f"The model is still loading{share}; try again.", retry_after=2)
 
     def _download(self, choice: Choice) -> None:
-        assert choice.reference is not None
-        assert not isinstance(choice.reference, File)
-        with self._timeline.phase("download"):
-            self._store.fetch(
-                choice.reference, refresh=False, progress=self._progress("download", choice), cancelled=self._stopping
-            )
+        self._loader.download(choice)
         with self._lock:
-            self._choice = None
+            self._choice = None  # to be looked up again: it is here now
 
     def _load(self, choice: Choice) -> None:
         assert choice.reference is not None
-        file = self._open(choice)
-        held = self._make(file, choice.reference, config_of(self._settings))
+        file = self._loader.open(choice)
+        held = self._loader.load(file, choice.reference, config_of(self._settings))
         with self._lock:
             self._choice = replace(choice, here=True, path=str(file.path))
             if self._closed:
-                self._retire(held)
+                self._lender.retire(held)
                 return
             self._held = held
             work = self._work
         if work is not None:
             work.set_result(None)  # whoever waits may lease it now: templates and tokens need no weights
-        if file.arrival is not None:
-            self._watch(file, held)
-
-    def _open(self, choice: Choice) -> ModelFile:
-        assert choice.reference is not None
-        if not choice.here:
-            # The bindings' import and the first bytes' way over the network take the same time: do both at once.
-            threading.Thread(target=self._import_bindings, name="import", daemon=True).start()
-        with self._timeline.phase("open"):
-            return self._store.open(
-                choice.reference, progress=self._progress("download", choice), cancelled=self._stopping
-            )
-
-    def _import_bindings(self) -> None:
-        from core.engine import native
-
-        with self._timeline.phase("import llama.cpp"):
-            native.bindings()
-
-    def _make(self, file: ModelFile, reference: Reference, config: EngineConfig) -> _Held:
-        """Turn a file into an engine; the file is released if that fails."""
-        if file.arrival is not None and self._settings.repack == "on":
-            file.arrival.wait()  # repacking reads the weights at load
-            file = replace(file, arrival=None)
-        self._report(Loading("load", file.name, 0, file.size_bytes))
-
-        def report(share: float) -> None:
-            if file.arrival is None:
-                self._report(Loading("load", file.name, int(share * file.size_bytes), file.size_bytes))
-
         try:
-            with self._timeline.phase("load"):
-                engine = self._load_engine(file, config, report)
-        except BaseException:
-            if file.arrival is not None:
-                file.arrival.cancel()
-            file.release()
-            raise
-        log.info("%s is loaded: %s", file.name, engine.card.description)
-        return _Held(engine, reference, config)
-
-    def _watch(self, file: ModelFile, held: _Held) -> None:
-        """Wait for the tensors of a model that is served while they arrive; give it up if they do not."""
-        assert file.arrival is not None
-        start = self._timeline.now()
-        done = threading.Event()
-
-        def tell() -> None:
-            while not done.wait(0.1):
-                arrived, total = file.arrival.progress()  # type: ignore[union-attr]
-                self._report(Loading("download", file.name, arrived, total))
-
-        teller = threading.Thread(target=tell, name="progress", daemon=True)
-        teller.start()
-        try:
-            file.arrival.wait()
+            self._loader.wait_arrival(file)
         except ApiError:
             with self._lock:
                 if self._held is held:
                     self._held = None
-            self._retire(held)
+            self._lender.retire(held)
             raise
-        finally:
-            done.set()
-            teller.join()
-            self._timeline.mark("tensors arrive", start, self._timeline.now())
-
-    def _progress(self, phase: str, choice: Choice) -> Callable[[int, int], None]:
-        name = choice.name or ""
-        return lambda done, total: self._report(Loading(phase, name, done, total))
-
-    def _report(self, loading: Loading) -> None:
-        with self._lock:
-            self._loading = loading
-
-    def _stopping(self) -> bool:
-        return self._closed
 
     # Swapping and freeing
 
@@ -386,8 +260,7 @@ class Host:
                 else:
                     self._swap_in_place(old, file, reference, config)
             finally:
-                with self._lock:
-                    self._loading = None
+                self._loader.announce(None)
 
     def _room_for(self, file: ModelFile, config: EngineConfig) -> bool:
         need = int(file.size_bytes * 1.1) + config.n_ctx * KV_BYTES_PER_TOKEN
@@ -397,32 +270,30 @@ class Host:
             return False
         return True
 
-    def _swap_beside(self, file: ModelFile, reference: Reference, config: EngineConfig) -> None:
+    def _swap_beside(self, file: ModelFile, reference: File, config: EngineConfig) -> None:
         """Load the new model while the old one serves, then change over."""
-        held = self._make(file, reference, config)
+        held = self._loader.load(file, reference, config)
         with self._lock:
             old, self._held = self._held, held
             self._error = None
         if old is not None:
-            self._retire(old)
+            self._lender.retire(old)
 
-    def _swap_in_place(self, old: _Held, file: ModelFile, reference: Reference, config: EngineConfig) -> None:
+    def _swap_in_place(self, old: Loaded, file: ModelFile, reference: File, config: EngineConfig) -> None:
         """Free the old model first: its answers finish, new ones wait. If the new one fails, the old one returns."""
         future: Future[None] = Future()
-        held: _Held | None = None
+        held: Loaded | None = None
         with self._lock:
             self._busy, self._work, self._held = True, future, None
-            self._loading = Loading("swap", file.name)
+        self._loader.announce(Loading("swap", file.name))
         try:
-            self._retire(old)
-            with self._lock:
-                while old in self._others:
-                    self._lock.wait()
+            self._lender.retire(old)
+            self._lender.wait_freed(old)
             try:
-                held = self._make(file, reference, config)
+                held = self._loader.load(file, reference, config)
             except ApiError:
                 log.warning("the new model failed; loading the old one again")
-                held = self._make(self._store.open(old.reference), old.reference, old.config)
+                held = self._loader.load(self._store.open(old.reference), old.reference, old.config)
                 raise
         finally:
             with self._lock:
@@ -430,44 +301,14 @@ class Host:
                 self._lock.notify_all()
             future.set_result(None)
 
-    def _returned(self, held: _Held) -> None:
-        with self._lock:
-            held.leases -= 1
-            free = held.retired and held.leases == 0
-        if free:
-            # A release comes from an event loop; joining the engine's thread and unmapping do not belong there.
-            threading.Thread(target=self._free, args=(held,), name="free").start()
-
-    def _retire(self, held: _Held) -> None:
-        """Lend it no more; free it now, or when the last lease is back."""
-        with self._lock:
-            held.retired = True
-            self._others.add(held)
-            free = held.leases == 0
-        if free:
-            self._free(held)
-
-    def _free(self, held: _Held) -> None:
-        held.engine.close()
-        with self._lock:
-            self._others.discard(held)
-            self._lock.notify_all()
-
     def _close(self, grace: float) -> None:
-        deadline = time.monotonic() + grace
         with self._lock:
             self._closed = True
+            self._loader.cancel()
             held, self._held = self._held, None
         if held is not None:
-            self._retire(held)
-        with self._lock:
-            while self._others and (left := deadline - time.monotonic()) > 0:
-                self._lock.wait(left)
-            late = list(self._others)
-        for held in late:
-            held.engine.stop()  # its streams fail, their leases come back, the last one frees it
-        with self._lock:
-            self._lock.wait_for(lambda: not self._others, timeout=STOP_S)
+            self._lender.retire(held)
+        self._lender.close(grace)
 
 
 _NOTHING = (

@@ -11,7 +11,8 @@ from typing import Any
 
 from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
-from core.host import HostState, Loading
+from core.host import HostState
+from core.loader import Loading
 from core.service import Service
 from core.settings import Settings
 from core.store.store import Fetched, LocalModel

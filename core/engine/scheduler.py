@@ -7,7 +7,6 @@ again later: a client never sees a failed decode.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.generation import Piece
@@ -40,27 +40,6 @@ class Counters:
     completion_tokens: int = 0
     decode_calls: int = 0
     paused: int = 0
-
-
-class Abort:
-    """A flag that llama.cpp polls between the nodes of a graph, without Python or its lock.
-
-    llama.cpp wants a C function that takes a pointer and returns whether to stop. libc's strlen is one: over a buffer
-    that begins with a zero byte it returns 0, over one that begins with 1 it returns 1. A Python callback would take
-    the interpreter lock some hundred times a token.
-    """
-
-    def __init__(self, bindings: Any, context: Any) -> None:
-        self._flag = ctypes.create_string_buffer(2)
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, bindings.ggml_abort_callback)
-        self._callback = strlen  # must outlive the context
-        bindings.llama_set_abort_callback(context, strlen, ctypes.cast(self._flag, ctypes.c_void_p))
-
-    def set(self) -> None:
-        self._flag[0] = b"\x01"
-
-    def clear(self) -> None:
-        self._flag[0] = b"\x00"
 
 
 class Scheduler:

@@ -29,7 +29,7 @@ PROGRAM = """
 import asyncio, os, sys, threading, time
 from adapters.asgi import create_app
 from adapters.aws_lambda.loop import Runtime
-from core.host import Loading
+from core.loader import Loading
 from core.settings import keys
 from tests.fakes import FakeHost, ScriptedEngine, fake_service
 

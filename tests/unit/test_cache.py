@@ -58,7 +58,7 @@ def test_the_next_turn_finds_the_whole_conversation() -> None:
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4, 5])
 
-    assert 5 == serve(cache, [1, 2, 3, 4, 5, 6, 7], [])
+    assert serve(cache, [1, 2, 3, 4, 5, 6, 7], []) == 5
 
 
 def test_the_same_prompt_leaves_one_token_to_decode() -> None:
@@ -66,7 +66,7 @@ def test_the_same_prompt_leaves_one_token_to_decode() -> None:
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4])
 
-    assert 2 == serve(cache, [1, 2, 3], [4])
+    assert serve(cache, [1, 2, 3], [4]) == 2
 
 
 def test_another_tenant_never_gets_the_prefix() -> None:
@@ -74,7 +74,7 @@ def test_another_tenant_never_gets_the_prefix() -> None:
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4], tenant="a")
 
-    assert 0 == serve(cache, [1, 2, 3], [4], tenant="b")
+    assert serve(cache, [1, 2, 3], [4], tenant="b") == 0
 
 
 def test_a_short_shared_prefix_is_copied_and_the_long_conversation_stays() -> None:
@@ -85,7 +85,7 @@ def test_a_short_shared_prefix_is_copied_and_the_long_conversation_stays() -> No
     serve(cache, long, [])
     serve(cache, [1, 2, 9, 9], [])
 
-    assert [(0, 1, 2)] == memory.copies
+    assert memory.copies == [(0, 1, 2)]
     assert len(long) - 1 == serve(cache, long, [])
 
 
@@ -98,7 +98,7 @@ def test_a_busy_slot_shares_its_prefix_by_copy() -> None:
     assert first.slot is not None
     first.slot.tokens = [1, 2, 3, 4]
 
-    assert 3 == cache.take(second)
+    assert cache.take(second) == 3
     assert first.slot is not second.slot
 
 
@@ -109,7 +109,7 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
     serve(cache, [2, 2, 2], [])
     serve(cache, [3, 3, 3], [])
 
-    assert [[3, 3, 3], [2, 2, 2]] == [slot.tokens for slot in cache.slots]
+    assert [slot.tokens for slot in cache.slots] == [[3, 3, 3], [2, 2, 2]]
 
 
 def test_evict_takes_idle_prefixes_only() -> None:
@@ -123,7 +123,7 @@ def test_evict_takes_idle_prefixes_only() -> None:
 
     assert cache.evict()
     assert not cache.evict()
-    assert [2, 2] == running.slot.tokens
+    assert running.slot.tokens == [2, 2]
 
 
 @pytest.mark.parametrize(("following", "cached"), [([1, 2, 3, 4], 3), ([1, 2, 9], 0)])

@@ -7,7 +7,7 @@ import pytest
 
 from core.engine.generation import Piece, TokenLogprob
 from core.errors import ModelUnavailable
-from core.host import Loading
+from core.loader import Loading
 from handlers import answer, sse
 from handlers.dispatch import dispatch
 from handlers.message import Request, Response

@@ -11,7 +11,8 @@ import pytest
 
 from adapters.local import configured
 from adapters.terminal import ProgressLine, banner
-from core.host import HostState, Loading
+from core.host import HostState
+from core.loader import Loading
 from core.settings import Settings, SettingsError, keys
 from core.version import VERSION
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from core.errors import ApiError, ModelUnavailable
-from core.host import Loading
+from core.loader import Loading
 from core.settings import keys
 from core.store.reference import S3, HuggingFace
 from core.store.store import LocalModel

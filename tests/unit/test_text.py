@@ -20,38 +20,38 @@ def test_a_character_split_over_tokens_leaves_whole() -> None:
     data = "a😀語".encode()
     out, whole, _ = feed([data[i : i + 1] for i in range(len(data))])
 
-    assert ["a", "", "", "", "😀", "", "", "語"] == out
-    assert "a😀語" == whole
+    assert out == ["a", "", "", "", "😀", "", "", "語"]
+    assert whole == "a😀語"
 
 
 def test_a_character_that_never_ends_is_dropped() -> None:
     """A cut by the limit in the middle of a character shows neither bytes nor U+FFFD."""
     _, whole, _ = feed([b"ok ", "😀".encode()[:2]])
 
-    assert "ok " == whole
+    assert whole == "ok "
 
 
 def test_the_earliest_stop_string_wins() -> None:
     """Not the first listed one, as in llama-cpp-python, but the first in the text."""
     _, whole, stopped = feed([b"one two three"], ("three", "two"))
 
-    assert ("one ", True) == (whole, stopped)
+    assert (whole, stopped) == ("one ", True)
 
 
 def test_a_stop_string_over_token_borders_never_leaks() -> None:
     """What may begin a stop string is held back until it is decided."""
     out, whole, stopped = feed([b"Hi ", b"<", b"/s", b">", b"more"], ("</s>",))
 
-    assert ["Hi ", "", "", "", ""] == out
-    assert ("Hi ", True) == (whole, stopped)
+    assert out == ["Hi ", "", "", "", ""]
+    assert (whole, stopped) == ("Hi ", True)
 
 
 def test_held_text_comes_out_when_it_is_no_stop_string() -> None:
     """A false start of a stop string is text like any other."""
     out, whole, stopped = feed([b"a<", b"b"], ("</s>",))
 
-    assert ["a", "<b"] == out
-    assert ("a<b", False) == (whole, stopped)
+    assert out == ["a", "<b"]
+    assert (whole, stopped) == ("a<b", False)
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.data())

@@ -28,7 +28,7 @@ def test_an_old_cgroup_quota_counts(tmp_path: Path) -> None:
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("100000")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
 
-    assert 1 == threads.available({}, tmp_path)
+    assert threads.available({}, tmp_path) == 1
 
 
 @pytest.mark.parametrize(("memory", "expected"), [("512", 1), ("1769", 1), ("10240", min(CPUS, 6))])

@@ -1,0 +1,140 @@
+"""Loader: from a choice to an engine, with every step's time and progress. Knows nothing of who uses the engine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from core.boot import Choice
+from core.engine.generation import Engine, EngineConfig
+from core.lease import Loaded
+from core.settings import Settings
+from core.store.model_file import ModelFile
+from core.store.reference import File, Reference
+from core.store.store import Store
+from core.timeline import Timeline
+
+log = logging.getLogger("slm.loader")
+
+LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A load under way: phase is "download", "load" or "swap"; `done` of `total` bytes (0 of 0: not known yet)."""
+
+    phase: str
+    model: str
+    done: int = 0
+    total: int = 0
+
+    @property
+    def percent(self) -> int | None:
+        return None if self.total == 0 else min(100, self.done * 100 // self.total)
+
+
+def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float], None]) -> Engine:
+    """Load with llama.cpp. The import is part of the load: nothing else needs it."""
+    from core.engine.llama import Llama
+
+    return Llama(file, config, progress)
+
+
+class Loader:
+    """Blocking; used by one thread at a time. `progress` and `cancel` are for any thread."""
+
+    def __init__(self, settings: Settings, store: Store, timeline: Timeline, load_engine: LoadEngine) -> None:
+        self._settings = settings
+        self._store = store
+        self._timeline = timeline
+        self._load_engine = load_engine
+        self._cancelled = False
+        self._loading: Loading | None = None
+        self._arriving: ModelFile | None = None
+
+    def progress(self) -> Loading | None:
+        """What is being loaded now, and how far it is."""
+        arriving = self._arriving
+        if arriving is not None and arriving.arrival is not None:
+            return Loading("download", arriving.name, *arriving.arrival.progress())
+        return self._loading
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a model is in use whose tensors are not all there yet."""
+        return self._arriving is not None
+
+    def announce(self, loading: Loading | None) -> None:
+        self._loading = loading
+
+    def cancel(self) -> None:
+        """Give up a download; what is in llama.cpp's hands goes on."""
+        self._cancelled = True
+
+    def download(self, choice: Choice) -> None:
+        """Bring the model to this machine. Raises what the store raises."""
+        assert choice.reference is not None
+        assert not isinstance(choice.reference, File)
+        with self._timeline.phase("download"):
+            self._store.fetch(
+                choice.reference, refresh=False, progress=self._download_progress(choice), cancelled=self._stopping
+            )
+
+    def open(self, choice: Choice) -> ModelFile:
+        """The model's bytes, downloaded if need be. Raises what the store raises."""
+        assert choice.reference is not None
+        if not choice.here:
+            # The bindings' import and the first bytes' way over the network take the same time: do both at once.
+            threading.Thread(target=self._import_bindings, name="import", daemon=True).start()
+        with self._timeline.phase("open"):
+            return self._store.open(
+                choice.reference, progress=self._download_progress(choice), cancelled=self._stopping
+            )
+
+    def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
+        """Turn a file into an engine; the file is released if that fails. Raises what the engine raises."""
+        if file.arrival is not None and self._settings.repack == "on":
+            file.arrival.wait()  # repacking reads the weights at load
+            file = replace(file, arrival=None)
+        self.announce(Loading("load", file.name, 0, file.size_bytes))
+
+        def report(share: float) -> None:
+            if file.arrival is None:
+                self.announce(Loading("load", file.name, int(share * file.size_bytes), file.size_bytes))
+
+        try:
+            with self._timeline.phase("load"):
+                engine = self._load_engine(file, config, report)
+        except BaseException:
+            if file.arrival is not None:
+                file.arrival.cancel()
+            file.release()
+            raise
+        log.info("%s is loaded: %s", file.name, engine.card.description)
+        self._arriving = file if file.arrival is not None else None
+        return Loaded(engine, reference, config)
+
+    def wait_arrival(self, file: ModelFile) -> None:
+        """Block until a loaded model's tensors are there. Raises ModelUnavailable if they do not come."""
+        if file.arrival is None:
+            return
+        try:
+            with self._timeline.phase("tensors arrive"):
+                file.arrival.wait()
+        finally:
+            self._arriving = None
+
+    def _import_bindings(self) -> None:
+        from core.engine import native
+
+        with self._timeline.phase("import llama.cpp"):
+            native.bindings()
+
+    def _download_progress(self, choice: Choice) -> Callable[[int, int], None]:
+        name = choice.name or ""
+        return lambda done, total: self.announce(Loading("download", name, done, total))
+
+    def _stopping(self) -> bool:
+        return self._cancelled
