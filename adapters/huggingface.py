@@ -11,9 +11,11 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
 
 from core.errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
@@ -22,6 +24,8 @@ from core.store.source import Cancelled, DownloadCancelled, Found, Partial, Prog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from huggingface_hub import HfFileMetadata
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +40,19 @@ class Hub:
     name = "huggingface"
     authority = True
 
-    def __init__(self, endpoint: str, token: str | None = None, *, backoff_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        token: str | None = None,
+        *,
+        threads: int = 0,
+        part_bytes: int = 0,
+        backoff_s: float = 0.5,
+    ) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._token = token
+        self._threads = threads or 4
+        self._part_bytes = part_bytes or 8 << 20
         self._backoff_s = backoff_s
 
     def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
@@ -62,7 +76,7 @@ class Hub:
         from huggingface_hub.errors import HTTPError
 
         assert isinstance(found.reference, HuggingFace)
-        url = self.url(found, file)
+        url = self._url(found, file)
         failures = 0
         while partial.done < partial.size:
             before = partial.done
@@ -83,39 +97,78 @@ class Hub:
         return False
 
     def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
-        return None
+        """In parallel ranged reads of our own. Returns when all is there: the hub names one sha256, for the whole."""
+        from adapters import memory
+        from adapters.checksum import Sha256
+        from adapters.ranged import Transfer
 
-    def url(self, found: Found, file: RemoteFile) -> str:
-        """Of the file at the commit that was found; with `headers()` any HTTP client can read ranges of it."""
+        file = found.files[0]
+        if len(found.files) != 1 or file.sha256 is None or not memory.is_supported():
+            return None
+        origin, checksum = _Origin(self, found, file), Sha256(file.sha256)
+
+        def begin(fd: int) -> Transfer:
+            return Transfer(
+                origin, fd, file.size_bytes, checksum=checksum, threads=self._threads, part_bytes=self._part_bytes
+            )
+
+        received = memory.receive(file, begin, name, progress, cancelled, whole=True)
+        return ModelFile(
+            name=name,
+            path=received.path,
+            size_bytes=file.size_bytes,
+            reference=str(found.reference),
+            source=self.name,
+            sha256=file.sha256,
+            commit=found.commit,
+            release=received.release,
+        )
+
+    def locate(self, found: Found, file: RemoteFile) -> tuple[str, dict[str, str]]:
+        """URL and headers with which any HTTP client can read ranges of the file: the hub's redirect, followed now.
+
+        What it redirects to is signed and ends some time. The token goes to the hub's own host only.
+        Raises what `resolve` raises.
+        """
+        assert isinstance(found.reference, HuggingFace)
+        url, metadata = self._metadata(found.reference, file.path, found.commit or found.reference.revision)
+        location = urljoin(url, metadata.location)
+        same = urlsplit(location)[:2] == urlsplit(url)[:2]
+        return location, dict(self._headers()) if same else {}
+
+    def _url(self, found: Found, file: RemoteFile) -> str:
         from huggingface_hub import hf_hub_url
 
         assert isinstance(found.reference, HuggingFace)
         revision = found.commit or found.reference.revision
         return hf_hub_url(found.reference.repo_id, file.path, revision=revision, endpoint=self._endpoint)
 
-    def headers(self) -> Mapping[str, str]:
-        """User agent and, where there is a token, its Authorization; not to be sent beyond the hub's own host."""
+    def _headers(self) -> Mapping[str, str]:
         from huggingface_hub.utils import build_hf_headers
 
         return build_hf_headers(token=self._token, library_name="slm-api-server")
 
     def _head(self, reference: HuggingFace, path: str, revision: str) -> tuple[RemoteFile, str | None]:
+        _, found = self._metadata(reference, path, revision)
+        if found.size is None:
+            raise ModelUnavailable(f"{self._endpoint} names no size for {path!r}; is HF_ENDPOINT a Hugging Face Hub?")
+        etag = found.etag or ""
+        sha256 = etag if _SHA256.fullmatch(etag) else None  # a file not in LFS has a git blob id instead
+        return RemoteFile(path, found.size, sha256, found.etag), found.commit_hash
+
+    def _metadata(self, reference: HuggingFace, path: str, revision: str) -> tuple[str, HfFileMetadata]:
+        """The file's URL at the hub, and what the hub answers to a HEAD of it."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         url = hf_hub_url(reference.repo_id, path, revision=revision, endpoint=self._endpoint)
         try:
             # Retried by huggingface_hub on 429, 5xx and network errors, up to 5 times with backoff.
-            found = get_hf_file_metadata(
+            return url, get_hf_file_metadata(
                 url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint, retry_on_errors=True
             )
         except (HTTPError, OfflineModeIsEnabled) as error:
             raise self._explain(error, reference, path) from error
-        if found.size is None:
-            raise ModelUnavailable(f"{self._endpoint} names no size for {path!r}; is HF_ENDPOINT a Hugging Face Hub?")
-        etag = found.etag or ""
-        sha256 = etag if _SHA256.fullmatch(etag) else None  # a file not in LFS has a git blob id instead
-        return RemoteFile(path, found.size, sha256, found.etag), found.commit_hash
 
     def _get(self, url: str, partial: Partial, progress: Progress, cancelled: Cancelled) -> None:
         """One GET, written as it comes. Raises huggingface_hub's HTTPError, OSError of the disk, DownloadCancelled."""
@@ -123,7 +176,7 @@ class Hub:
         from huggingface_hub.utils import hf_raise_for_status
 
         offset = partial.done
-        headers = {**self.headers(), "Accept-Encoding": "identity"}
+        headers = {**self._headers(), "Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
         session = get_session()
@@ -194,6 +247,23 @@ class Hub:
             f"{path!r} could not be read from {self._endpoint}: {reason}. What arrived is kept; try again.",
             retry_after=30 if status == 429 else 10,
         )
+
+
+class _Origin:
+    """An `adapters.ranged.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
+
+    def __init__(self, hub: Hub, found: Found, file: RemoteFile) -> None:
+        self.name = f"{file.path} of {found.reference}"
+        self._hub, self._found, self._file = hub, found, file
+        self._lock = threading.Lock()
+        self._located: tuple[str, dict[str, str]] | None = None
+
+    def request(self, first: int, last: int, *, renew: bool = False) -> tuple[str, dict[str, str]]:
+        with self._lock:
+            if renew or self._located is None:
+                self._located = self._hub.locate(self._found, self._file)
+            url, headers = self._located
+        return url, {**headers, "Range": f"bytes={first}-{last}"}
 
 
 def _continues(response: Any, offset: int, size: int) -> bool:

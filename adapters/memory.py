@@ -93,8 +93,10 @@ def receive(
 
     try:
         transfer.start()
+        if whole:  # first: bytes that arrived damaged are to be called that, not the file malformed
+            follow(transfer, progress, cancelled)
         header = gguf.parse_header(pread, file.size_bytes)
-        follow(transfer, progress, cancelled, None if whole else header.data_offset)
+        follow(transfer, progress, cancelled, header.data_offset)
     except gguf.MalformedGGUF as error:
         release()
         raise InvalidRequest(f"{file.path!r} {error}. It cannot be served.", param="filename") from error

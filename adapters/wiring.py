@@ -44,7 +44,12 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
 def sources(settings: Settings) -> tuple[Source, ...]:
     """In the order in which they are asked: S3 is near, the hub is far. The S3 module's import (30 ms, mostly
     http.client) is left out of a start that has no use for it; /load can still name s3://."""
-    hub = Hub(settings.hf_endpoint, settings.hf_token)
+    hub = Hub(
+        settings.hf_endpoint,
+        settings.hf_token,
+        threads=settings.download_threads,
+        part_bytes=settings.download_part_mb << 20,
+    )
     wanted = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
     return (s3(settings), hub) if wanted else (hub, _LateS3(settings))
 

@@ -578,6 +578,62 @@ def _fetch_slowly(folder: Path) -> None:
         os._exit(0)
 
 
+def memory_store(hub: HubDouble, folder: Path, mirror: _Mirror | None = None) -> Store:
+    return Store(folder, (Hub(hub.url, token="t", threads=3, part_bytes=1 << 20),), mirror, target="memory")
+
+
+def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
+    """In parallel ranges, verified, without a file; the mirror is offered it, and releasing it frees it."""
+    mirror = _Mirror()
+    model = memory_store(hub, folder, mirror).open(REFERENCE)
+
+    assert (model.name, model.sha256, model.source, model.arrival) == ("model", SHA256, "huggingface", None)
+    assert model.path.read_bytes() == CONTENT
+    assert len(hub.gets()) >= 2
+    assert not folder.exists()
+    assert mirror.offered == [(REFERENCE, "c" * 40, (model.path,))]
+    assert {given for host, given in hub.authorizations if host == "cdn"} == {None}
+    model.release()
+    model.release()
+    assert not model.path.exists()
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(reset_after=500_000), Fault(status=503), Fault(status=403), Fault(close_after=10)], ids=str
+)
+def test_a_model_goes_to_memory_through_passing_faults(hub: HubDouble, folder: Path, fault: Fault) -> None:
+    """A part that breaks off is asked for again; a signed address that was refused is looked up anew."""
+    hub.faults.append(fault)
+    model = memory_store(hub, folder).open(REFERENCE)
+
+    assert model.path.read_bytes() == CONTENT
+    model.release()
+
+
+def test_wrong_bytes_in_memory_are_never_served(hub: HubDouble, folder: Path) -> None:
+    """A memory download that arrives damaged is given up; the disk's then fails or succeeds by its own sha256."""
+    hub.faults.append(Fault(on="GET", flip=True, times=100))
+    with pytest.raises(ModelUnavailable):
+        memory_store(hub, folder).open(REFERENCE)
+
+    assert names(folder) == []
+
+
+def test_a_split_model_goes_to_the_disk(hub: HubDouble, folder: Path) -> None:
+    """llama.cpp finds the parts by their names, which memory does not have."""
+    hub.add(REPO, files.split_model("big", 2))
+    model = memory_store(hub, folder).open(HuggingFace(REPO, "big-00001-of-00002.gguf"))
+
+    assert (model.name, model.path) == ("big", folder / "big-00001-of-00002.gguf")
+
+
+def test_a_model_on_the_disk_is_opened_there(hub: HubDouble, store: Store, folder: Path) -> None:
+    """Memory is for what would have to be downloaded."""
+    fetched = store.fetch(REFERENCE)
+
+    assert memory_store(hub, folder).open(REFERENCE).path == fetched.path
+
+
 def test_a_local_file_is_opened_as_it_is(store: Store, folder: Path) -> None:
     """No source is asked; the name is the file's."""
     files.write(folder, "sub/own.Q8_0.gguf", CONTENT)
