@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
+from core.errors import ApiError
 from core.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -38,9 +40,22 @@ def main() -> int:
     except SettingsError as error:
         return _refuse(str(error))
 
-    async def ready() -> None:
+    kept: list[asyncio.Future[None]] = []  # the loop holds its tasks weakly
+
+    async def settle() -> None:
         await service.host.wait_ready(float("inf"))
         report(service)
+
+    async def ready() -> None:
+        """An event that waits already (on-demand) is taken while the last tensors arrive: parsing it, its template and
+        its tokens need none. Where none waits, the environment would be frozen amid the download."""
+        settling = asyncio.ensure_future(settle())
+        kept.append(settling)
+        if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand") == "on-demand":
+            with contextlib.suppress(ApiError):
+                (await service.host.lease()).release()
+        else:
+            await settling
 
     async def before() -> None:
         await service.host.wait_ready(loop.LONG_INIT_S)

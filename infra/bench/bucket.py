@@ -108,6 +108,8 @@ class Server:
             self._nginx.terminate()
             self._nginx.wait()
         if self._namespace is not None:
+            # The link first: left to the namespace, it would be gone a moment after the command has returned.
+            subprocess.run(["ip", "link", "del", f"n{os.getpid()}"], check=False)
             subprocess.run(["ip", "netns", "del", self._namespace], check=False)
         self._folder.cleanup()
 

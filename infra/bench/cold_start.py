@@ -54,6 +54,7 @@ def settings(model: Path, url: str, target: str) -> dict[str, str]:
         "S3_MIRROR": "read",
         "MODEL_PATH": f"hf://{REPO}/{model.name}",
         "MODEL_TARGET": target,
+        "AUTO_PRELOAD": "true",
         "HF_HUB_OFFLINE": "1",
         "IAM_AUTH": "true",
         "RESPONSE_MODE": "response_stream",
