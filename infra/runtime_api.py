@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from infra import runtime_api_checks as checks
+from infra import runtime_api_wire as wire
 from infra.runtime_api_exchange import Behaviour, Exchange
 
 _VERSION = "/2018-06-01/runtime/"
 _CHUNKED_OVER = 2048  # as the real one: Go's net/http writes larger bodies chunked
-_REASON = {200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 410: "Gone", 413: "Too Large"}
 
 
 class RuntimeAPIServer:
@@ -95,6 +95,8 @@ class RuntimeAPIServer:
         try:
             while await self._request(reader, writer):
                 pass
+        except wire.Malformed as error:
+            self._blame([str(error)], "response")
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         except asyncio.CancelledError:
@@ -121,18 +123,18 @@ class RuntimeAPIServer:
         if (method, route) == ("GET", "restore/next"):
             self.snapshot.set()
             await self.restored.wait()
-            return await self._reply(writer, 200, b"")
+            return await wire.reply(writer, 200, b"")
         if method == "POST" and route in ("init/error", "restore/error"):
             body = await reader.readexactly(int(headers["content-length"]))
             self._blame(checks.failure(headers, body), path)
             (self.init_errors if route == "init/error" else self.restore_errors).append(json.loads(body))
-            return await self._reply(writer, 202, b'{"status":"OK"}')
+            return await wire.reply(writer, 202, b'{"status":"OK"}')
         kind, _, rest = route.partition("/")
         identity, _, what = rest.partition("/")
         if method == "POST" and kind == "invocation" and what in ("response", "error"):
             return await self._answer(identity, what, headers, reader, writer)
         self._blame([f"{method} {path} is not in the Runtime API"], path)
-        return await self._reply(writer, 404, b"")
+        return await wire.reply(writer, 404, b"")
 
     async def _next(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.polled.set()
@@ -158,7 +160,7 @@ class RuntimeAPIServer:
         behaviour = exchange.behaviour
         if behaviour.next_status != 200:
             exchange.fail("Runtime.Refused", "by the test")
-            return await self._reply(writer, behaviour.next_status, b"{}")
+            return await wire.reply(writer, behaviour.next_status, b"{}")
         self._open[exchange.id] = exchange
         exchange.handed_out = time.monotonic()
         await self._hand_out(exchange, writer)
@@ -179,7 +181,7 @@ class RuntimeAPIServer:
             whole = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + framed
         else:
             whole = f"{head}Content-Length: {len(event)}\r\n\r\n".encode() + event
-        await _write(writer, whole, exchange.behaviour.segment)
+        await wire.write(writer, whole, exchange.behaviour.segment)
 
     async def _answer(
         self,
@@ -195,8 +197,8 @@ class RuntimeAPIServer:
             if not late:
                 known = "answered twice" if exchange else "never handed out"
                 self._blame([f"the id {identity!r} was {known}"], what)
-            await self._discard(headers, reader)
-            return await self._reply(writer, 410 if late else 403, b"{}")
+            await wire.discard(headers, reader)
+            return await wire.reply(writer, 410 if late else 403, b"{}")
         self._blame(checks.answer_head(headers, exchange.invocation_id), what)
         if "lambda-runtime-function-response-mode" in headers:
             return await self._stream(exchange, headers, reader, writer)
@@ -225,7 +227,7 @@ class RuntimeAPIServer:
         while True:
             if behaviour.pause_s:
                 await asyncio.sleep(behaviour.pause_s)
-            chunk = await self._chunk(reader)
+            chunk = await wire.read_chunk(reader)
             if not chunk:
                 break
             size, count = size + len(chunk), count + 1
@@ -237,13 +239,13 @@ class RuntimeAPIServer:
             if chunk and exchange.prelude is not None:
                 await self._take(exchange, chunk)
             if behaviour.reject_after is not None and size >= behaviour.reject_after:
-                await self._reply(writer, 413, b'{"errorType":"RequestEntityTooLarge"}', close=True)
+                await wire.reply(writer, 413, b'{"errorType":"RequestEntityTooLarge"}', close=True)
                 exchange.fail("Function.ResponseSizeTooLarge", "by the test")
                 return False
             if behaviour.hang_up_after is not None and count >= behaviour.hang_up_after:
                 exchange.fail("Runtime.HungUp", "by the test")
                 return False
-        exchange.trailers = await self._trailers(reader)
+        exchange.trailers = await wire.read_trailers(reader)
         self._blame(checks.trailers(exchange.trailers, headers.get("trailer", "")), "response")
         if exchange.prelude is None:
             self._blame(["the stream ended before its prelude did"], "response")
@@ -270,36 +272,6 @@ class RuntimeAPIServer:
         else:
             await exchange.data.put(chunk)
 
-    async def _chunk(self, reader: asyncio.StreamReader) -> bytes:
-        line = await reader.readuntil(b"\r\n")
-        try:
-            size = int(line[:-2], 16)
-        except ValueError:
-            self._blame([f"{line[:40]!r} is not the size of a chunk"], "response")
-            raise ConnectionError from None
-        if size == 0:
-            return b""
-        data = await reader.readexactly(size)
-        if await reader.readexactly(2) != b"\r\n":
-            self._blame(["a chunk does not end with CR LF"], "response")
-            raise ConnectionError
-        return data
-
-    async def _trailers(self, reader: asyncio.StreamReader) -> dict[str, str]:
-        found: dict[str, str] = {}
-        while (line := (await reader.readuntil(b"\r\n"))[:-2].decode("latin-1")) != "":
-            name, _, value = line.partition(":")
-            found[name.lower()] = value.strip()
-        return found
-
-    async def _discard(self, headers: dict[str, str], reader: asyncio.StreamReader) -> None:
-        if "content-length" in headers:
-            await reader.readexactly(int(headers["content-length"]))
-            return
-        while await self._chunk(reader):
-            pass
-        await self._trailers(reader)
-
     async def _finish(self, exchange: Exchange, writer: asyncio.StreamWriter) -> bool:
         behaviour = exchange.behaviour
         exchange.begun.set()
@@ -309,26 +281,9 @@ class RuntimeAPIServer:
         if not exchange.keep:
             await exchange.data.put(None)
         return (
-            await self._reply(writer, behaviour.status, b'{"status":"OK"}\n', segment=1 if behaviour.split_reply else 0)
+            await wire.reply(writer, behaviour.status, b'{"status":"OK"}\n', segment=1 if behaviour.split_reply else 0)
             and not behaviour.close_after_reply
         )
 
-    async def _reply(
-        self, writer: asyncio.StreamWriter, status: int, body: bytes, *, close: bool = False, segment: int = 0
-    ) -> bool:
-        head = f"HTTP/1.1 {status} {_REASON.get(status, 'Status')}\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n" + ("Connection: close\r\n" if close else "") + "\r\n"
-        await _write(writer, head.encode() + body, segment)
-        return not close
-
     def _blame(self, found: Iterable[str], where: str) -> None:
         self.violations += [f"{where}: {violation}" for violation in found]
-
-
-async def _write(writer: asyncio.StreamWriter, data: bytes, segment: int) -> None:
-    if not segment:
-        writer.write(data)
-    for start in range(0, len(data) if segment else 0, segment or 1):
-        writer.write(data[start : start + segment])
-        await asyncio.sleep(0)
-    await writer.drain()

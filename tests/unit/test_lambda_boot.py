@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,8 @@ from adapters.aws_lambda.boot import Boot, place_in_tmp, read_settings
 from core.service import Service
 from core.settings import SettingsError, keys
 from tests.fakes import FakeHost, FakeStore, ScriptedEngine
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_only_tmp_is_written_to() -> None:
@@ -108,9 +111,11 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
     import asyncio
 
     import adapters.aws_lambda as package
+    from adapters import logs
     from infra.function_url_event import from_buffered, to_event
 
-    monkeypatch.setattr(boot.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp", "LOG_LEVEL": "error"})
+    monkeypatch.setattr(boot.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp"})
+    monkeypatch.setattr(logs, "configure", lambda settings: None)
 
     class Context:
         aws_request_id = "request-1"
@@ -135,3 +140,21 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
     assert dict(headers)["x-request-id"] == "request-1"
     with pytest.raises(AttributeError):
         package.other  # noqa: B018
+
+
+def test_the_load_is_started_before_the_heavy_imports() -> None:
+    """What must be imported before loading can begin is small: no event loop, no web framework, no HTTP."""
+    code = "import sys, adapters.aws_lambda.boot; print(*sorted(name.partition('.')[0] for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert set() == set(done.stdout.split()) & {"asyncio", "starlette", "mangum", "msgspec", "http", "ssl", "botocore"}
+
+
+def test_nothing_is_built_on_import() -> None:
+    """Importing the package reads no setting and builds no handler."""
+    code = (
+        "import adapters.aws_lambda.loop, adapters.aws_lambda.__main__; print('handler' in vars(adapters.aws_lambda))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert done.stdout.strip() == "False"
