@@ -9,14 +9,14 @@ anew and lets a whole second's worth through at once, which an 8 MiB range never
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,7 +38,7 @@ http {{
     access_log off; sendfile on; sendfile_max_chunk 512k; tcp_nopush on; keepalive_requests 100000;
     client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
     uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
-    server {{ listen {address}:{port}; root {root}; default_type application/octet-stream; }}
+    server {{ listen {address}:{port}{tls}; root {root}; default_type application/octet-stream; }}
 }}
 """
 
@@ -72,28 +72,39 @@ def lay_out(root: Path, model: Path, repo: str) -> str:
 
 
 class Server:
-    """nginx over `root`. Use as a context manager; `url` is what S3_ENDPOINT_URL is to be."""
+    """nginx over `root`. Use as a context manager; `url` is what S3_ENDPOINT_URL is to be, `environ` is what to add to
+    a client's environment. `tls`: as S3 is, with a certificate made for the occasion (needs `openssl`)."""
 
-    def __init__(self, root: Path, *, megabytes_s: float | None = None, delay_ms: float = 0.0) -> None:
+    def __init__(
+        self, root: Path, *, megabytes_s: float | None = None, delay_ms: float = 0.0, tls: bool = False
+    ) -> None:
         self._root, self._megabytes_s, self._delay_ms = root, megabytes_s, delay_ms
         self._namespace = f"bench{os.getpid()}" if megabytes_s is not None else None
         self._folder = tempfile.TemporaryDirectory(prefix="nginx-")
         self._nginx: subprocess.Popen[bytes] | None = None
         self._port = free_port()
-        self.url = f"http://{PEER if self._namespace else '127.0.0.1'}:{self._port}"
+        self._address = PEER if self._namespace else "127.0.0.1"
+        self._certificate = Path(self._folder.name) / "certificate.pem" if tls else None
+        self.url = f"{'https' if tls else 'http'}://{self._address}:{self._port}"
+        self.environ = ENVIRON | ({"AWS_CA_BUNDLE": str(self._certificate)} if self._certificate else {})
 
     def __enter__(self) -> Self:
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
         if nginx is None:
             raise SystemExit("no nginx: apt-get install nginx-light")
-        address = "127.0.0.1"
         command = [nginx]
         if self._namespace is not None:
             self._link(self._namespace)
-            command, address = ["ip", "netns", "exec", self._namespace, *command], PEER
+            command = ["ip", "netns", "exec", self._namespace, *command]
         config = Path(self._folder.name) / "nginx.conf"
         config.write_text(
-            _CONFIG.format(folder=self._folder.name, address=address, port=self._port, root=self._root.resolve())
+            _CONFIG.format(
+                folder=self._folder.name,
+                address=self._address,
+                port=self._port,
+                root=self._root.resolve(),
+                tls=self._certify() if self._certificate else "",
+            )
         )
         if os.geteuid() == 0:  # the workers would be nobody, who may not look into our folders
             config.write_text("user root;\n" + config.read_text())
@@ -134,14 +145,18 @@ class Server:
         for command in commands:
             subprocess.run(command, check=True)
 
+    def _certify(self) -> str:
+        """What `listen` needs for TLS."""
+        key = f"{self._folder.name}/key.pem"
+        subject = ["-subj", "/CN=bench", "-addext", f"subjectAltName=IP:{self._address}"]
+        files = ["-keyout", key, "-out", str(self._certificate)]
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files]
+        subprocess.run(command, check=True, capture_output=True)
+        return f" ssl; ssl_certificate {self._certificate}; ssl_certificate_key {key}; sendfile off"
+
     def _await(self) -> None:
-        for _ in range(200):
-            try:
-                with urllib.request.urlopen(f"{self.url}/nothing", timeout=1):  # noqa: S310 - our own address
-                    return
-            except urllib.error.HTTPError as error:
-                error.close()
+        for _ in range(400):
+            with contextlib.suppress(OSError), socket.create_connection((self._address, self._port), timeout=1):
                 return
-            except OSError:
-                time.sleep(0.02)
+            time.sleep(0.02)
         raise SystemExit("nginx does not answer")

