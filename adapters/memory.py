@@ -95,7 +95,8 @@ def receive(
         transfer.start()
         if whole:  # first: bytes that arrived damaged are to be called that, not the file malformed
             follow(transfer, progress, cancelled)
-        header = gguf.parse_header(pread, file.size_bytes)
+        # What has a manifest came through a store, which checked it before.
+        header = gguf.parse_header(pread, file.size_bytes, checked=not whole)
         follow(transfer, progress, cancelled, header.data_offset)
     except gguf.MalformedGGUF as error:
         release()

@@ -103,12 +103,13 @@ def read_header(path: Path) -> Header:
         os.close(descriptor)
 
 
-def parse_header(pread: Callable[[int, int], bytes], size: int) -> Header:
+def parse_header(pread: Callable[[int, int], bytes], size: int, *, checked: bool = False) -> Header:
     """The header of a file of `size` bytes. `pread(offset, length)` may block until the bytes are there.
 
-    Raises MalformedGGUF with the reason: also if the tensors need more than `size` bytes.
+    Raises MalformedGGUF with the reason: also if the tensors need more than `size` bytes. `checked`: these very bytes
+    (by sha256) have passed this before, so duplicate tokens are not looked for: 52 ms instead of 143 for Gemma 3.
     """
-    reader = _Reader(pread, size)
+    reader = _Reader(pread, size, unique_tokens=not checked)
     if reader.take(4) != MAGIC:
         raise MalformedGGUF("does not begin with 'GGUF': it is another kind of file")
     version = reader.scalar("<I")
@@ -157,7 +158,7 @@ def _read_metadata(reader: _Reader, n_keys: int) -> dict[str, Any]:
 def _read_array(reader: _Reader, key: str) -> Array:
     kind, length = reader.scalar("<I"), reader.scalar("<Q")
     if kind == _STRING:
-        reader.strings(length, key, unique=key == "tokenizer.ggml.tokens")
+        reader.strings(length, key)
     elif kind in _WIDTHS:
         reader.skip(length * _WIDTHS[kind], f"the array {key!r:.80}")
     else:
@@ -219,8 +220,9 @@ def _check_model(header: Header) -> None:
 class _Reader:
     """A cursor over the header, which it reads in growing pieces."""
 
-    def __init__(self, pread: Callable[[int, int], bytes], size: int) -> None:
+    def __init__(self, pread: Callable[[int, int], bytes], size: int, *, unique_tokens: bool) -> None:
         self._pread = pread
+        self._unique_tokens = unique_tokens
         self._size = size
         self._limit = min(size, MAX_HEADER)
         self._buffer = b""
@@ -266,8 +268,9 @@ class _Reader:
             return ""
         return self.take(length, what).decode("utf-8", "replace")
 
-    def strings(self, count: int, key: str, *, unique: bool) -> None:
+    def strings(self, count: int, key: str) -> None:
         """Step over an array of strings: the vocabulary, its merges. One loop, since it is most of the header."""
+        unique = self._unique_tokens and key == "tokenizer.ggml.tokens"
         what = f"the array {key!r:.80}"
         if count * 8 > self._limit - self.position:
             raise MalformedGGUF(f"has {what} of {count} strings, more than the file can hold")

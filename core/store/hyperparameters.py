@@ -21,6 +21,7 @@ BOUNDS = {
     "attention.value_length": 1 << 14,
     "rope.dimension_count": 1 << 14,
 }
+EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon")
 ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
 
@@ -41,6 +42,10 @@ def find_fault(metadata: Mapping[str, Any], architecture: str) -> str | None:
     for name, most in BOUNDS.items():
         if (given := whole(name, 0)) > most:
             return f"has {architecture}.{name} = {given}; up to {most} can be right"
+    for name in EPSILONS:
+        given = metadata.get(f"{architecture}.{name}", 0.0)
+        if isinstance(given, float) and not 0 <= given <= 1:  # also NaN
+            return f"has {architecture}.{name} = {given:g}; 0 to 1 can be right"
     return _find_expert_fault(
         whole("expert_count", 0),
         metadata.get(f"{architecture}.expert_used_count", 0),

@@ -120,6 +120,8 @@ def test_a_file_that_ends_while_it_is_read_is_refused() -> None:
         (changed(llama__block_count=(U32, 513)), "claims 513 layers"),
         (changed(llama__nextn_predict_layers=(U32, 2)), "2 prediction layers"),
         (changed(llama__attention__head_count_kv=(U32, (1 << 31) + 2)), "head_count_kv = 2147483650"),
+        (changed(llama__attention__layer_norm_rms_epsilon=(F32, -1e-5)), "epsilon = -1e-05"),
+        (changed(llama__attention__layer_norm_rms_epsilon=(F32, float("nan"))), "epsilon = nan"),
         (changed(llama__rope__scaling__type=(STRING, "linfar")), "rope scaling 'linfar'"),
         (changed(llama__expert_count=(U32, 2000), llama__expert_used_count=(U32, 2)), "2000 experts"),
         (changed(llama__expert_count=(U32, 4), llama__expert_used_count=(U32, 8)), "uses 8 of 4"),

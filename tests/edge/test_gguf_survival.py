@@ -1,0 +1,104 @@
+"""What passes the header check is given to the real llama.cpp, in processes of its own: none may end in a crash."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from core.store import gguf
+from tests import gguf_files as files
+
+# Loads each file of a folder: first the vocabulary, then all of it and a decode of two tokens.
+LOAD = """
+import ctypes, sys
+import llama_cpp.llama_cpp as llama
+
+@llama.llama_log_callback
+def quiet(level, text, data):
+    pass
+
+llama.llama_log_set(quiet, ctypes.c_void_p(0))
+llama.llama_backend_init()
+for path in sys.argv[1:]:
+    print(path, flush=True)
+    params = llama.llama_model_default_params()
+    params.vocab_only = True
+    model = llama.llama_model_load_from_file(path.encode(), params)
+    if model:
+        llama.llama_model_free(model)
+    params.vocab_only = False
+    model = llama.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        continue
+    settings = llama.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
+    context = llama.llama_init_from_model(model, settings)
+    if context:
+        llama.llama_decode(context, llama.llama_batch_get_one((ctypes.c_int32 * 2)(1, 5), 2))
+        llama.llama_free(context)
+    llama.llama_model_free(model)
+"""
+
+
+def load(paths: list[Path]) -> tuple[int, str]:
+    """(exit status, the last file that was begun)."""
+    # Without GGML_NO_BACKTRACE an assertion starts a debugger, which takes seconds.
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        timeout=120,
+    )
+    return result.returncode, result.stdout.split()[-1] if result.stdout else ""
+
+
+def survivors(count: int, seed: int) -> list[bytes]:
+    """Models with flipped bits in their header that the check lets pass; half of the flips beyond the vocabulary."""
+    draw = random.Random(seed)
+    content = files.tiny_model()
+    end = gguf.parse_header(lambda at, length: content[at : at + length], len(content)).data_offset
+    vocabulary = content.index(b"tokenizer.ggml.tokens")
+    passed: list[bytes] = []
+    while len(passed) < count:
+        mutant = bytearray(content)
+        for _ in range(draw.choice((1, 1, 1, 2, 4))):
+            at = draw.randrange(end if draw.random() < 0.5 else vocabulary)
+            mutant[at] ^= 1 << draw.randrange(8)
+        try:
+            gguf.parse_header(lambda at, length, given=bytes(mutant): given[at : at + length], len(mutant))
+        except gguf.MalformedGGUF:
+            continue
+        passed.append(bytes(mutant))
+    return passed
+
+
+def test_no_flipped_header_that_passes_crashes_llama_cpp(tmp_path: Path) -> None:
+    """A thousand models with flipped bits: refused by the check, refused by llama.cpp, or run. Never a dead process."""
+    paths = [files.write(tmp_path, f"{index}.gguf", each) for index, each in enumerate(survivors(1000, seed=7))]
+    for begin in range(0, len(paths), 250):
+        status, last = load(paths[begin : begin + 250])
+
+        assert status == 0, f"{last} ended the process ({status}): {survivor_diff(Path(last))}"
+
+
+def test_what_the_check_refuses_would_have_ended_the_process(tmp_path: Path) -> None:
+    """The control: a duplicate token, which the check refuses, is an assertion in llama.cpp."""
+    entries = files.llama_metadata()
+    kind, element, tokens = entries["tokenizer.ggml.tokens"]
+    entries["tokenizer.ggml.tokens"] = (kind, element, [*tokens[:-1], tokens[0]])
+    path = files.write(tmp_path, "duplicate.gguf", files.gguf(entries, files.llama_tensors()))
+    status, last = load([path])
+
+    assert (status, last) == (-6, str(path))
+
+
+def survivor_diff(path: Path) -> dict[str, object]:
+    """What a mutant's metadata says otherwise than the model it was made from."""
+    content = files.tiny_model()
+    before = gguf.parse_header(lambda at, length: content[at : at + length], len(content)).metadata
+    after = gguf.read_header(path).metadata
+    return {key: after.get(key) for key in {*before, *after} if before.get(key) != after.get(key)}
