@@ -58,20 +58,20 @@ def main() -> int:
             await settling
 
     async def before() -> None:
-        await service.host.wait_ready(loop.LONG_INIT_S)
-        await snapstart.prime(service)
+        await snapstart.prime(service, init_ends)
 
     async def after() -> None:
         found = await asyncio.to_thread(boot.read_secret)
         snapstart.reseed()
         runtime.app = create_app(boot.with_keys(found))
 
+    init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ)
     runtime = loop.Runtime(
         create_app(service),
         os.environ,
         mode=service.settings.response_mode,
         ready=ready,
-        init_ends=time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ),
+        init_ends=init_ends,
         concurrency=max(1, int(os.environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)),
         hooks=snapstart.Hooks(before, after),
         afterwards=service.store.idle if service.settings.s3_bucket else None,

@@ -56,11 +56,12 @@ async def take(api: RuntimeAPI, hooks: Hooks) -> int:
     return 0
 
 
-async def prime(service: Service) -> None:
-    """One decode, so that weights, buffers and code paths are in memory. Raises ModelUnavailable."""
+async def prime(service: Service, deadline: float) -> None:
+    """Wait for the model until `deadline` (monotonic) and decode once, so that weights, buffers and code paths are in
+    memory. Raises ModelUnavailable."""
     from core.engine.generation import GenerationRequest
 
-    lease = await service.host.lease()
+    lease = await service.host.lease(deadline)
     try:
         prompt = tuple(lease.engine.tokenize("Hello", special=False))
         async for _ in lease.engine.generate(GenerationRequest(prompt, max_tokens=1)):

@@ -259,7 +259,7 @@ def test_priming_decodes_one_token() -> None:
 
     fakes = fake_service()
 
-    asyncio.run(snapstart.prime(fakes.service))
+    asyncio.run(snapstart.prime(fakes.service, time.monotonic() + 5))
 
     assert [request.max_tokens for request in fakes.engine.requests] == [1]
     assert (fakes.host.leases, fakes.engine.running) == (0, 0)

@@ -1,0 +1,178 @@
+"""The image's entry point with the real model, a process of its own on the Runtime API double."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.function_url_event import to_event
+from infra.runtime_api import RuntimeAPIServer
+from infra.runtime_api_exchange import Exchange
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 90.0
+
+
+class Process:
+    def __init__(self, server: RuntimeAPIServer, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.server = server
+        self.process = process
+        self.log = log
+
+    def post(self, path: str, body: Any, *, timeout_s: float = 60.0) -> Exchange:
+        headers = [("authorization", "Bearer secret"), ("content-type", "application/json")]
+        event = to_event("POST", path, headers=headers, body=json.dumps(body).encode())
+        return self.server.invoke(event, timeout_s=timeout_s)
+
+    def chat(self, *, timeout_s: float = 60.0, **fields: Any) -> Exchange:
+        body = {"messages": [{"role": "user", "content": "Count to ten."}], "temperature": 0, "max_tokens": 8, **fields}
+        return self.post("/v1/chat/completions", body, timeout_s=timeout_s)
+
+    async def finished(self, exchange: Exchange) -> Exchange:
+        await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+        return exchange
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@asynccontextmanager
+async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> AsyncIterator[Process]:
+    """The entry point, started; what it sends is checked to the letter."""
+    log = folder / "log"
+    async with RuntimeAPIServer(concurrency=concurrency) as server:
+        given = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(folder),
+            "MODELS_DIR": str(folder / "models"),
+            "API_KEYS": "secret",
+            "N_CTX": "1024",
+            "AWS_LAMBDA_RUNTIME_API": server.address,
+            **environ,
+        }
+        with log.open("wb") as file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "adapters.aws_lambda", env=given, stdout=file, stderr=file, cwd=folder
+            )
+            try:
+                yield Process(server, process, log)
+            finally:
+                if process.returncode is None:
+                    process.send_signal(signal.SIGCONT)
+                    process.kill()
+                    await process.wait()
+        assert server.violations == []
+
+
+def deltas(exchange: Exchange) -> list[dict[str, Any]]:
+    """The chunks of a streamed chat, [DONE] and comments left out."""
+    frames = bytes(exchange.body).decode().split("\n\n")
+    return [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
+
+
+def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
+    """Every token leaves by itself, as whole SSE events; the cold start is one log line."""
+
+    async def go() -> None:
+        async with running(tmp_path) as process:
+            exchange = await process.finished(process.chat(stream=True))
+            frames = [frame for frame in bytes(exchange.body).split(b"\n\n") if frame]
+            assert frames[-1] == b"data: [DONE]"
+            assert len(exchange.chunks) >= 8  # one for each token: none waits for the next
+            assert all(chunk.endswith((b"\n\n", b"\0" * 8)) for _, chunk in exchange.chunks)
+            starts = [line for line in process.lines() if line["message"].startswith("Cold start")]
+            assert len(starts) == 1
+            assert starts[0]["timeline"]["load"]["duration_ms"] > 0
+
+    asyncio.run(go())
+
+
+def test_a_load_survives_the_freezer(tmp_path: Path) -> None:
+    """A process that is stopped while its model loads goes on where it was when it is woken."""
+
+    async def go() -> None:
+        async with running(tmp_path) as process:
+            while b'"imports"' not in process.log.read_bytes() and not process.server.polled.is_set():
+                process.process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.1)
+                assert process.process.returncode is None
+                process.process.send_signal(signal.SIGCONT)
+                await asyncio.sleep(0.1)
+            exchange = await process.finished(process.chat())
+            assert exchange.status == 200
+            assert json.loads(exchange.body)["choices"][0]["message"]["content"]
+
+    asyncio.run(go())
+
+
+def test_generation_ends_before_the_deadline(tmp_path: Path) -> None:
+    """An answer that would outlast the function ends early, complete: finish_reason, usage and [DONE]."""
+
+    async def go() -> None:
+        async with running(tmp_path) as process:
+            await process.finished(process.chat())
+            exchange = process.chat(
+                stream=True,
+                max_tokens=1000,
+                logit_bias={"2": -100},
+                stream_options={"include_usage": True},
+                timeout_s=3.5,
+            )
+            await process.finished(exchange)
+            chunks = deltas(exchange)
+            assert exchange.trailers == {}
+            assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+            assert 0 < chunks[-1]["usage"]["completion_tokens"] < 1000
+            assert bytes(exchange.body).endswith(b"data: [DONE]\n\n")
+            assert time.monotonic() < exchange.deadline
+
+    asyncio.run(go())
+
+
+def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
+    """The model has decoded before the snapshot; the restored process answers, its keys renewed."""
+
+    async def go() -> None:
+        async with running(tmp_path, AWS_LAMBDA_INITIALIZATION_TYPE="snap-start") as process:
+            await asyncio.wait_for(process.server.snapshot.wait(), PATIENCE_S)
+            assert not process.server.polled.is_set()
+            assert any(line["message"].startswith("Cold start: ready") for line in process.lines())
+            process.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(0.1)
+            process.process.send_signal(signal.SIGCONT)
+            process.server.restored.set()
+            first = await process.finished(process.chat(temperature=1))
+            assert first.status == 200
+            health = await process.finished(process.server.invoke({"operation": "health"}))
+            assert json.loads(health.body)["engine"]["requests"] == 2  # the primed decode and the chat
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("count", [2])
+def test_concurrent_streams_in_one_process(tmp_path: Path, count: int) -> None:
+    """With AWS_LAMBDA_MAX_CONCURRENCY one model serves several events at a time."""
+
+    async def go() -> None:
+        environ = {"AWS_LAMBDA_MAX_CONCURRENCY": str(count)}
+        async with running(tmp_path, concurrency=count, **environ) as process:
+            exchanges = [process.chat(stream=True, max_tokens=24, logit_bias={"2": -100}) for _ in range(count)]
+            for exchange in exchanges:
+                await process.finished(exchange)
+                assert exchange.status == 200
+            first, second = ([moment for moment, _ in exchange.chunks] for exchange in exchanges)
+            assert first[0] < second[-1]
+            assert second[0] < first[-1]
+
+    asyncio.run(go())
