@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRIES = 5  # in a row without a new byte
+HEAD_TRIES = 3
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LANDED_EVERY = 1 << 20
 
@@ -93,7 +94,7 @@ class Hub:
             if failures >= TRIES or not _is_transient(failure):
                 raise self._explain(failure, found.reference, file.path) from failure
             log.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
-            _sleep(self._backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1), cancelled)  # noqa: S311 - jitter
+            _sleep(self._pause(failures), cancelled)
         return False
 
     def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
@@ -162,13 +163,20 @@ class Hub:
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         url = hf_hub_url(reference.repo_id, path, revision=revision, endpoint=self._endpoint)
-        try:
-            # Retried by huggingface_hub on 429, 5xx and network errors, up to 5 times with backoff.
-            return url, get_hf_file_metadata(
-                url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint, retry_on_errors=True
-            )
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            raise self._explain(error, reference, path) from error
+        tries = 0
+        while True:
+            try:
+                # Not retried by huggingface_hub: its five tries take 23 s, in which nothing can be cancelled.
+                return url, get_hf_file_metadata(
+                    url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint
+                )
+            except OfflineModeIsEnabled as error:
+                raise self._explain(error, reference, path) from error
+            except HTTPError as error:
+                tries += 1
+                if tries == HEAD_TRIES or not _is_transient(error):
+                    raise self._explain(error, reference, path) from error
+            time.sleep(self._pause(tries))
 
     def _get(self, url: str, partial: Partial, progress: Progress, cancelled: Cancelled) -> None:
         """One GET, written as it comes. Raises huggingface_hub's HTTPError, OSError of the disk, DownloadCancelled."""
@@ -201,6 +209,10 @@ class Hub:
             finally:
                 with suppress(OSError):  # a full disk: the reason is already on its way
                     partial.landed(offset)
+
+    def _pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return self._backoff_s * 2.0 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - jitter
 
     def _explain(self, error: Exception | None, reference: HuggingFace, path: str) -> ApiError:
         """What went wrong, in our words; the hub's go to the log."""

@@ -63,7 +63,7 @@ class Directory:
         path = self._resolve(name)
         if not name.lower().endswith(".gguf"):
             raise InvalidRequest(f"Models are .gguf files, got {name[:200]!r}.", param="model_path")
-        if not path.is_file():
+        if not is_file(path):
             raise ModelNotFound(f"There is no model {name[:200]!r}. {self._names()}", param="model_path")
         first = parts(path)[0]
         self.check(first, name)
@@ -88,7 +88,7 @@ class Directory:
                     f"{name[:200]!r} is a split model and {part.name!r} is missing; POST /load brings all parts.",
                     param="model_path",
                 ) from None
-            except (gguf.MalformedGGUF, PermissionError) as error:
+            except (gguf.MalformedGGUF, OSError) as error:
                 reason = error if isinstance(error, gguf.MalformedGGUF) else "cannot be read by this process"
                 raise InvalidRequest(
                     f"{part.name!r} {reason}. Replace the file, or bring it with POST /load.", param="model_path"
@@ -104,16 +104,16 @@ class Directory:
             raise InvalidRequest(
                 f"{name[:200]!r} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
             )
-        return next((path for path in found if path.is_file()), found[0])
+        return next((path for path in found if is_file(path)), found[0])
 
     def _served_as(self, path: Path) -> Path | None:
         """What to open for `path`, None if it may not be served. Links are resolved anew: mounts come late."""
-        real = path.resolve()
-        if real.is_relative_to(self.root.resolve()):
+        real = real_path(path)
+        if real.is_relative_to(real_path(self.root)):
             return real
         for allowed in self._allowed:
             for part in parts(allowed):  # may itself be a link, as files in a hub cache are; its name is to be kept
-                if part.resolve() == real:
+                if real_path(part) == real:
                     return part.absolute()
         return None
 
@@ -127,3 +127,16 @@ class Directory:
 def parts(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` belongs to, in order."""
     return tuple(path.with_name(name) for name in split_files(path.name))
+
+
+def real_path(path: Path) -> Path:
+    """`path` with its links resolved as far as they can be; `Path.resolve` would raise on a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def is_file(path: Path) -> bool:
+    """False also for names that the file system does not take; `Path.is_file` raises on one of 300 bytes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ from typing import Literal
 
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store import gguf, lock, sidecar, target
-from core.store.directory import parts
+from core.store.directory import parts, real_path
 from core.store.partial import PartialFile, read_note, sha256_of
 from core.store.reference import S3, HuggingFace
 from core.store.sidecar import Sidecar
@@ -65,7 +65,7 @@ class Download:
         candidates = places(self._found.reference)
         for place in candidates:
             targets = parts(self._root / place)
-            if not targets[0].parent.resolve().is_relative_to(self._root.resolve()):
+            if not real_path(targets[0].parent).is_relative_to(real_path(self._root)):
                 raise InvalidRequest(f"The folder of {place!r} is a link out of MODELS_DIR.", param="filename")
             try:
                 landed = self._run_at(targets, last=place == candidates[-1])

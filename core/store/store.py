@@ -10,7 +10,7 @@ from typing import Literal
 
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
-from core.store.directory import Directory, LocalModel, parts
+from core.store.directory import Directory, LocalModel, is_file, parts
 from core.store.download import Download, Landed, is_sound, origin, places
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
@@ -203,7 +203,7 @@ class Store:
         """The file that a fetch of `reference` left, or that was put by hand where a fetch would."""
         for place in places(reference):
             paths = parts(self._directory.root / place)
-            if not all(path.is_file() for path in paths):
+            if not all(map(is_file, paths)):
                 continue
             known = [sidecar.read(path) for path in paths]
             if all(known):

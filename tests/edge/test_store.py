@@ -224,8 +224,9 @@ def test_what_the_hub_refuses_is_said_in_our_words(
         Fault(status=500),
         Fault(status=503, times=3),
         Fault(status=429),
+        Fault(on="HEAD", status=503, times=2),
     ],
-    ids=["reset", "short", "empty", "stall", "500", "503 thrice", "429"],
+    ids=["reset", "short", "empty", "stall", "500", "503 thrice", "429", "HEAD 503 twice"],
 )
 def test_a_passing_fault_is_survived(store: Store, hub: HubDouble, fault: Fault) -> None:
     """The download goes on where it broke off, and what lands is right."""
@@ -233,7 +234,7 @@ def test_a_passing_fault_is_survived(store: Store, hub: HubDouble, fault: Fault)
     fetched = store.fetch(REFERENCE)
 
     assert fetched.path.read_bytes() == CONTENT
-    assert len(hub.gets()) >= 2
+    assert len(hub.gets()) >= 2 or fault.on == "HEAD"
     if fault.reset_after is None:  # a reset takes with it what the kernel had received and nobody had read
         assert hub.sent <= len(CONTENT) * 1.1
 
@@ -241,10 +242,9 @@ def test_a_passing_fault_is_survived(store: Store, hub: HubDouble, fault: Fault)
 @pytest.mark.parametrize("on", ["HEAD", "GET"])
 @pytest.mark.parametrize("status", [500, 403, 404])
 def test_a_lasting_fault_is_a_clear_error_and_the_next_try_succeeds(
-    store: Store, hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch, on: str, status: int
+    store: Store, hub: HubDouble, folder: Path, on: str, status: int
 ) -> None:
     """The error is ours; no model appears; when the hub is well again the same call works."""
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)
     hub.faults.append(Fault(on=on, status=status, times=100))
     kind = ModelUnavailable if status == 500 else InvalidRequest
     with pytest.raises(kind) as caught:
@@ -522,7 +522,7 @@ def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> Non
     assert (folder / NAME).read_bytes() == CONTENT
 
 
-def test_a_hundred_sudden_ends_never_make_a_wrong_model(hub: HubDouble, folder: Path) -> None:
+def test_a_hundred_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
     """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds."""
     draw = random.Random(0)
     finished = 0
