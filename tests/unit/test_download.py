@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,23 +80,28 @@ def test_a_try_that_brings_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_lock_is_held_by_one(tmp_path: Path) -> None:
-    """Threads of one process exclude each other as processes do; each sees the note of the one before."""
+    """Threads exclude each other as processes do; one that waited for a lock that was removed locks the new one."""
     inside, most, notes = 0, 0, []
+    waiting = set()
 
     def work() -> None:
         nonlocal inside, most
-        with lock.hold(tmp_path / "x", lambda: False, lambda _note: None) as held:
+        with lock.hold(tmp_path / "x", lambda: False, lambda _note: waiting.add(threading.get_ident())) as held:
             inside += 1
             most = max(most, inside)
             notes.append(held.note)
             held.note = str(len(notes))
             if len(notes) % 3 == 0:
-                held.remove()  # the next one locks a new file
+                held.remove()
+            time.sleep(0.01)
             inside -= 1
 
     threads = [threading.Thread(target=work) for _ in range(9)]
-    for thread in threads:
-        thread.start()
+    with lock.hold(tmp_path / "x", lambda: False, lambda _note: None):
+        for thread in threads:
+            thread.start()
+        while len(waiting) < 9:
+            time.sleep(0.01)
     for thread in threads:
         thread.join()
 
