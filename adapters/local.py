@@ -60,15 +60,18 @@ def configured(options: argparse.Namespace, environ: Mapping[str, str]) -> Setti
 
 def serve(settings: Settings, timeline: Timeline) -> int:
     """Bind, say so, serve until SIGTERM or Ctrl-C, and let running answers finish within SHUTDOWN_GRACE_S."""
-    with timeline.phase("import server"):
+    signal.signal(signal.SIGTERM, _terminated)
+    with timeline.phase("import service"):
         from adapters import logs
-        from adapters.server import Server, address_of, listen
-        from adapters.terminal import ProgressLine, banner
         from adapters.wiring import build
 
     logs.configure(settings)
     service = build(settings, timeline)
-    signal.signal(signal.SIGTERM, _terminated)
+    service.host.start()  # llama.cpp loads while Python imports the server
+    with timeline.phase("import server"):
+        from adapters.server import Server, address_of, listen
+        from adapters.terminal import ProgressLine, banner
+
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:

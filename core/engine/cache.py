@@ -19,6 +19,7 @@ class Cache:
         self._trimmable = trimmable
         self._clock = 0
         self.slots = [Slot(slot_id) for slot_id in range(n_slots)]
+        self.opening = Slot(n_slots)  # holds what the template begins with, for all tenants; no sequence runs in it
 
     def free_slots(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.sequence is None]
@@ -31,14 +32,14 @@ class Cache:
         free = self.free_slots()
         tenant, tokens = sequence.request.tenant, sequence.tokens
         source, shared = None, 0
-        for slot in self.slots:
-            if slot.tenant == tenant and slot.tokens:
+        for slot in (*self.slots, self.opening):
+            if slot.tokens and (slot.tenant == tenant or slot is self.opening):
                 length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
                 if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
                     continue
                 if length > shared:
                     source, shared = slot, length
-        if source is not None and source.sequence is None and self._superseded(source, shared):
+        if source in free and self._superseded(source, shared):
             target = source
         else:
             # The source is busy, or holds something else worth keeping: it stays as it is.
@@ -86,7 +87,7 @@ class Cache:
 
     def evict(self) -> bool:
         """Forget the prefix that was not used for longest. False if no free slot holds any."""
-        idle = [slot for slot in self.free_slots() if slot.tokens]
+        idle = [slot for slot in (*self.free_slots(), self.opening) if slot.tokens]
         if not idle:
             return False
         self.clear(min(idle, key=lambda slot: slot.used))
@@ -94,5 +95,5 @@ class Cache:
 
     def clear_all(self) -> None:
         self._bindings.llama_memory_clear(self._memory, True)
-        for slot in self.slots:
+        for slot in (*self.slots, self.opening):
             slot.tokens = []

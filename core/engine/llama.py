@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from core.engine import native, threads
+from core.engine import native, templates, threads
 from core.engine.generation import EngineConfig, GenerationRequest, ModelCard
 from core.engine.sampling import Sampler
 from core.engine.scheduler import Scheduler
@@ -18,7 +19,7 @@ from core.engine.sequence import Sequence
 from core.engine.steps import Step
 from core.engine.stream import PieceStream
 from core.engine.vocabulary import Vocabulary
-from core.errors import ContextOverflow, InvalidRequest
+from core.errors import ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.model_file import ModelFile
 
 log = logging.getLogger("slm.engine")
@@ -58,7 +59,7 @@ class Llama:
             bindings,
             self._context,
             Step(bindings, self._context, self._vocabulary, self.card.n_ctx),
-            n_batch=min(config.n_batch, int(bindings.llama_n_batch(self._context))),
+            n_batch=int(bindings.llama_n_batch(self._context)),
             n_parallel=config.n_parallel,
             max_queue=config.max_queue,
             trimmable=not (
@@ -66,7 +67,8 @@ class Llama:
             ),
             before_first=None if file.arrival is None else file.arrival.wait,
         )
-        threading.Thread(target=self._prepare_grammars, name="vocabulary", daemon=True).start()
+        self._preparing = threading.Thread(target=self._prepare, name="prepare", daemon=True)
+        self._preparing.start()
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         return self._vocabulary.tokenize(text, special=special)
@@ -117,6 +119,7 @@ class Llama:
                 self._file.arrival.cancel()
             self._scheduler.close()
             self._vocabulary.close()
+            self._preparing.join()
             self._bindings.llama_free(self._context)
             self._bindings.llama_model_free(self._model)
             self._file.release()
@@ -150,10 +153,10 @@ class Llama:
         bindings = self._bindings
         params = bindings.llama_context_default_params()
         params.n_ctx = config.n_ctx
-        params.n_batch = params.n_ubatch = min(config.n_batch, config.n_ctx)
-        params.n_seq_max = config.n_parallel
-        # Only a sequence's last token is sampled from: 4 rows of logits instead of n_batch, 256 MB less for Gemma 3.
-        params.n_outputs_max = config.n_parallel
+        params.n_seq_max = config.n_parallel + 1  # one for the template's opening
+        params.n_batch = params.n_ubatch = max(min(config.n_batch, config.n_ctx), params.n_seq_max)
+        # Only a sequence's last token is sampled from: 5 rows of logits instead of n_batch, 256 MB less for Gemma 3.
+        params.n_outputs_max = params.n_seq_max
         params.n_outputs_max_per_seq = 1
         params.n_threads = params.n_threads_batch = config.n_threads
         params.kv_unified = True
@@ -196,14 +199,16 @@ class Llama:
             metadata={**metadata, "tokenizer.ggml.add_bos_token": "true" if vocabulary.adds_bos else "false"},
         )
 
-    def _prepare_grammars(self) -> None:
-        """Build the grammar tokenizer off the request path, after everything that has somebody waiting."""
-        try:
-            # On Linux a thread id is a valid target: this thread alone steps back.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        except (OSError, AttributeError):
-            log.debug("this platform has no priorities for threads")
-        self._vocabulary.prepare()
+    def _prepare(self) -> None:
+        """What the first requests would else wait for: the template, its opening, the grammar tokenizer."""
+        with contextlib.suppress(ModelUnavailable):  # freed meanwhile
+            self._scheduler.prime(templates.opening(self))
+            try:
+                # On Linux a thread id is a valid target: this thread alone steps back behind everything that answers.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            except (OSError, AttributeError):
+                log.debug("this platform has no priorities for threads")
+            self._vocabulary.tokenizer()
 
 
 def _metadata(bindings: Any, model: Any) -> dict[str, str]:

