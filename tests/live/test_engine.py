@@ -78,6 +78,9 @@ def test_n_answers_share_one_prompt(engine: Llama) -> None:
     before = engine.stats()["prompt_tokens"]
     answer = ask(engine, "Write a long story.", n=3, sampling=Sampling(seed=1), max_tokens=6)
 
+    assert len(set(answer.texts)) == 3
+    assert answer.tokens == 3 * 6
+
     assert len(chat(engine, "Write a long story.")) == engine.stats()["prompt_tokens"] - before
 
 
