@@ -25,6 +25,7 @@ from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files
 from core.store.source import Cancelled, Found, Partial, Progress, RemoteFile
+from core.store.target import free_memory
 
 PART_BYTES = 8 << 20  # enough for a request's latency not to count, small enough to share out evenly
 
@@ -208,8 +209,11 @@ class S3Storage:
 
 
 def default_threads() -> int:
-    """Connections: S3 gives 80 MB/s or so to each; more than a few per CPU only contend for it."""
-    return max(4, min(16, 4 * len(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else 8
+    """Connections: S3 gives 80 MB/s or so to each, and more than a few per CPU only contend for it. Each holds a block
+    and its TLS state: at most a sixteenth of the free memory is for them."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affordable = free_memory() // (16 * (BLOCK_BYTES + (1 << 20))) or 16
+    return max(2, min(4 * cpus, 16, affordable))
 
 
 def _plain(bucket: Bucket, key: str, reply: Reply) -> S3File:

@@ -27,10 +27,11 @@ SHORT_PROMPT = 56  # tokens; about what the servers' decode prompts have
 class Loop:
     """A model, a context and a greedy sampler."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, *, repack: bool = True) -> None:
         self.lib: Any = bindings()
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = repack
         self.model = self.lib.llama_model_load_from_file(os.fsencode(load.model), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {load.model}")
