@@ -39,7 +39,13 @@ class Process:
         return self.post("/v1/chat/completions", body, timeout_s=timeout_s)
 
     async def finished(self, exchange: Exchange) -> Exchange:
-        await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+        """The exchange once it is answered; fails with the process's log if it never is."""
+        answered = asyncio.ensure_future(exchange.finished.wait())
+        ended = asyncio.ensure_future(self.process.wait())
+        await asyncio.wait({answered, ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        for task in (answered, ended):
+            task.cancel()
+        assert exchange.finished.is_set(), self.log.read_text()
         return exchange
 
     def lines(self) -> list[dict[str, Any]]:
