@@ -153,6 +153,7 @@ class Store:
             )
             if where == "disk" or len(found.files) > 1:  # the parts of a split model are found by their names
                 return None
+            target.need_memory(found.size_bytes)
             name = model_name(found.files[0].path)
             try:
                 model = source.open_memory(found, name=name, progress=progress, cancelled=cancelled)

@@ -48,6 +48,17 @@ def need_disk(folder: Path, size: int, have: int = 0) -> None:
         raise ModelUnavailable(no_room(size, free), retry_after=None)
 
 
+def need_memory(size: int) -> None:
+    """Raise ModelUnavailable if `size` bytes surely do not fit into memory."""
+    free = free_memory()
+    if 0 < free < size:
+        raise ModelUnavailable(
+            f"There is no room for the model in memory: it has {megabytes(size)}, {megabytes(free)} are free. "
+            "Give the process more, or set MODEL_TARGET=disk.",
+            retry_after=None,
+        )
+
+
 def no_room(size: int, free: int) -> str:
     return (
         f"There is no room for the model in MODELS_DIR: it has {megabytes(size)}, {megabytes(free)} are free. "

@@ -619,6 +619,15 @@ def test_wrong_bytes_in_memory_are_never_served(hub: HubDouble, folder: Path) ->
     assert names(folder) == []
 
 
+def test_memory_is_checked_first(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does not fit is refused before a byte of it is read, not by the kernel's OOM killer."""
+    monkeypatch.setattr(target, "free_memory", lambda: 1_000_000)
+    with pytest.raises(ModelUnavailable, match="no room for the model in memory"):
+        memory_store(hub, folder).open(REFERENCE)
+
+    assert hub.gets() == []
+
+
 def test_a_split_model_goes_to_the_disk(hub: HubDouble, folder: Path) -> None:
     """llama.cpp finds the parts by their names, which memory does not have."""
     hub.add(REPO, files.split_model("big", 2))
