@@ -17,7 +17,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from core.errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable
+from adapters.hub_errors import explain, is_transient
+from core.errors import ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, split_files
 from core.store.source import Cancelled, DownloadCancelled, Found, Partial, Progress, RemoteFile
@@ -91,8 +92,8 @@ class Hub:
             if partial.done == partial.size:
                 break
             failures += 1
-            if failures >= TRIES or not _is_transient(failure):
-                raise self._explain(failure, found.reference, file.path) from failure
+            if failures >= TRIES or not is_transient(failure):
+                raise explain(failure, found.reference, file.path, self._endpoint) from failure
             log.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
             _sleep(self._pause(failures), cancelled)
         return False
@@ -171,11 +172,11 @@ class Hub:
                     url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint
                 )
             except OfflineModeIsEnabled as error:
-                raise self._explain(error, reference, path) from error
+                raise explain(error, reference, path, self._endpoint) from error
             except HTTPError as error:
                 tries += 1
-                if tries == HEAD_TRIES or not _is_transient(error):
-                    raise self._explain(error, reference, path) from error
+                if tries == HEAD_TRIES or not is_transient(error):
+                    raise explain(error, reference, path, self._endpoint) from error
             time.sleep(self._pause(tries))
 
     def _get(self, url: str, partial: Partial, progress: Progress, cancelled: Cancelled) -> None:
@@ -214,52 +215,6 @@ class Hub:
         """Seconds to wait after so many failures in a row."""
         return self._backoff_s * 2.0 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - jitter
 
-    def _explain(self, error: Exception | None, reference: HuggingFace, path: str) -> ApiError:
-        """What went wrong, in our words; the hub's go to the log."""
-        from huggingface_hub import errors
-
-        log.warning("the hub failed for %s: %s", reference, error)
-        where = f"{reference.repo_id} at {self._endpoint}"
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        match error:
-            case errors.GatedRepoError():
-                return InvalidRequest(
-                    f"{reference.repo_id} is gated: accept its terms there and set HF_TOKEN to that account's token.",
-                    param="repo_id",
-                )
-            case errors.RepositoryNotFoundError():
-                return ModelNotFound(
-                    f"There is no repository {where}, or it is private: check 'repo_id' and HF_TOKEN.",
-                    param="repo_id",
-                )
-            case errors.RevisionNotFoundError():
-                return ModelNotFound(f"{where} has no revision {reference.revision!r}.", param="revision")
-            case errors.EntryNotFoundError():
-                return ModelNotFound(
-                    f"{where} has no file {path!r} in revision {reference.revision!r}.", param="filename"
-                )
-            case errors.DisabledRepoError():
-                return InvalidRequest(f"{reference.repo_id} was disabled by the hub.", param="repo_id")
-            case errors.OfflineModeIsEnabled():
-                return ModelUnavailable(
-                    "HF_HUB_OFFLINE is set and the model is not here: unset it, or put the file into MODELS_DIR.",
-                    retry_after=None,
-                )
-        if status in (401, 403):
-            return InvalidRequest(
-                f"The hub refused access to {reference.repo_id}: HF_TOKEN is missing, wrong or without that right.",
-                param="repo_id",
-            )
-        if status == 404:
-            return ModelNotFound(f"{where} has no file {path!r}.", param="filename")
-        if status is not None and status < 500 and status not in (408, 416, 429):
-            return InvalidRequest(f"The hub answered {status} for {path!r} of {reference.repo_id}.", param="repo_id")
-        reason = f"it answered {status}" if status is not None else "the connection failed or stalled"
-        return ModelUnavailable(
-            f"{path!r} could not be read from {self._endpoint}: {reason}. What arrived is kept; try again.",
-            retry_after=30 if status == 429 else 10,
-        )
-
 
 class _Origin:
     """An `adapters.ranged.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
@@ -284,12 +239,6 @@ def _continues(response: Any, offset: int, size: int) -> bool:
         return False
     given: str = response.headers.get("Content-Range", "")
     return given.startswith(f"bytes {offset}-") and given.endswith((f"/{size}", "/*"))
-
-
-def _is_transient(error: Exception | None) -> bool:
-    """Breaks, timeouts and servers in trouble are; a 404 is not. None: the body ended early without an error."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status is None or status in (408, 416, 429) or status >= 500
 
 
 def _sleep(seconds: float, cancelled: Cancelled) -> None:
