@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
@@ -25,9 +26,16 @@ def main() -> int:
         )
         return 2
     try:
-        boot = Boot(os.environ)
+        return _serve()
     except SettingsError as error:
-        return _refuse(str(error))
+        return _refuse("Runtime.SettingsError", str(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is, Lambda must be told, else it only sees a process end
+        traceback.print_exc()
+        return _refuse("Runtime.InitFailed", f"The start failed with {type(error).__name__}; the log has the reason.")
+
+
+def _serve() -> int:
+    boot = Boot(os.environ)
     with boot.timeline.phase("imports"):
         import asyncio
 
@@ -35,10 +43,7 @@ def main() -> int:
         from adapters.aws_lambda import loop, snapstart
         from adapters.logs import configure
     configure(boot.settings)
-    try:
-        service = boot.service()
-    except SettingsError as error:
-        return _refuse(str(error))
+    service = boot.service()
 
     kept: list[asyncio.Future[None]] = []  # the loop holds its tasks weakly
 
@@ -92,7 +97,8 @@ def report(service: Service) -> None:
     )
 
 
-def _refuse(message: str) -> int:
+def _refuse(kind: str, message: str) -> int:
+    """Tell Lambda why there will be no service."""
     import asyncio
 
     from adapters.aws_lambda.failure import Failure
@@ -101,7 +107,7 @@ def _refuse(message: str) -> int:
     async def tell() -> None:
         api = RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"])
         try:
-            await api.init_error(Failure("Runtime.SettingsError", message))
+            await api.init_error(Failure(kind, message))
         finally:
             api.close()
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from adapters.aws_lambda.failure import Failure
 from adapters.aws_lambda.runtime_api import RuntimeAPI
+from core.errors import ApiError
+from core.settings import SettingsError
 
 if TYPE_CHECKING:
     from core.service import Service
@@ -43,7 +45,7 @@ async def take(api: RuntimeAPI, hooks: Hooks) -> int:
         await hooks.before()
     except Exception as error:  # whatever it is, Lambda must be told before the process ends
         logger.error("The work before the snapshot failed.", exc_info=error)
-        await api.init_error(Failure("Runtime.BeforeSnapshotError", f"Before the snapshot: {type(error).__name__}."))
+        await api.init_error(Failure("Runtime.BeforeSnapshotError", f"Before the snapshot: {_told(error)}"))
         return EXIT_BEFORE_SNAPSHOT
     await api.restore_next()
     api.close()  # these connections are the snapshot's
@@ -51,9 +53,14 @@ async def take(api: RuntimeAPI, hooks: Hooks) -> int:
         await hooks.after()
     except Exception as error:  # as above
         logger.error("The work after the restore failed.", exc_info=error)
-        await api.restore_error(Failure("Runtime.AfterRestoreError", f"After the restore: {type(error).__name__}."))
+        await api.restore_error(Failure("Runtime.AfterRestoreError", f"After the restore: {_told(error)}"))
         return EXIT_AFTER_RESTORE
     return 0
+
+
+def _told(error: Exception) -> str:
+    """Our own errors have words for it; another's name must do."""
+    return str(error) if isinstance(error, ApiError | SettingsError) else f"{type(error).__name__}; see the log."
 
 
 async def prime(service: Service, deadline: float) -> None:

@@ -105,9 +105,11 @@ class Client:
 
 
 @contextmanager
-def function_url(*, timeout_s: float = 30.0, mode: str = "auto", command: list[str] | None = None) -> Iterator[Client]:
+def function_url(
+    *, timeout_s: float = 30.0, mode: str = "auto", command: list[str] | None = None, **environ: str
+) -> Iterator[Client]:
     """A function URL in a thread; fails the test if the runtime broke the Runtime API's rules."""
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "RESPONSE_MODE": mode}
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "RESPONSE_MODE": mode, **environ}
     environment = Environment(command or [sys.executable, "-c", PROGRAM], environ, timeout_s=timeout_s)
     reports: list[str] = []
     with socket.socket() as listener:
@@ -249,6 +251,14 @@ def test_an_init_error_is_told() -> None:
     with function_url(command=command) as client:
         assert client.get("/health").status == 502
         assert "Runtime.SettingsError" in client.settled(1)[0]
+
+
+def test_a_start_that_fails_is_told() -> None:
+    """A broken installation is an init error with the exception's name; its text is in the log only."""
+    program = "import sys; sys.modules['adapters.wiring'] = None\nfrom adapters.aws_lambda.__main__ import main; main()"
+    with function_url(command=[sys.executable, "-c", program], IAM_AUTH="true") as client:
+        assert client.get("/health").status == 502
+        assert "Runtime.InitFailed" in client.settled(1)[0]
 
 
 def test_sigterm_ends_the_process() -> None:
