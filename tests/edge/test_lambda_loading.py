@@ -1,0 +1,117 @@
+"""Events that come while the model still loads: init has handed over, the real application answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from adapters.asgi import create_app
+from core.errors import ModelUnavailable
+from core.host import Loading
+from core.settings import keys
+from infra.function_url_event import to_event
+from infra.runtime_api_exchange import Exchange
+from tests.fakes import FakeHost, FakeLease, ScriptedEngine, fake_service
+from tests.lambda_runtime import PATIENCE_S, Bench, runtime
+
+HEADERS = [("authorization", "Bearer secret"), ("content-type", "application/json")]
+
+
+class SlowHost(FakeHost):
+    """Loads until `loaded` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(ScriptedEngine(), status="available")
+        self.loading = Loading("download", "fake-1b", 42, 100)
+        self.loaded = asyncio.Event()
+
+    async def lease(self, deadline: float | None = None) -> FakeLease:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            await asyncio.wait_for(self.loaded.wait(), timeout)
+        except TimeoutError:
+            raise ModelUnavailable("The model is loading.", retry_after=5) from None
+        self.loading = None
+        return await super().lease(deadline)
+
+
+def chat(bench: Bench, *, key: str = "secret", timeout_s: float = 30.0, **fields: Any) -> Exchange:
+    body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
+    headers = [("authorization", f"Bearer {key}"), ("content-type", "application/json")]
+    event = to_event("POST", "/v1/chat/completions", headers=headers, body=json.dumps(body).encode())
+    return bench.server.invoke(event, timeout_s=timeout_s)
+
+
+async def finished(exchange: Exchange) -> Exchange:
+    await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
+    return exchange
+
+
+def loading(act: Any) -> None:
+    async def go() -> None:
+        host = SlowHost()
+        app = create_app(fake_service(host.engine, host=host, api_keys=keys("secret")).service)
+        async with runtime(app, ready=host.loaded.wait, init_ends=time.monotonic()) as bench:
+            await act(bench, host)
+            host.loaded.set()
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+def test_a_stream_tells_how_far_the_load_is() -> None:
+    """A streamed request gets 200 and SSE comments at once, and its tokens when the model is there."""
+
+    async def act(bench: Bench, host: SlowHost) -> None:
+        exchange = chat(bench, stream=True)
+        for _ in range(1000):
+            if b": loading" in exchange.body:
+                break
+            await asyncio.sleep(0.01)
+        assert exchange.status == 200
+        assert b": loading 42%" in exchange.body
+        assert b"data:" not in exchange.body
+        host.loaded.set()
+        await finished(exchange)
+        assert exchange.body.endswith(b"data: [DONE]\n\n")
+        assert exchange.trailers == {}
+
+    loading(act)
+
+
+def test_requests_are_checked_before_the_model_is_there() -> None:
+    """A wrong key and a wrong body are refused at once, streamed or not."""
+
+    async def act(bench: Bench, host: SlowHost) -> None:
+        assert (await finished(chat(bench, stream=True, key="wrong"))).status == 401
+        assert (await finished(chat(bench, stream=True, temperature="hot"))).status == 400
+
+    loading(act)
+
+
+def test_a_whole_answer_is_a_503_before_the_deadline() -> None:
+    """A client that waits for one JSON document is told to come again, in time."""
+
+    async def act(bench: Bench, host: SlowHost) -> None:
+        exchange = await finished(chat(bench, timeout_s=3.0))
+        assert exchange.status == 503
+        assert exchange.prelude is not None
+        assert int(exchange.prelude["headers"]["retry-after"]) > 0
+        assert json.loads(exchange.body)["error"]["code"] == "model_unavailable"
+        assert time.monotonic() < exchange.deadline
+
+    loading(act)
+
+
+def test_health_and_models_answer_at_once() -> None:
+    """What can be said without the model is said."""
+
+    async def act(bench: Bench, host: SlowHost) -> None:
+        for path in ("/health", "/models"):
+            exchange = await bench.get(path, headers=HEADERS)
+            assert exchange.status == 200
+            assert b"42" in exchange.body
+
+    loading(act)
