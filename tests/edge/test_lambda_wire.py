@@ -212,3 +212,47 @@ def test_the_context_of_an_invocation() -> None:
     assert (first.client_context, first.identity, first.tenant_id) == ({"custom": {"a": 1}}, None, "blue")
     assert (second.client_context, second.tenant_id, second.memory_limit_in_mb) == (None, None, 3008)
     assert first.invoked_function_arn.endswith(":function:slm")
+
+
+def test_a_kept_connection_that_dies_under_a_request_is_replaced() -> None:
+    """A keep-alive connection may be closed in the moment it is used again: the request is sent once more, on a new
+    one; a new connection that dies is the end."""
+    from adapters.aws_lambda.runtime_api import RuntimeAPI, RuntimeGone
+
+    served: list[int] = []  # requests seen, by connection
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(0)
+        mine = len(served) - 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                served[mine] += 1
+                if served[mine] == 2 or dead:
+                    return
+                writer.write(b"HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: a\r\nContent-Length: 2\r\n\r\n{}")
+                if head.startswith(b"POST"):
+                    await reader.readexactly(2)
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    dead: list[bool] = []
+
+    async def go() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            api = RuntimeAPI(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            for _ in range(2):
+                invocation = await api.next()
+                assert await api.respond(invocation, b"{}") == 200
+            dead.append(True)
+            api.close()
+            with pytest.raises(RuntimeGone):
+                await api.next()
+
+    asyncio.run(go())
+
+    # /next and /response each: one connection that died at its second request, one that took that request's place.
+    assert served == [2, 2, 1, 1, 1]
