@@ -1,16 +1,17 @@
 #!/bin/sh
 # The container begins as root only to give the two folders an owner; the server runs as an ordinary user.
 # A folder that the host's user made keeps its owner, and the server runs as that user, so that both can write to it.
-# One that the container engine made on the first run belongs to root: it is given to user 1000.
+# One that the container engine made on the first run belongs to root: it is given to user 1000, unless it is read-only.
 set -eu
 
 if [ "$(id -u)" = 0 ]; then
-  mkdir -p "$MODELS_DIR" "$HF_HOME"
   for folder in "$MODELS_DIR" "$HF_HOME"; do
-    [ "$(stat -c %u "$folder")" != 0 ] || chown 1000:1000 "$folder"
+    mkdir -p "$folder"
+    [ "$(stat -c %u "$folder")" != 0 ] || chown 1000:1000 "$folder" 2>/dev/null || true
   done
   user=$(stat -c %u "$MODELS_DIR")
   group=$(stat -c %g "$MODELS_DIR")
+  [ "$user" != 0 ] || { user=1000 group=1000; } # never as root
   export HOME=/tmp
   exec setpriv --reuid "$user" --regid "$group" --clear-groups --no-new-privs -- "$@"
 fi
