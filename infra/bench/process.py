@@ -17,7 +17,7 @@ from typing import IO, Self
 from infra.bench.client import Answer, RequestFailed, stream
 from infra.bench.contender import ROOT, Contender
 
-START_LIMIT_S = 120.0
+START_LIMIT_S = 60.0
 STOP_LIMIT_S = 15.0
 POLL_S = 0.002
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
@@ -65,17 +65,19 @@ class Process:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
+        reason = "it does not listen"
         while True:
             if self._popen.poll() is not None:
                 raise StartFailed(f"{self.contender.name} ended with status {self._popen.returncode}:\n{self.log()}")
             if time.monotonic() - begun > START_LIMIT_S:
-                raise StartFailed(f"{self.contender.name} did not answer within {START_LIMIT_S:g} s:\n{self.log()}")
+                raise StartFailed(f"{self.contender.name} has no answer after {START_LIMIT_S:g} s: {reason}")
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 answer = stream(self.port, body)
             except (OSError, RequestFailed) as error:  # not listening yet, or listening but still loading (503)
                 if isinstance(error, RequestFailed) and "status 503" not in str(error):
                     raise StartFailed(f"{self.contender.name}: {error}\n{self.log()}") from error
+                reason = str(error)
                 time.sleep(POLL_S)
             else:
                 return answer.begun + answer.first - begun, answer
