@@ -72,6 +72,7 @@ class Host:
         self._held: Loaded | None = None
         self._lender = Lender()
         self._work: Future[None] | None = None  # a load or swap under way; done as soon as it can be leased, or failed
+        self._awaited = False  # a request wants the model that is being loaded
         self._busy = False  # a load's thread is at work, perhaps on tensors that still arrive
         self._error: ApiError | None = None
         self._failed_at = 0.0
@@ -104,7 +105,7 @@ class Host:
     def start(self, *, load: bool | None = None) -> None:
         """Begin what the settings ask for, in a thread: download what is missing, and load if AUTO_PRELOAD (or `load`).
 
-        Needs no event loop; returns at once. Does nothing if something is under way or loaded already.
+        Needs no event loop; returns once llama.cpp is imported. Does nothing if something is under way or loaded.
         """
         choice = self._chosen()
         load = self._settings.auto_preload if load is None else load
@@ -119,6 +120,10 @@ class Host:
                 self._begin(lambda: self._load(choice))
             elif not choice.here:
                 self._begin(lambda: self._download(choice))
+        if load:
+            # In this thread, beside the file's check in the other one: the load in C begins as soon as both are done,
+            # and whatever the caller imports next no longer takes turns with it.
+            self._loader.import_bindings()
 
     async def lease(self, deadline: float | None = None) -> Lease:
         """The engine, loading it first if need be. Waits at most until `deadline` (monotonic).
@@ -132,6 +137,7 @@ class Host:
                 return lease
             assert work is not None
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._awaited = True
             try:
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work)), timeout)
             except TimeoutError:
@@ -171,7 +177,7 @@ class Host:
         """Run `work` in a thread of its own; call with the lock held."""
         future: Future[None] = Future()
         self._busy, self._work = True, future
-        self._error = None
+        self._error, self._awaited = None, False
 
         def run() -> None:
             error: ApiError | None = None
@@ -231,8 +237,12 @@ class Host:
                 return
             self._held = held
             work = self._work
+            lease = None if self._awaited else self._lender.lend(held)
         if work is not None:
             work.set_result(None)  # whoever waits may lease it now: templates and tokens need no weights
+        if lease is not None:
+            held.engine.warm()
+            lease.release()
         try:
             self._loader.wait_arrival(file)
         except ApiError:

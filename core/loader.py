@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -73,6 +74,13 @@ class Loader:
         """Give up a download; what is in llama.cpp's hands goes on."""
         self._cancelled = True
 
+    def import_bindings(self) -> None:
+        """Import llama.cpp now rather than in `load`. What is wrong with it is for `load` to say."""
+        from core.engine import native
+
+        with self._timeline.phase("import llama.cpp"), contextlib.suppress(ImportError, OSError, RuntimeError):
+            native.bindings()
+
     def download(self, choice: Choice) -> None:
         """Bring the model to this machine. Raises what the store raises."""
         assert choice.reference is not None
@@ -87,7 +95,7 @@ class Loader:
         assert choice.reference is not None
         if not choice.here:
             # The bindings' import and the first bytes' way over the network take the same time: do both at once.
-            threading.Thread(target=self._import_bindings, name="import", daemon=True).start()
+            threading.Thread(target=self.import_bindings, name="import", daemon=True).start()
         with self._timeline.phase("open"):
             return self._store.open(
                 choice.reference, progress=self._download_progress(choice), cancelled=self._stopping
@@ -125,12 +133,6 @@ class Loader:
                 file.arrival.wait()
         finally:
             self._arriving = None
-
-    def _import_bindings(self) -> None:
-        from core.engine import native
-
-        with self._timeline.phase("import llama.cpp"):
-            native.bindings()
 
     def _download_progress(self, choice: Choice) -> Callable[[int, int], None]:
         name = choice.name or ""

@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.running = 0
         self.closed = False
+        self.warmed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         return list(text.encode())
@@ -79,6 +80,9 @@ class ScriptedEngine:
         self.requests.append(request)
         self.running += 1
         return ScriptedGeneration(self, request)
+
+    def warm(self) -> None:
+        self.warmed = True
 
     def stats(self) -> dict[str, Any]:
         return {

@@ -64,7 +64,7 @@ class Cache:
         """Whether little is lost by cutting `slot` back to `shared` tokens: it holds few more, or this is its prompt.
 
         Where a repeated prompt lies matters: in the same cells it adds up in the same order, so that the same seed
-        gives the same text (flash attention accumulates in float16; in other cells a logprob moved by 0.02).
+        gives the same text (floats added up in another order; in other cells a logprob moved by up to 0.02).
         """
         return shared * 2 >= len(slot.tokens) or shared >= slot.n_prompt - 1
 

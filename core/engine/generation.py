@@ -141,6 +141,11 @@ class Engine(Protocol):
         """
         ...
 
+    def warm(self) -> None:
+        """Nobody waits yet: read what the template begins with into the cache, and so the weights into memory. Blocks
+        while the template is compiled, not while it is read."""
+        ...
+
     def stats(self) -> dict[str, Any]:
         """Counters since the load: decode_calls, prompt_tokens, cached_tokens, completion_tokens, requests, and now:
         sequences {running, total}, queued."""
