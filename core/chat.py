@@ -15,7 +15,7 @@ from core.engine import constraints, templates
 from core.engine.generation import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
 from core.errors import InvalidRequest
 from core.openai import answer
-from core.openai.fields import sampler_seed, token_bias
+from core.openai.fields import sampler_seed, sampler_temperature, token_bias
 from core.openai.request import ChatRequest, plain
 from core.service import Service
 from core.turn import Turn
@@ -61,7 +61,7 @@ def _generation_request(engine: Engine, request: ChatRequest, tenant: str, ends:
 
 def _sampling(request: ChatRequest, n_vocab: int) -> Sampling:
     return Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
+        temperature=1.0 if request.temperature is None else sampler_temperature(request.temperature),
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=max(0, request.top_k or 0),
         min_p=request.min_p or 0.0,

@@ -18,7 +18,7 @@ from core.engine import constraints, templates
 from core.engine.generation import Engine, Finish, GenerationRequest, Sampling
 from core.errors import InvalidRequest
 from core.openai.answer import Usage
-from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond
+from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 from core.service import Service
 from core.turn import Turn
 
@@ -169,7 +169,7 @@ def _generation_request(engine: Engine, request: ExtractRequest, tenant: str, en
     engine.check_grammar(grammar)
     return GenerationRequest(
         prompt=templates.prompt(engine, _messages(request)),
-        sampling=Sampling(temperature=request.temperature or 0.0),
+        sampling=Sampling(temperature=sampler_temperature(request.temperature or 0.0)),
         max_tokens=request.max_tokens or MAX_TOKENS,
         grammar=grammar,
         tenant=tenant,

@@ -33,8 +33,8 @@ async def streamed(
 ) -> Response:
     """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
 
-    Only while the model is not ready yet the 200 goes out early, with comments that tell the progress of the load: a client
-    or a proxy would else give up. What goes wrong after that is an `error` event.
+    Only while the model is not ready yet the 200 goes out early, with comments that tell the progress of the load: a
+    client or a proxy would else give up. What goes wrong after that is an `error` event.
     """
     task = asyncio.ensure_future(beginning)
     patience = None if service.host.state().status == "ready" else GRACE_S

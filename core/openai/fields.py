@@ -11,7 +11,7 @@ from core.errors import InvalidRequest
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepeatPenalty = Annotated[float, Meta(gt=0, le=2)]
+RepeatPenalty = Annotated[float, Meta(ge=0.1, le=2)]  # 1: off; towards 0 llama.cpp divides by it
 TopK = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]  # 0 and -1: all
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
@@ -69,6 +69,11 @@ def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, f
             )
         biases[token] = bias
     return biases
+
+
+def sampler_temperature(temperature: float) -> float:
+    """llama.cpp divides logits by a 32-bit temperature: below 1e-5 they overflow, and the likeliest token is meant."""
+    return 0.0 if temperature < 1e-5 else temperature
 
 
 def sampler_seed(seed: int | None) -> int | None:

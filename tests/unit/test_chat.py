@@ -195,6 +195,16 @@ def test_settings_reach_the_engine() -> None:
     assert asked.grammar is not None
 
 
+@pytest.mark.parametrize(("given", "sent"), [(5e-324, 0.0), (0, 0.0), (1e-4, 1e-4), (2, 2.0)])
+def test_a_vanishing_temperature_is_none(given: float, sent: float) -> None:
+    """A temperature that 32 bits cannot divide by means the likeliest token."""
+    fake = fake_service()
+
+    post(fake, temperature=given)
+
+    assert fake.engine.requests[0].sampling.temperature == sent
+
+
 @pytest.mark.parametrize("seed", [-1, 0, 4294967295, -(2**63), 2**63 - 1])
 def test_any_64_bit_seed_is_a_seed(seed: int) -> None:
     """No seed falls on llama.cpp's value for "draw one"."""

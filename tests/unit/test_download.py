@@ -91,10 +91,10 @@ def test_the_lock_is_held_by_one(tmp_path: Path) -> None:
             most = max(most, inside)
             notes.append(held.note)
             held.note = str(len(notes))
-            if len(notes) % 3 == 0:
-                held.remove()
             time.sleep(0.01)
             inside -= 1
+            if len(notes) % 3 == 0:
+                held.remove()  # the last thing a holder does: others may then lock anew
 
     threads = [threading.Thread(target=work) for _ in range(9)]
     with lock.hold(tmp_path / "x", lambda: False, lambda _note: None):

@@ -44,9 +44,13 @@ def test_elsewhere_than_in_a_terminal_each_record_is_one_json_line() -> None:
 
     [line] = lines(stream)
     told = json.loads(line)
-    assert tuple(
-        told[name] for name in ("level", "logger", "message", "request_id", "status")
-    ) == ("error", "x", "it\nbroke", "req_1", 500)
+    assert tuple(told[name] for name in ("level", "logger", "message", "request_id", "status")) == (
+        "error",
+        "x",
+        "it\nbroke",
+        "req_1",
+        500,
+    )
     assert "ValueError: boom" in told["exception"]
     assert told["time"].endswith("Z")
 

@@ -1,0 +1,289 @@
+"""Property: whatever a client sends, each route answers as documented, and the model is free afterwards.
+
+Batches of requests run at once against the real engine. A request is built to be valid (then it must be answered), or
+is a valid one made wrong in one place (then it must be refused, with the envelope), or is any JSON at all (then one of
+the two).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from core.service import Service
+from handlers.dispatch import dispatch
+from handlers.message import Request
+
+BATCH = 20
+BATCHES = 110  # 2,200 requests
+CHAT, EXTRACT = "/v1/chat/completions", "/v1/extract"
+JSON = {"content-type": "application/json"}
+
+Case = tuple[str, str, dict[str, str], bytes, str]  # method, path, headers, body; "good", "bad" or "any"
+
+words = st.text(max_size=12) | st.sampled_from(["Hello", "<|im_end|>", "🦊 狐", "a\u0301", "\x00", "{{ 7 * 7 }}"])
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def call(name: str) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": json.dumps({"a": name})}}
+
+
+parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": words}), min_size=1, max_size=2)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "developer", "user"]), "content": words | parts | st.none()}
+    )
+    | st.fixed_dictionaries({"role": st.just("assistant")}, optional={"content": words | st.none(), "refusal": words})
+    | st.builds(lambda name: {"role": "assistant", "content": None, "tool_calls": [call(name)]}, words)
+    | st.fixed_dictionaries({"role": st.sampled_from(["tool", "function"]), "content": words, "name": words}),
+    min_size=1,
+    max_size=3,
+)
+schemas = st.sampled_from(
+    [
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+        {"enum": ["yes", "no", 1, None]},
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}},
+        {"type": "string", "pattern": "^[a-f]{1,8}$"},
+    ]
+)
+formats = st.sampled_from([{"type": "text"}, {"type": "json_object"}]) | st.builds(
+    lambda schema: {"type": "json_schema", "json_schema": {"name": "any", "schema": schema, "strict": True}}, schemas
+)
+
+
+def number(least: float, most: float) -> st.SearchStrategy[float]:
+    return st.floats(least, most) | st.sampled_from([least, most])
+
+
+GOOD: dict[str, st.SearchStrategy[Any]] = {
+    "max_completion_tokens": st.integers(1, 2),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "top_k": st.integers(-1, 2**31 - 1),
+    "min_p": number(0, 1),
+    "repeat_penalty": number(0.1, 2),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": words.filter(bool) | st.lists(words.filter(bool), max_size=4),
+    "n": st.integers(1, 4),
+    "logit_bias": st.dictionaries(st.integers(0, 49151).map(str), number(-100, 100), max_size=3),
+    "logprobs": st.booleans(),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
+    "response_format": formats,
+    "user": words,
+    "metadata": st.dictionaries(words, words, max_size=2),
+    "tools": st.just([]),
+    "tool_choice": st.sampled_from(["none", "auto"]),
+    "whatever": anything,
+}
+good_chat = st.fixed_dictionaries(
+    {"messages": messages, "max_tokens": st.integers(1, 2)},
+    optional={name: value | st.none() for name, value in GOOD.items()},
+)
+good_extract = st.fixed_dictionaries(
+    {"text": words.filter(bool), "max_tokens": st.integers(1, 3)},
+    optional={
+        "schema": schemas,
+        "instructions": words,
+        "examples": st.lists(st.fixed_dictionaries({"text": words, "data": anything}), max_size=2),
+        "temperature": number(0, 2),
+        "stream": st.booleans(),
+        "whatever": anything,
+    },
+)
+
+WRONG_CHAT: dict[str, st.SearchStrategy[Any]] = {
+    "messages": st.sampled_from([None, [], {}, "hi", [1], [{}], [{"role": "user"}], [{"role": "x", "content": "y"}]])
+    | st.sampled_from([[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]])
+    | st.just([{"role": "user", "content": "long " * 5000}]),
+    "max_tokens": st.sampled_from([0, -1, 1.5, "1", 2**40, True]),
+    "temperature": st.sampled_from([-0.01, 2.01, "1", [], 10**400, True]),
+    "top_p": st.sampled_from([-1, 1.1, {}, "x"]),
+    "repeat_penalty": st.sampled_from([0, 5e-324, -1, 3]),
+    "seed": st.sampled_from([2**63, "1", 1.5]),
+    "stop": st.sampled_from(["", [""], ["a"] * 5, [1], {}, "x" * 2000]),
+    "n": st.sampled_from([0, 5, 129, "1"]),
+    "logit_bias": st.sampled_from([{"x": 1}, {"-1": 1}, {"49152": 1}, {"1": 101}, {"1": "x"}, []]),
+    "logprobs": st.sampled_from([1, "true"]),
+    "top_logprobs": st.sampled_from([21, -1, "2"]),
+    "stream": st.sampled_from([1, "yes", []]),
+    "response_format": st.sampled_from([{}, {"type": "xml"}, {"type": "json_schema"}, "json", []])
+    | st.builds(
+        lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}},
+        st.sampled_from([{"not": {}}, {"type": "x"}, {"$ref": "http://x/"}, {"pattern": "("}, {"enum": []}, 1]),
+    ),
+    "tools": st.just([{"type": "function", "function": {"name": "f"}}]),
+    "tool_choice": st.sampled_from(["required", {"type": "function"}, 1]),
+    "model": st.sampled_from(["gpt-4o", "", "../x", "SmolLM2", 1]),
+}
+WRONG_EXTRACT: dict[str, st.SearchStrategy[Any]] = {
+    "text": st.sampled_from([None, "", 1, [], "long " * 5000]),
+    "schema": st.sampled_from([[], 1, "x", {"type": "x"}, {"uniqueItems": True}, {"properties": 1}, {"minLenght": 1}]),
+    "examples": st.sampled_from([1, [1], [{}], [{"text": "a"}]]),
+    "temperature": st.sampled_from([3, "0"]),
+    "response_format": st.sampled_from([{"type": "text"}, {"type": "x"}]),
+    "model": st.just("other"),
+}
+
+
+def encoded(path: str, kind: str) -> Any:
+    return lambda body: ("POST", path, JSON, json.dumps(body).encode("utf-8", "surrogatepass"), kind)
+
+
+def wrong(good: st.SearchStrategy[Any], mistakes: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    mistake = st.sampled_from(sorted(mistakes)).flatmap(lambda name: st.tuples(st.just(name), mistakes[name]))
+    return st.builds(lambda body, one: body | {one[0]: one[1]}, good, mistake)
+
+
+bad_models = st.sampled_from(["../x.gguf", "/etc/passwd", "none.gguf", "", 1, None])
+# An empty body is a fair /reload.
+junk = st.binary(min_size=1, max_size=30).filter(bytes.strip) | st.sampled_from(
+    [b"{", b"[" * 5000, b'{"messages": ' + b"[" * 3000, b"\xff", b'"\\ud800"']
+)
+cases: st.SearchStrategy[Case] = st.one_of(
+    good_chat.map(encoded(CHAT, "good")),
+    good_chat.map(encoded(CHAT, "good")),
+    good_extract.map(encoded(EXTRACT, "good")),
+    st.sampled_from(["/health", "/models", "/v1/models", "/v1/models/SmolLM2-135M-Instruct.Q4_1"]).flatmap(
+        lambda path: st.sampled_from(["GET", "HEAD", "OPTIONS"]).map(lambda method: (method, path, {}, b"", "good"))
+    ),
+    wrong(good_chat, WRONG_CHAT).map(encoded(CHAT, "bad")),
+    wrong(good_chat, WRONG_CHAT).map(encoded(CHAT, "bad")),
+    wrong(good_extract, WRONG_EXTRACT).map(encoded(EXTRACT, "bad")),
+    st.dictionaries(st.sampled_from(["messages", "text", "model", "stream"]) | words, anything, max_size=4).flatmap(
+        lambda body: st.sampled_from([CHAT, EXTRACT]).map(lambda path: encoded(path, "any")(body))
+    ),
+    st.tuples(
+        st.just("POST"), st.sampled_from([CHAT, EXTRACT, "/load", "/reload"]), st.just(JSON), junk, st.just("bad")
+    ),
+    st.builds(lambda model: encoded("/reload", "bad")({"model_path": model, "n_ctx": 0}), bad_models),
+    st.builds(lambda repo: encoded("/load", "bad")({"repo_id": repo, "filename": "../x"}), bad_models),
+    st.tuples(
+        st.sampled_from(["GET", "POST", "PUT", "DELETE", "TRACE"]),
+        st.sampled_from(["/", "/v1", "/v1/models/none", "/v1/completions", "/health/x"]),
+        st.just(JSON),
+        st.just(b"{}"),
+        st.just("bad"),
+    ),
+    st.tuples(st.just("DELETE"), st.sampled_from([CHAT, "/health"]), st.just({}), st.just(b""), st.just("bad")),
+    good_chat.map(lambda body: ("POST", CHAT, {"content-type": "text/plain"}, json.dumps(body).encode(), "bad")),
+)
+
+OK = {"GET": {200}, "HEAD": {200}, "OPTIONS": {204}, "POST": {200}}
+REFUSED = {400, 404, 405, 415}
+
+
+async def answered(service: Service, case: Case) -> tuple[int, bytes]:
+    method, path, headers, body, _ = case
+    request = Request(method, path, "req_1", headers, body=body, client="127.0.0.1")
+    response = await dispatch(service, request)
+    try:
+        if isinstance(response.body, bytes):
+            return response.status, response.body
+        return response.status, b"".join([chunk async for chunk in response.body])
+    finally:
+        await response.aclose()
+
+
+def judge(case: Case, status: int, body: bytes) -> None:
+    method, path, _, sent, kind = case
+    allowed = {"good": OK.get(method, set()), "bad": REFUSED, "any": {200} | REFUSED}[kind]
+    assert status in allowed, (method, path, sent[:500], status, body[:500])
+    if status in REFUSED and method != "HEAD":
+        error = json.loads(body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert error["message"]
+    if status == 200 and body.startswith(b"data:"):
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert b'{"error"' not in body, (sent[:500], body[-500:])
+    elif status == 200 and path == CHAT:
+        assert json.loads(body)["choices"]
+
+
+def test_every_request_is_answered_as_documented(
+    service: Service, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """At least 2,000 requests, a third of them valid: none is a 500, none leaves a slot occupied, and a chat works."""
+    counts: Counter[str] = Counter()
+
+    async def send(batch: list[Case]) -> list[tuple[int, bytes]]:
+        return await asyncio.gather(*(answered(service, case) for case in batch))
+
+    @settings(
+        max_examples=BATCHES,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],  # a failing request is shown as it is; to shrink it would take the model minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(cases, min_size=BATCH, max_size=BATCH))
+    def batches(batch: list[Case]) -> None:
+        for case, (status, body) in zip(batch, runner.run(send(batch)), strict=True):
+            judge(case, status, body)
+            counts[f"{case[1] if case[1] in (CHAT, EXTRACT) else 'other'} {status // 100}xx"] += 1
+
+    batches()
+
+    engine = service.host.state().engine
+    assert engine is not None
+    stats = engine.stats()
+    total = counts.total()
+    valid = sum(count for name, count in counts.items() if name.endswith("2xx"))
+    with capsys.disabled():
+        print(f"\n{total} requests, {valid / total:.0%} valid: {dict(sorted(counts.items()))}")
+    assert total >= 2000
+    assert valid >= 0.3 * total
+    assert counts[f"{CHAT} 2xx"] >= 0.1 * total
+    assert stats["sequences"]["running"] == 0
+    assert stats["queued"] == 0
+    assert "Traceback" not in caplog.text
+
+    hello = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
+    status, body = runner.run(answered(service, ("POST", CHAT, JSON, hello, "good")))
+    assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 4)
+
+
+def test_every_request_is_answered_over_the_socket(server: str) -> None:
+    """The same over HTTP, where headers, framing and connections have their own say."""
+    count = 0
+
+    with httpx.Client(base_url=server, timeout=180) as client:
+
+        @settings(
+            max_examples=60,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases)
+        def one(case: Case) -> None:
+            nonlocal count
+            method, path, headers, body, _ = case
+            answer = client.request(method, path, headers=headers, content=body)
+            judge(case, answer.status_code, answer.content)
+            assert answer.headers["x-request-id"]
+            count += 1
+
+        one()
+        engine = client.get("/health").json()["engine"]
+
+    assert count >= 50
+    assert engine["sequences"]["running"] == 0
