@@ -113,6 +113,8 @@ class Host:
             if choice.error is not None:
                 log.error("%s", choice.error)
             return
+        if not choice.here and self._settings.model_target == "memory":
+            load = True  # what is downloaded into memory is there only as a loaded model
         with self._lock:
             if self._closed or self._held is not None or self._busy:
                 return
