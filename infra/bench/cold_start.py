@@ -5,7 +5,9 @@
 Each start is a fresh process of the Lambda entry point on a double of the Runtime API, its event already waiting, its
 model behind a link of 80 MB/s (nginx in a network namespace with a token bucket; needs root). What is timed begins with
 the spawn and ends when the first piece of text leaves the runtime. The ideal is the file's size over the bandwidth:
-nothing but the bytes. Python's files are in the page cache, as they are after a machine's first start.
+nothing but the bytes. `arrived_s` is when the last of them was there and verified; what follows is the prompt's
+computation, which a faster machine shortens and a faster network does not. Python's files are in the page cache, as
+they are after a machine's first start.
 
 One JSON line a model and target; with --svg, the median start of each model drawn phase by phase.
 """
@@ -138,6 +140,7 @@ def measure(
                     "load_average": round(os.getloadavg()[0], 1),
                     "ideal_s": round(ideal, 3),
                     "first_token_s": spread([run.first_token for run in done]),
+                    "arrived_s": spread([max(end for _, end in run.phases.values()) for run in done]),
                     "ratio": spread([run.first_token / ideal for run in done]),
                 }
             )
