@@ -1,0 +1,55 @@
+"""Reload under load, with two real models and the whole service in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+from adapters.wiring import build
+from core.settings import Settings
+from core.store.embedded import embedded_model
+from handlers.dispatch import dispatch
+from handlers.message import Request, Response
+
+HEADERS = {"content-type": "application/json", "host": "localhost"}
+
+
+def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
+    """No request is lost, and each names the model that answered it."""
+    embedded = embedded_model()
+    assert embedded is not None
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copyfile(embedded, tmp_path / name)
+    service = build(
+        Settings(models_dir=tmp_path, model_path=str(tmp_path / "one.gguf"), model_aliases=("*",), n_ctx=2048)
+    )
+
+    async def post(path: str, **body: object) -> tuple[int, dict[str, object]]:
+        request = Request("POST", path, "test", HEADERS, body=json.dumps(body).encode(), client="127.0.0.1")
+        response: Response = await dispatch(service, request)
+        try:
+            assert isinstance(response.body, bytes)
+            return response.status, json.loads(response.body)
+        finally:
+            await response.aclose()
+
+    async def ask(number: int) -> tuple[int, dict[str, object]]:
+        await asyncio.sleep(number * 0.05)
+        return await post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": f"Count to {number}."}], max_tokens=8
+        )
+
+    async def main() -> None:
+        asked = [asyncio.create_task(ask(number)) for number in range(50)]
+        for number in range(5):
+            await asyncio.sleep(0.3)
+            status, body = await post("/reload", model_path="two.gguf" if number % 2 == 0 else "one.gguf")
+            assert (status, body["model"]) == (200, "two" if number % 2 == 0 else "one")
+        answers = await asyncio.gather(*asked)
+        assert [status for status, _ in answers] == [200] * 50
+        assert {body["model"] for _, body in answers} == {"one", "two"}
+        await service.host.close(5)
+
+    asyncio.run(main())
