@@ -75,10 +75,8 @@ class Server:
     """nginx over `root`. Use as a context manager; `url` is what S3_ENDPOINT_URL is to be, `environ` is what to add to
     a client's environment. `tls`: as S3 is, with a certificate made for the occasion (needs `openssl`)."""
 
-    def __init__(
-        self, root: Path, *, megabytes_s: float | None = None, delay_ms: float = 0.0, tls: bool = False
-    ) -> None:
-        self._root, self._megabytes_s, self._delay_ms = root, megabytes_s, delay_ms
+    def __init__(self, root: Path, *, megabytes_s: float | None = None, tls: bool = False) -> None:
+        self._root, self._megabytes_s = root, megabytes_s
         self._namespace = f"bench{os.getpid()}" if megabytes_s is not None else None
         self._folder = tempfile.TemporaryDirectory(prefix="nginx-")
         self._nginx: subprocess.Popen[bytes] | None = None
@@ -89,6 +87,19 @@ class Server:
         self.environ = ENVIRON | ({"AWS_CA_BUNDLE": str(self._certificate)} if self._certificate else {})
 
     def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _start(self) -> None:
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
         if nginx is None:
             raise SystemExit("no nginx: apt-get install nginx-light")
@@ -110,11 +121,8 @@ class Server:
             config.write_text("user root;\n" + config.read_text())
         self._nginx = subprocess.Popen([*command, "-c", str(config)], stdin=subprocess.DEVNULL)
         self._await()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _stop(self) -> None:
         if self._nginx is not None:
             self._nginx.terminate()
             self._nginx.wait()
@@ -140,8 +148,6 @@ class Server:
             [*inside, "ip", "link", "set", far, "mtu", "9000", "up"],
             [*shape, "root", "handle", "1:", "tbf", "rate", f"{bits}bit", "burst", "256kb", "latency", "50ms"],
         ]
-        if self._delay_ms:
-            commands.append([*shape, "parent", "1:1", "netem", "delay", f"{self._delay_ms}ms", "limit", "10000"])
         for command in commands:
             subprocess.run(command, check=True)
 

@@ -112,9 +112,7 @@ def _phases(models: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-def measure(
-    models: Sequence[Path], targets: Sequence[str], rounds: int, *, bandwidth: float, delay: float, tls: bool
-) -> list[Start]:
+def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, *, bandwidth: float, tls: bool) -> list[Start]:
     """Alternating, so that what slows one round slows all that it is compared with. Prints; returns median starts."""
     drawn = []
     with tempfile.TemporaryDirectory(prefix="bucket-") as root:
@@ -123,7 +121,7 @@ def measure(
             lay_out(Path(root) / model.stem, model, REPO)
         for _ in range(rounds):
             for model, target in runs:
-                with Server(Path(root) / model.stem, megabytes_s=bandwidth, delay_ms=delay, tls=tls) as server:
+                with Server(Path(root) / model.stem, megabytes_s=bandwidth, tls=tls) as server:
                     runs[model, target].append(asyncio.run(start(model, server, target)))
         for (model, target), done in runs.items():
             ideal = model.stat().st_size / (bandwidth * 1e6)
@@ -134,7 +132,6 @@ def measure(
                     "target": target,
                     "bytes": model.stat().st_size,
                     "bandwidth_mb_s": bandwidth,
-                    "delay_ms": delay,
                     "tls": tls,
                     "rounds": rounds,
                     "load_average": round(os.getloadavg()[0], 1),
@@ -158,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=("memory", "disk"), action="append", help="default: memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=80.0, help="MB/s of the link (default %(default)g)")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="added to each packet from the bucket")
     parser.add_argument("--tls", action="store_true", help="as S3 is")
     parser.add_argument("--svg", type=Path, help="draw the median starts into this file")
     options = parser.parse_args(argv)
@@ -170,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.target or ["memory"],
         options.rounds,
         bandwidth=options.bandwidth,
-        delay=options.delay_ms,
         tls=options.tls,
     )
     if options.svg is not None and drawn:
