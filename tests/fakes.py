@@ -166,6 +166,7 @@ class FakeHost:
         self.boot: dict[str, Any] = {"source": "embedded"}
         self.leases = 0
         self.started = False
+        self.told_to_load: bool | None = None
         self.closed: float | None = None
 
     def state(self) -> HostState:
@@ -173,8 +174,9 @@ class FakeHost:
         name = self.engine.card.name if self.engine else None
         return HostState(self.status, name, self.loading, self.error, self.engine if ready else None)  # type: ignore[arg-type]
 
-    def start(self) -> None:
+    def start(self, *, load: bool | None = None) -> None:
         self.started = True
+        self.told_to_load = load
 
     async def lease(self, deadline: float | None = None) -> FakeLease:
         if self.engine is None:

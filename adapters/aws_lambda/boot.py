@@ -78,5 +78,5 @@ class Boot:
             from adapters.wiring import build
 
             service = build(self.settings, self.timeline, on_lambda=True)
-        service.host.start()
+        service.host.start(load=True)  # whatever AUTO_PRELOAD says: init is the one time that costs no request
         return service

@@ -71,7 +71,7 @@ class Llama:
             trimmable=not (
                 bindings.llama_model_is_recurrent(self._model) or bindings.llama_model_is_hybrid(self._model)
             ),
-            before_first=None if file.arrival is None else file.arrival.wait,
+            arrival=None if file.arrival is None else file.arrival.wait,
         )
         self._preparing = threading.Thread(target=self._prepare, name="prepare", daemon=True)
         self._preparing.start()

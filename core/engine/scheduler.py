@@ -19,6 +19,7 @@ from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.generation import Piece
+from core.engine.inbox import Inbox
 from core.engine.pace import Pace
 from core.engine.sequence import Sequence
 from core.engine.steps import Step
@@ -53,24 +54,20 @@ class Scheduler:
         n_parallel: int,
         max_queue: int,
         trimmable: bool,
-        before_first: Callable[[], None] | None = None,
+        arrival: Callable[[], None] | None = None,
     ) -> None:
         self._bindings = bindings
         self._context = context
         self._step = step
         self._max_queue = max_queue
-        self._before_first = before_first
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable)
         self._batch = Batch(bindings, n_batch, n_parallel + 1)
         self._abort = Abort(bindings, context)
-        self._wake = threading.Condition()
-        self._inbox: list[Sequence] = []
+        self._inbox = Inbox(arrival)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._reading: set[PieceStream] = set()  # streams whose prompts the current decode call reads
         self._out: list[tuple[PieceStream, Piece | Exception]] = []
-        self._opening: list[int] = []  # to be read when nothing else is to be done
-        self._closed = False
         self._crowded = False  # one was paused for want of cells: nobody is admitted until another has ended
         self._pace = Pace()
         self._admissions = 0
@@ -82,52 +79,39 @@ class Scheduler:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request. Raises Busy if too many wait, ModelUnavailable after `close`."""
-        with self._wake:
-            if self._closed:
-                raise ModelUnavailable("The model is being released; try again.", retry_after=1)
-            queued = len(self._inbox) + sum(not sequence.begun for sequence in self._waiting)
-            free = sum(slot.sequence is None for slot in self._cache.slots)
-            if queued >= self._max_queue + free:
-                raise Busy(f"{queued} sequences wait already, and at most {self._max_queue} may; try again later.")
-            self._inbox.extend(sequences)
-            self.counters.requests += 1
-            self._wake.notify()
+        queued = len(self._inbox) + sum(not sequence.begun for sequence in list(self._waiting))
+        if queued >= self._max_queue + len(self._cache.free_slots()):
+            raise Busy(f"{queued} sequences wait already, and at most {self._max_queue} may; try again later.")
+        self._inbox.put(sequences)
+        self.counters.requests += 1
 
     def prime(self, opening: list[int]) -> None:
         """Read the tokens that prompts begin with into a slot of their own, if nobody waits for an answer."""
-        with self._wake:
-            self._opening = opening[: self._batch.size]
-            self._wake.notify()
+        self._inbox.prime(opening[: self._batch.size])
 
     def interrupt(self, stream: PieceStream) -> None:
         """A stream was cancelled or ran out of time: look now, even in the middle of its prompt."""
-        with self._wake:
-            if stream in self._reading:
-                self._abort.set()
-            self._wake.notify()
+        if stream in self._reading:
+            self._abort.set()
+        self._inbox.interrupt()
 
     def stats(self) -> dict[str, Any]:
-        with self._wake:
-            running = sum(slot.sequence is not None for slot in self._cache.slots)
-            return {field.name: getattr(self.counters, field.name) for field in fields(Counters)} | {
-                "sequences": {"running": running, "total": len(self._cache.slots)},
-                "queued": len(self._inbox) + len(self._waiting),
-            }
+        total = len(self._cache.slots)
+        return {field.name: getattr(self.counters, field.name) for field in fields(Counters)} | {
+            "sequences": {"running": total - len(self._cache.free_slots()), "total": total},
+            "queued": len(self._inbox) + len(self._waiting),
+        }
 
     def close(self) -> None:
         """End all that runs with ModelUnavailable and stop the thread. Blocks until it has stopped."""
-        with self._wake:
-            self._closed = True
-            self._abort.set()
-            self._wake.notify()
+        self._inbox.close()
+        self._abort.set()
         self._thread.join()
 
     # In the engine thread
 
     def _run(self) -> None:
         try:
-            if self._before_first is not None:
-                self._before_first()
             while self._next_work():
                 self._admit()
                 if self._running:
@@ -135,7 +119,7 @@ class Scheduler:
                 else:
                     self._read_opening()
                 self._flush()
-        except ApiError as error:  # the model's bytes never came
+        except ApiError as error:  # the weights will not come
             self._fail_all(error)
         except BaseException:
             log.exception("the engine thread failed")
@@ -146,14 +130,10 @@ class Scheduler:
 
     def _next_work(self) -> bool:
         """Wait for something to do, take in what came, drop what was cancelled or is late. False: closed."""
-        with self._wake:
-            while not (self._closed or self._inbox or self._running or self._waiting or self._opening):
-                self._wake.wait()
-            self._waiting.extend(self._inbox)
-            self._inbox.clear()
-            if self._closed:
-                return False
-            self._abort.clear()
+        come = self._inbox.take(busy=bool(self._running or self._waiting))
+        if come is None:
+            return False
+        self._waiting.extend(come)
         now = time.monotonic()
         for sequence in [*self._running, *self._waiting]:
             if sequence.stream.cancelled:
@@ -173,7 +153,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, oldest first. A follower waits until its leader has read their prompt."""
-        if not self._waiting or (self._crowded and self._running):
+        if not (self._inbox.arrived and self._waiting) or (self._crowded and self._running):
             return
         for sequence in list(self._waiting):
             if not self._cache.free_slots():
@@ -182,8 +162,7 @@ class Scheduler:
             if leader is not None and leader.slot is not None and not leader.prompt_read:
                 continue
             self._waiting.remove(sequence)
-            with self._wake:
-                cached = self._cache.take(sequence)
+            cached = self._cache.take(sequence)
             self._admissions += 1
             sequence.admitted = self._admissions
             if not sequence.begun:
@@ -200,8 +179,8 @@ class Scheduler:
         started = time.monotonic()
         code = self._bindings.llama_decode(self._context, self._batch.native)
         self.counters.decode_calls += 1
-        with self._wake:
-            self._reading.clear()
+        self._reading = set()
+        self._abort.clear()
         if code == 0:
             self._pace.note(self._batch.length, time.monotonic() - started)
             for sequence, count, row in rows:
@@ -223,7 +202,7 @@ class Scheduler:
 
     def _read_opening(self) -> None:
         """Also brings the weights into memory before the first request needs them."""
-        tokens, self._opening = self._opening, []
+        tokens = self._inbox.take_opening() if self._inbox.arrived else []
         if not tokens:
             return
         self._batch.clear()
@@ -258,10 +237,9 @@ class Scheduler:
             last = count == sequence.pending
             row = batch.add(slot.id, sequence.tokens[done : done + count], done, logits=last)
             rows.append((sequence, count, row if last else None))
-        with self._wake:
-            self._reading = streams
-            if any(stream.cancelled for stream in streams):
-                self._abort.set()
+        self._reading = streams
+        if any(stream.cancelled for stream in streams):  # `interrupt` came before it could see them here
+            self._abort.set()
         return rows
 
     def _advance(self, sequence: Sequence, row: int) -> None:
@@ -284,8 +262,7 @@ class Scheduler:
         if len(self._running) > 1:
             assert youngest.slot is not None
             self._cache.clear(youngest.slot)
-            with self._wake:
-                self._cache.release(youngest)
+            self._cache.release(youngest)
             self._running.remove(youngest)
             self._waiting.appendleft(youngest)
             self._crowded = True
@@ -313,15 +290,11 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         self._crowded = False
-        with self._wake:
-            self._cache.release(sequence)
+        self._cache.release(sequence)
         sequence.sampler.free()
 
     def _fail_all(self, error: Exception) -> None:
-        with self._wake:
-            self._closed = True
-            self._waiting.extend(self._inbox)
-            self._inbox.clear()
+        self._waiting.extend(self._inbox.drain())
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, error)
         self._flush()

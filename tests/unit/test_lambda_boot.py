@@ -75,7 +75,7 @@ def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> Non
     """Loading is started by boot itself, whatever AUTO_PRELOAD says."""
     service = Boot({"API_KEYS": "a"}).service()
 
-    assert wiring.started
+    assert wiring.told_to_load
     assert service.settings.api_keys == keys("a")
     assert [phase.name for phase in service.timeline.phases()] == ["wiring"]
 

@@ -16,6 +16,15 @@ from handlers.dispatch import dispatch
 from handlers.message import Request
 from tests.fakes import FakeHost, FakeService, FakeStore, ScriptedEngine, fake_service
 
+STREAMED_LOAD = Request(
+    "POST",
+    "/load",
+    "id",
+    {"content-type": "application/json"},
+    body=b'{"repo_id": "org/repo", "filename": "a.gguf", "stream": true}',
+    client="127.0.0.1",
+)
+
 
 def call(fake: FakeService, method: str, path: str, body: Any = None, **request: Any) -> tuple[int, Any]:
     """One request through dispatch, as from this machine."""
@@ -197,17 +206,9 @@ def test_a_load_that_fails_late_tells_in_the_stream() -> None:
 
     fake.store.on_fetch = fetch
     fake.store.fetch_error = ModelUnavailable("The connection broke.")
-    asked = Request(
-        "POST",
-        "/load",
-        "id",
-        {"content-type": "application/json"},
-        body=b'{"repo_id": "org/repo", "filename": "a.gguf", "stream": true}',
-        client="127.0.0.1",
-    )
 
     async def read() -> bytes:
-        answer = await dispatch(fake.service, asked)
+        answer = await dispatch(fake.service, STREAMED_LOAD)
         assert not isinstance(answer.body, bytes)
         try:
             return b"".join([chunk async for chunk in answer.body])
@@ -233,17 +234,9 @@ def test_closing_a_streamed_load_stops_the_download() -> None:
         ended.append(True)
 
     fake.store.on_fetch = fetch
-    asked = Request(
-        "POST",
-        "/load",
-        "id",
-        {"content-type": "application/json"},
-        body=b'{"repo_id": "org/repo", "filename": "a.gguf", "stream": true}',
-        client="127.0.0.1",
-    )
 
     async def hang_up() -> None:
-        answer = await dispatch(fake.service, asked)
+        answer = await dispatch(fake.service, STREAMED_LOAD)
         assert not isinstance(answer.body, bytes)
         await anext(aiter(answer.body))
         await answer.aclose()
