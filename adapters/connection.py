@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ class Connection:
         if host != self._host or self._response is None or not self._response.isclosed():
             self.close()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        try:
+        with self._closed_by_failure():
             connection = self._connection
             if connection is None:
                 if parts.scheme == "https":
@@ -69,12 +69,6 @@ class Connection:
                 raise Broken("aborted")
             connection.request(method, target, body, {"User-Agent": USER_AGENT, **headers})
             self._response = connection.getresponse()
-        except (OSError, HTTPException) as error:
-            self.close()
-            raise Broken(f"{type(error).__name__}: {error}") from error
-        except Broken:
-            self.close()
-            raise
         return self._response
 
     def read_into(self, view: memoryview) -> None:
@@ -83,38 +77,38 @@ class Connection:
         if response is None:
             raise Broken("no answer is open")
         filled = 0
-        try:
+        with self._closed_by_failure():
             while filled < len(view):
                 count = response.readinto(view[filled:])
                 if count == 0:
                     raise Broken(f"the answer ended {len(view) - filled} bytes early")
                 filled += count
-        except (OSError, HTTPException) as error:
-            self.close()
-            raise Broken(f"{type(error).__name__}: {error}") from error
-        except Broken:
-            self.close()
-            raise
 
     def read(self, most: int) -> bytes:
         """The rest of the answer, but no more than `most` bytes: then Broken."""
         if self._response is None:
             raise Broken("no answer is open")
-        try:
+        with self._closed_by_failure():
             body = self._response.read(most + 1)
             if len(body) > most:
                 raise Broken(f"the answer is longer than {most} bytes")
             if self._response.length:
                 raise Broken(f"the answer ended {self._response.length} bytes early")
+        if not self._response.isclosed():  # of length nought, or a HEAD's
+            self._response.close()
+        return body
+
+    @contextlib.contextmanager
+    def _closed_by_failure(self) -> Iterator[None]:
+        """Whatever fails inside closes the connection and is Broken."""
+        try:
+            yield
         except (OSError, HTTPException) as error:
             self.close()
             raise Broken(f"{type(error).__name__}: {error}") from error
         except Broken:
             self.close()
             raise
-        if not self._response.isclosed():  # of length nought, or a HEAD's
-            self._response.close()
-        return body
 
     def abort(self) -> None:
         """Let what blocks in another thread fail: a read at once, connecting when it is through."""

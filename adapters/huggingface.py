@@ -114,17 +114,7 @@ class Hub:
                 origin, fd, file.size_bytes, checksum=checksum, threads=self._threads, part_bytes=self._part_bytes
             )
 
-        received = memory.receive(file, begin, name, progress, cancelled, whole=True)
-        return ModelFile(
-            name=name,
-            path=received.path,
-            size_bytes=file.size_bytes,
-            reference=str(found.reference),
-            source=self.name,
-            sha256=file.sha256,
-            commit=found.commit,
-            release=received.release,
-        )
+        return memory.receive(found, begin, name, progress, cancelled, whole=True)
 
     def locate(self, found: Found, file: RemoteFile) -> tuple[str, dict[str, str]]:
         """URL and headers with which any HTTP client can read ranges of the file: the hub's redirect, followed now.

@@ -9,13 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.ranged import Transfer
 from core.errors import InvalidRequest
 from core.store import gguf
-from core.store.source import Cancelled, DownloadCancelled, Progress, RemoteFile
+from core.store.model_file import ModelFile
+from core.store.source import Cancelled, DownloadCancelled, Found, Progress
 
 POLL_S = 0.05  # how often progress is told and a cancellation noticed
 
@@ -57,29 +57,22 @@ def follow(transfer: Transfer, progress: Progress, cancelled: Cancelled, offset:
             raise DownloadCancelled
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
-    """`arrival` None: it is whole and verified. `release` ends what still arrives and closes the memory; idempotent."""
-
-    path: Path
-    arrival: Transfer | None
-    release: Callable[[], None]
-
-
 def receive(
-    file: RemoteFile,
+    found: Found,
     begin: Callable[[int], Transfer],
     name: str,
     progress: Progress,
     cancelled: Cancelled,
     *,
     whole: bool,
-) -> Received:
-    """Receive a GGUF file through the transfer that `begin` makes for a descriptor.
+) -> ModelFile:
+    """Receive a model of one file through the transfer that `begin` makes for a descriptor.
 
-    Returns when all is there and verified, or unless `whole` when header and vocabulary are. Raises InvalidRequest if
+    Returns when all is there and verified, or unless `whole` when header and vocabulary are: the rest is then its
+    `arrival`. Its `release` ends what still arrives and closes the memory; idempotent. Raises InvalidRequest if
     it is no GGUF that llama.cpp may see, ModelUnavailable, DownloadCancelled.
     """
+    file = found.files[0]
     target = MemoryFile(name, file.size_bytes)
     transfer = begin(target.fd)
 
@@ -104,4 +97,14 @@ def receive(
     except BaseException:
         release()
         raise
-    return Received(target.path, None if whole else transfer, release)
+    return ModelFile(
+        name=name,
+        path=target.path,
+        size_bytes=file.size_bytes,
+        reference=str(found.reference),
+        source=found.source,
+        sha256=file.sha256,
+        commit=found.commit,
+        arrival=None if whole else transfer,
+        release=release,
+    )

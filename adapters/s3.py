@@ -127,19 +127,8 @@ class S3Storage:
             return None
         assert isinstance(file, S3File)
         whole = file.manifest is None  # nothing to verify the header by until the end
-        received = memory.receive(
-            file, lambda fd: self._transfer(file, fd, resume=0), name, progress, cancelled, whole=whole
-        )
-        return ModelFile(
-            name=name,
-            path=received.path,
-            size_bytes=file.size_bytes,
-            reference=str(found.reference),
-            source=self.name,
-            sha256=file.sha256,
-            commit=found.commit,
-            arrival=received.arrival,
-            release=received.release,
+        return memory.receive(
+            found, lambda fd: self._transfer(file, fd, resume=0), name, progress, cancelled, whole=whole
         )
 
     def _transfer(self, file: S3File, fd: int, *, resume: int) -> Transfer:
