@@ -28,6 +28,11 @@ class Sampling:
     seed: int | None = None  # None: drawn from the system
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same request is expected to give the same text."""
+        return self.seed is not None or self.temperature <= 0
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:

@@ -223,9 +223,9 @@ class Scheduler:
             count = min(sequence.pending, batch.room)
             if not sequence.produced:
                 count = min(count, budget)
-                if sequence.request.sampling.seed is not None and 1 < sequence.pending <= count:
+                if sequence.request.sampling.repeatable and 1 < sequence.pending <= count:
                     # The prompt's last token goes alone, as it does when all before it is cached: another batch shape
-                    # adds up floats in another order, and the same seed would give another text.
+                    # adds up floats in another order, and the same request would give another text.
                     count = sequence.pending - 1
                 budget -= count
                 streams.add(sequence.stream)

@@ -112,6 +112,14 @@ def test_seed_and_prefix(engine: Llama) -> None:
     assert texts[0].cached < texts[1].cached == len(chat(engine, "Tell me a story.")) - 1
 
 
+def test_greedy_logprobs_are_the_same_cold_and_cached(engine: Llama) -> None:
+    """Not only the same words: the same floats, so that no near tie can fall the other way."""
+    first, second = (ask(engine, "Name a colour of the sky.", top_logprobs=0, tenant="greedy") for _ in range(2))
+
+    assert first.cached < second.cached
+    assert [entry.logprob for entry in first.logprobs] == [entry.logprob for entry in second.logprobs]
+
+
 def test_tenants_do_not_share_prefixes(engine: Llama) -> None:
     """The same prompt under another key is computed again."""
     ask(engine, "A prompt of tenant one.", tenant="one")
