@@ -24,7 +24,8 @@ from core.engine.vocabulary import Vocabulary
 from core.errors import ApiError, ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.model_file import ModelFile
 
-PREPARE_WITHIN_S = 3.0  # after the tensors' arrival, requests or not
+PREPARE_WITHIN_S = 3.0  # after the load, requests or not
+LOOK_S, QUIET_LOOKS = 0.05, 6
 
 log = logging.getLogger("slm.engine")
 
@@ -211,24 +212,22 @@ class Llama:
             metadata={**metadata, "tokenizer.ggml.add_bos_token": "true" if vocabulary.adds_bos else "false"},
         )
 
-    def _busy(self) -> bool:
-        stats = self._scheduler.stats()
-        return bool(stats["queued"] or stats["sequences"]["running"])
-
     def _prepare(self) -> None:
         """Build the grammar tokenizer off the request path, behind everything that has somebody waiting.
 
-        Also behind the tensors: for 262k tokens it passes the interpreter lock to and fro half a million times, and
-        downloading threads beside it reached 62 MB/s of the 80 that the network gave. Then behind the request that
-        has waited for them, whose first token it delayed by a tenth of a second or two. A request with a grammar
-        builds it at once all the same.
+        For 262k tokens it passes the interpreter lock to and fro half a million times: beside it the downloading
+        threads of tensors reached 62 MB/s of the 80 that the network gave, and the first token came a tenth of a second
+        or two later. So it waits for the tensors and then for a quiet moment, but not for ever. A request with a
+        grammar builds it at once all the same.
         """
         if self._file.arrival is not None:
             with contextlib.suppress(ApiError):
                 self._file.arrival.wait()
-            end = time.monotonic() + PREPARE_WITHIN_S
-            while self._busy() and not self._closed and time.monotonic() < end:
-                time.sleep(0.02)
+        quiet, end = 0, time.monotonic() + PREPARE_WITHIN_S
+        while quiet < QUIET_LOOKS and time.monotonic() < end and not self._closed:
+            time.sleep(LOOK_S)
+            stats = self._scheduler.stats()
+            quiet = 0 if stats["queued"] or stats["sequences"]["running"] else quiet + 1
         try:
             # On Linux a thread id is a valid target: this thread alone steps back.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
