@@ -15,6 +15,7 @@ from msgspec import Meta, Raw, Struct
 from core import turn as turns
 from core.chat import new_id, usage
 from core.engine import constraints, templates
+from core.engine.expansion import MAX_CHECKS, Expansion
 from core.engine.generation import Engine, Finish, GenerationRequest, Sampling
 from core.errors import InvalidRequest
 from core.openai.answer import Usage
@@ -81,9 +82,9 @@ class ExtractRequest(Struct, kw_only=True):
 
 
 class Problem(Struct):
-    """Where `data` breaks the schema. `path` is a JSON pointer into `data`."""
+    """Where `data` breaks the schema, or why that is unknown. `path` is a JSON pointer into `data`."""
 
-    code: Literal["truncated", "not_json", "schema"]
+    code: Literal["truncated", "not_json", "schema", "unchecked"]
     message: str
     path: str | None = None
 
@@ -234,6 +235,9 @@ def _judge(text: str, schema: dict[str, Any], finish: Finish) -> tuple[Raw, list
         return nothing, [problem]
     if finish == "length" and not isinstance(data, dict | list):
         return nothing, [problem]  # a number may be whole, or half of one
+    if Expansion(schema).checks(data) > MAX_CHECKS:  # what the grammar holds is kept; `format` is not looked at
+        words = f"The schema's recursion would take more than {MAX_CHECKS} checks of this answer; it was not validated."
+        return Raw(text.encode()), [Problem("unchecked", words)]
     try:
         broken = list(islice(_validator(msgspec.json.encode(schema)).iter_errors(data), MAX_ERRORS))
     except UnicodeEncodeError:

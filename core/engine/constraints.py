@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from core.engine.expansion import MAX_SUBSCHEMAS, Expansion, Unresolvable
 from core.errors import InvalidRequest
 
 MAX_BYTES = 1 << 16
@@ -57,10 +58,26 @@ def grammar(schema: dict[str, Any], field: str) -> str:
             "enforced; leave it out.",
             param=field,
         )
+    _check_size(schema, field)
     problem, compiled = _compile(text.decode())
     if problem is not None:
         raise InvalidRequest(f"'{field}': the schema cannot be enforced: {problem}", param=field)
     return compiled
+
+
+def _check_size(schema: dict[str, Any], field: str) -> None:
+    """Refuse a schema whose references multiply: neither its compilation nor the validation would end."""
+    try:
+        subschemas = Expansion(schema).subschemas
+    except Unresolvable as error:
+        raise InvalidRequest(f"'{field}': the schema cannot be enforced: {error}.", param=field) from None
+    if subschemas > MAX_SUBSCHEMAS:
+        shown = f"{subschemas}" if subschemas < 10**12 else "more than 10^12"
+        raise InvalidRequest(
+            f"'{field}': the schema has {shown} subschemas once every $ref is followed; at most {MAX_SUBSCHEMAS} are "
+            "allowed. Refer to shared definitions from fewer places.",
+            param=field,
+        )
 
 
 @functools.lru_cache(maxsize=64)
