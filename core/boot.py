@@ -38,6 +38,15 @@ class Choice:
                 name = self.reference.key
         return model_name(name.rpartition("/")[2])
 
+    def report(self) -> dict[str, str | None]:
+        """What `GET /models` says of the choice."""
+        return {
+            "chosen_by": self.chosen_by,
+            "reason": self.reason,
+            "reference": None if self.reference is None else str(self.reference),
+            "path": self.path,
+        }
+
 
 def choose(settings: Settings, store: Store) -> Choice:
     """MODEL_PATH if it is there, else AUTO_REPO_ID/AUTO_FILENAME, else the embedded model if nothing is configured.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from core.boot import Choice, choose
 from core.engine.generation import Engine, EngineConfig
@@ -80,15 +80,9 @@ class Host:
         self._swapping = threading.Lock()
 
     @property
-    def boot(self) -> dict[str, Any]:
+    def boot(self) -> dict[str, str | None]:
         """What the settings led to: chosen_by, reason, reference, path."""
-        choice = self._chosen()
-        return {
-            "chosen_by": choice.chosen_by,
-            "reason": choice.reason,
-            "reference": None if choice.reference is None else str(choice.reference),
-            "path": choice.path,
-        }
+        return self._chosen().report()
 
     def state(self) -> HostState:
         choice = self._chosen()

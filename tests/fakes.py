@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.boot import Choice
 from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
 from core.service import Service
 from core.settings import Settings
+from core.store.reference import File
 from core.store.store import Fetched, LocalModel
 from core.timeline import Timeline
 
@@ -153,6 +155,10 @@ class FakeLease:
             self._host = None
 
 
+EMBEDDED = Choice("embedded", "nothing is configured", File(CARD.path), here=True, path=CARD.path)
+NOTHING = Choice("nothing", "no model is configured, and EMBEDDED_MODEL=off")
+
+
 class FakeHost:
     """`engine` None: nothing to serve. `leases` counts those not given back."""
 
@@ -163,11 +169,15 @@ class FakeHost:
         self.error: str | None = None
         self.swap_error: ApiError | None = None
         self.swaps: list[tuple[str, EngineConfig]] = []
-        self.boot: dict[str, Any] = {"source": "embedded"}
+        self.choice = NOTHING if engine is None else EMBEDDED
         self.leases = 0
         self.started = False
         self.told_to_load: bool | None = None
         self.closed: float | None = None
+
+    @property
+    def boot(self) -> dict[str, str | None]:
+        return self.choice.report()
 
     def state(self) -> HostState:
         ready = self.status == "ready"

@@ -360,7 +360,7 @@ def test_a_retry_time_is_told_in_the_header(probe: tuple[Probe, str]) -> None:
 
 
 def test_a_stream_is_not_buffered_and_ends_with_done(open_server: tuple[FakeService, str]) -> None:
-    """/load with `stream` sends each progress event when it happens: the download goes on once the first has arrived."""
+    """/load with `stream` sends each event when it happens: the download goes on once the first has arrived."""
     fake, address = open_server
     first_arrived = threading.Event()
     waited: list[bool] = []

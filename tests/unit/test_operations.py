@@ -114,14 +114,19 @@ def test_models_has_the_active_one_those_on_disk_and_the_start(tmp_path: Path) -
     assert tuple(models["active"]["config"][name] for name in ("n_ctx", "model_path")) == (512, "/models/fake-1b.gguf")
     assert models["active"]["model"]["chat_template"].startswith("chatml")
     assert [{"name": "sub/m.gguf", "path": str(model), "size_bytes": 7}] == models["available"]
-    assert models["boot_info"]["source"] == "embedded"
-    assert "load" in models["boot_info"]["phases"]
+    phases = models["boot_info"].pop("phases")
+    assert models["boot_info"] == {
+        "chosen_by": "embedded",
+        "reason": "nothing is configured",
+        "reference": "/models/fake-1b.gguf",
+        "path": "/models/fake-1b.gguf",
+    }
+    assert "load" in phases
 
 
 def test_models_of_an_empty_server() -> None:
     """Nothing configured: no path, not loaded, and a hint."""
     fake = fake_service(host=FakeHost())
-    fake.host.boot = {}
     _, models = call(fake, "GET", "/models")
 
     assert (
@@ -268,7 +273,6 @@ def test_reload_without_a_path_loads_the_same_model_anew() -> None:
 def test_reload_without_any_model_says_so() -> None:
     """Nothing served, nothing configured: name one."""
     fake = fake_service(host=FakeHost())
-    fake.host.boot = {}
     status, answer = call(fake, "POST", "/reload", {})
 
     assert (status, answer["error"]["param"]) == (400, "model_path")

@@ -1,0 +1,153 @@
+"""Boot: which model the settings mean, and what the start does about it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.boot import Choice, choose
+from core.host import Host
+from core.settings import Settings
+from core.store.embedded import embedded_model
+from core.store.reference import File, HuggingFace
+from core.store.source import Found, Partial, Progress, RemoteFile
+from core.store.store import Store
+from core.timeline import Timeline
+from tests.fakes import ScriptedEngine
+from tests.gguf_files import tiny_model, write
+
+CONTENT = tiny_model()
+AUTO = {"auto_repo_id": "org/repo", "auto_filename": "auto.gguf"}
+REFERENCE = HuggingFace("org/repo", "auto.gguf")
+
+
+class Hub:
+    """A source that delivers one model, when it may."""
+
+    name, authority = "huggingface", True
+
+    def __init__(self) -> None:
+        self.delivered: list[str] = []
+        self.may_deliver = threading.Event()
+        self.may_deliver.set()
+
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+        digest = hashlib.sha256(CONTENT).hexdigest()
+        return Found(self.name, reference, (RemoteFile(reference.filename, len(CONTENT), digest),))
+
+    def download(
+        self, _found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+    ) -> bool:
+        assert self.may_deliver.wait(10)
+        os.pwrite(partial.fd, CONTENT, 0)
+        partial.landed(len(CONTENT))
+        self.delivered.append(file.path)
+        return False
+
+
+def chosen(folder: Path, source: Hub | None = None, **settings: Any) -> Choice:
+    store = Store(folder, (source or Hub(),))  # type: ignore[arg-type]
+    return choose(Settings(models_dir=folder, **settings), store)
+
+
+def test_auto_names_a_model_to_download(tmp_path: Path) -> None:
+    """AUTO_REPO_ID and AUTO_FILENAME together are a reference; the hub is not asked for a choice."""
+    choice = chosen(tmp_path, **AUTO)
+
+    assert (choice.chosen_by, choice.reference, choice.here, choice.error) == ("AUTO_REPO_ID", REFERENCE, False, None)
+    assert choice.name == "auto"
+
+
+def test_auto_is_served_from_the_disk_once_it_was_downloaded(tmp_path: Path) -> None:
+    """The next start finds it, also where it may not download."""
+    Store(tmp_path, (Hub(),)).fetch(REFERENCE)  # type: ignore[arg-type]
+    choice = chosen(tmp_path, auto_if_missing=False, **AUTO)
+
+    assert choice.report() == {
+        "chosen_by": "AUTO_REPO_ID",
+        "reason": "it was downloaded before",
+        "reference": "hf://org/repo/auto.gguf@main",
+        "path": str(tmp_path / "auto.gguf"),
+    }
+    assert choice.here
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"auto_repo_id": "org/repo"}, "AUTO_FILENAME is not set"),
+        ({"auto_filename": "auto.gguf"}, "AUTO_REPO_ID is not set"),
+        ({"auto_repo_id": "repo", "auto_filename": "auto.gguf"}, "AUTO_REPO_ID/AUTO_FILENAME: "),
+        ({"auto_repo_id": "org/repo", "auto_filename": "../auto.gguf"}, "AUTO_REPO_ID/AUTO_FILENAME: "),
+        ({**AUTO, "auto_if_missing": False}, "auto.gguf is not in MODELS_DIR, and AUTO_IF_MISSING=false"),
+    ],
+)
+def test_auto_that_cannot_be_used_says_why(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    """It never falls back to the embedded model: another model than the one that was set would be a lie."""
+    choice = chosen(tmp_path, **settings)
+
+    assert (choice.chosen_by, choice.reference, choice.here) == ("AUTO_REPO_ID", None, False)
+    assert (choice.error or "").startswith(words)
+
+
+def test_model_path_goes_before_auto_where_it_is_there(tmp_path: Path) -> None:
+    """AUTO_* is for a MODEL_PATH that is missing."""
+    path = write(tmp_path, "mine.gguf", CONTENT)
+    there = chosen(tmp_path, model_path=str(path), **AUTO)
+    missing = chosen(tmp_path, model_path=str(tmp_path / "missing.gguf"), **AUTO)
+
+    assert (there.chosen_by, there.reference, there.path) == ("MODEL_PATH", File(str(path)), str(path))
+    assert (missing.chosen_by, missing.reference) == ("AUTO_REPO_ID", REFERENCE)
+
+
+def test_a_missing_model_path_with_an_unusable_auto_names_the_path(tmp_path: Path) -> None:
+    """The first thing that was set is the one to correct."""
+    missing = str(tmp_path / "missing.gguf")
+    choice = chosen(tmp_path, model_path=missing, auto_repo_id="org/repo")
+
+    assert (choice.chosen_by, choice.reference) == ("MODEL_PATH", None)
+    assert f"MODEL_PATH={missing}" in (choice.error or "")
+
+
+def test_with_nothing_set_it_is_the_embedded_model(tmp_path: Path) -> None:
+    """The package's file, unless EMBEDDED_MODEL=off."""
+    embedded = chosen(tmp_path)
+    nothing = chosen(tmp_path, embedded_model="off")
+
+    assert (embedded.chosen_by, embedded.path, embedded.here) == ("embedded", str(embedded_model()), True)
+    assert (nothing.chosen_by, nothing.reference, nothing.error) == ("nothing", None, None)
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_the_start_downloads_auto_and_loads_it_if_told(tmp_path: Path, preload: bool) -> None:
+    """Without AUTO_PRELOAD the model is on the disk for the first request; with it, in memory."""
+    source, loads = Hub(), []
+    source.may_deliver.clear()
+
+    def load(file: Any, config: Any, progress: Any) -> ScriptedEngine:
+        loads.append(str(file.path))
+        return ScriptedEngine()
+
+    settings = Settings(models_dir=tmp_path, auto_preload=preload, model_target="disk", **AUTO)
+    host = Host(settings, Store(tmp_path, (source,)), Timeline(), load)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        assert (host.state().status, host.state().model) == ("unloaded", "auto")
+        host.start()
+        assert source.delivered == []
+        source.may_deliver.set()
+        while host.state().status == "unloaded" or host.state().loading is not None:
+            await asyncio.sleep(0.005)
+        assert source.delivered == ["auto.gguf"]
+        assert host.state().status == ("ready" if preload else "available")
+        assert loads == ([str(tmp_path / "auto.gguf")] if preload else [])
+        assert host.boot["path"] == str(tmp_path / "auto.gguf")
+        await host.close(1)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
