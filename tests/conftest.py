@@ -17,7 +17,7 @@ MakeModel = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Make a tiny model of a kind in `tiny_models.KINDS`, e.g. `tiny("lfm2")`; once a session. Do not change the file."""
+    """Make a tiny model, e.g. `tiny("lfm2")`, of a kind in `tiny_models.KINDS`; once a session. Do not change it."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("tiny")
 

@@ -55,6 +55,7 @@ class Llama:
         config = replace(config, n_threads=config.n_threads or threads.available())
         self._model = self._load_model(config, progress)
         try:
+            self._check_generates()
             self._context = self._make_context(config)
         except BaseException:
             bindings.llama_model_free(self._model)
@@ -159,6 +160,23 @@ class Llama:
             )
         return model
 
+    def _check_generates(self) -> None:
+        """Raise InvalidRequest for a model whose first decode would end the process.
+
+        The file's header has been checked by architecture already; llama.cpp itself knows about those to come.
+        """
+        bindings, model = self._bindings, self._model
+        if bindings.llama_model_is_diffusion(model):
+            raise self._cannot_generate("a diffusion model")
+        if bindings.llama_model_has_encoder(model) or not bindings.llama_model_has_decoder(model):
+            raise self._cannot_generate("an encoder or encoder-decoder model")
+
+    def _cannot_generate(self, kind: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"The model '{self._file.name}' is {kind}; only models that generate text can be served.",
+            param="model_path",
+        )
+
     def _make_context(self, config: EngineConfig) -> Any:
         bindings = self._bindings
         params = bindings.llama_context_default_params()
@@ -182,6 +200,9 @@ class Llama:
                 "most likely it does not fit in memory. Lower n_ctx.",
                 param="n_ctx",
             )
+        if not bindings.llama_get_memory(context):
+            bindings.llama_free(context)
+            raise self._cannot_generate("an embedding model")
         return context
 
     def _describe(self) -> ModelCard:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.store.architecture import find_kind
 from core.store.hyperparameters import find_fault
 
 MAGIC = b"GGUF"
@@ -211,6 +212,8 @@ def _check_model(header: Header) -> None:
         raise MalformedGGUF("names no general.architecture: it is not a model")
     if architecture == "clip" or header.metadata.get("general.type", "model") in ("adapter", "mmproj"):
         raise MalformedGGUF("is an adapter or projector, not a language model")
+    if (kind := find_kind(header.metadata, architecture)) is not None:
+        raise MalformedGGUF(f"is {kind} ({architecture}); only models that generate text can be served")
     if (fault := find_fault(header.metadata, architecture)) is not None:
         raise MalformedGGUF(fault)
     if not header.tensors and header.split == (0, 1):

@@ -1,0 +1,30 @@
+"""Architectures that llama.cpp loads but cannot continue a text with.
+
+Generating with one of them ends the process: llama.cpp's decode asserts on a model without a memory of tokens, and on a
+decoder whose encoder has not run (llama-context.cpp and llama-graph.cpp of llama-cpp-python 0.3.36).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+KINDS: Mapping[str, frozenset[str]] = {
+    "an embedding model": frozenset(
+        {"bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert", "modern-bert", "jina-bert-v2", "jina-bert-v3"}
+        | {"gemma-embedding", "llama-embed"}
+    ),
+    "an encoder-decoder model": frozenset({"t5", "t5encoder"}),
+    "a diffusion model": frozenset({"dream", "llada", "llada-moe", "rnd1"}),
+    "an audio decoder": frozenset({"wavtokenizer-dec"}),
+}
+
+
+def find_kind(metadata: Mapping[str, Any], architecture: str) -> str | None:
+    """The kind of a model that cannot generate text, e.g. "an embedding model"; None for one that can."""
+    for kind, architectures in KINDS.items():
+        if architecture in architectures:
+            return kind
+    if metadata.get(f"{architecture}.attention.causal") is False:
+        return "a model whose tokens see the tokens behind them, as those of embedding models do"
+    return None
