@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from typing import Any, TextIO
 
 import msgspec
 
 from core.settings import Settings
-from handlers.trace import request_id
+from handlers.trace import platform, request_id
 
 # At debug these print headers and signed URLs, and with them tokens and keys.
 _TALKATIVE = (
@@ -51,20 +52,35 @@ class Text(logging.Formatter):
         return f"{line} [{identity}]" if identity else line
 
 
+# CloudWatch filters by these names; Python's WARNING and CRITICAL are unknown to it.
+_LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
+
+
 class Json(logging.Formatter):
-    """One object a line: time, level, logger, message, request_id, what the caller put into `extra={"fields": ...}`."""
+    """One object a line, with the keys that CloudWatch and Lambda's log filter read.
+
+    `timestamp` (RFC 3339) and `level` decide whether Lambda keeps the line: without a valid timestamp it takes every
+    line for INFO. `requestId` is the platform's id of the request where there is one (Lambda's reports name it), else
+    ours; then `clientRequestId` is ours. What the caller puts into `extra={"fields": ...}` comes last.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.gmtime(record.created)
         line: dict[str, Any] = {
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', moment)}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
+            "timestamp": f"{time.strftime('%Y-%m-%dT%H:%M:%S', moment)}.{int(record.msecs):03d}Z",
+            "level": _LEVELS.get(record.levelname, record.levelname),
             "logger": record.name,
             "message": record.getMessage().rstrip(),
         }
         if identity := request_id.get():
-            line["request_id"] = identity
+            line["requestId"] = identity
+        if given := platform.get():
+            line |= given
+            if identity and identity != given.get("requestId"):
+                line["clientRequestId"] = identity
         line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            line["errorType"] = type(error).__name__
+            line["errorMessage"] = str(error)
+            line["stackTrace"] = [part.rstrip() for part in traceback.format_exception(error)]
         return msgspec.json.encode(line, enc_hook=str).decode()

@@ -210,6 +210,13 @@ class Settings:
     )
 
     # Lambda
+    function_timeout_s: float = setting(
+        "FUNCTION_TIMEOUT",
+        "0",
+        "The function's timeout in seconds, set by the template; init with SnapStart, provisioned concurrency or "
+        "Managed Instances may last as long (at least 130 s). 0: unknown.",
+        number(0, 5400),
+    )
     response_mode: Literal["auto", "response_stream", "buffered"] = setting(
         "RESPONSE_MODE",
         "auto",

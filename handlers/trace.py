@@ -8,6 +8,9 @@ from contextvars import ContextVar
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
+# What the platform calls this request, for each log line: `requestId`, `xray_trace_id`. None outside a platform.
+platform: ContextVar[dict[str, str] | None] = ContextVar("platform", default=None)
+
 _facts: ContextVar[dict[str, object] | None] = ContextVar("facts", default=None)
 
 # A caller's id is echoed into headers and logs: only what can neither break a line nor fill a disk.

@@ -70,7 +70,7 @@ def _serve() -> int:
         snapstart.reseed()
         runtime.app = create_app(boot.with_keys(found))
 
-    init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ)
+    init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ, boot.settings.function_timeout_s)
     runtime = loop.Runtime(
         create_app(service),
         os.environ,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,21 +19,26 @@ from adapters.aws_lambda.cycle import App, Cycle, Receive, Send
 from adapters.aws_lambda.failure import Failure, envelope
 from adapters.aws_lambda.lifespan import Lifespan, StartupFailed
 from adapters.aws_lambda.runtime_api import Invocation, RuntimeAPI, RuntimeGone
-from handlers.trace import request_id
+from handlers.trace import platform, request_id
 
 logger = logging.getLogger(__name__)
 
 INIT_S = 9.0  # of the 10 that Lambda gives; over them it starts the process again inside the first invocation
-LONG_INIT_S = 120.0  # with provisioned concurrency and SnapStart, where at least 130 are given
+LONG_INIT_S = 130.0  # or the function's timeout, if that is longer: init where no request waits for it
+MARGIN_S = 10.0  # before the end of a long init
 MAX_BUFFERED = 6 * 1024 * 1024  # bytes of a buffered answer, its JSON envelope included
 
 _JSON_HEADERS = [(b"content-type", b"application/json")]
 
 
-def init_seconds(environ: Mapping[str, str]) -> float:
-    """How long the init phase may last, from the process's start."""
-    kind = environ.get("AWS_LAMBDA_INITIALIZATION_TYPE")
-    return LONG_INIT_S if kind in ("provisioned-concurrency", "snap-start") else INIT_S
+_LONG = ("provisioned-concurrency", "snap-start", "lambda-managed-instances")
+
+
+def init_seconds(environ: Mapping[str, str], timeout: float = 0) -> float:
+    """How long the init phase may last, from the process's start; `timeout` is the function's (0: unknown)."""
+    if environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in _LONG:
+        return max(LONG_INIT_S, timeout) - MARGIN_S
+    return INIT_S
 
 
 class Runtime:
@@ -61,7 +65,8 @@ class Runtime:
         self._environ = environ
         self._mode = mode
         self._ready = ready
-        self._init_ends = time.monotonic() + INIT_S if init_ends is None else init_ends
+        self._began = time.monotonic()
+        self._init_ends = self._began + INIT_S if init_ends is None else init_ends
         self._concurrency = concurrency
         self._hooks = hooks
         self._afterwards = afterwards
@@ -106,7 +111,7 @@ class Runtime:
             await api.init_error(Failure("Runtime.StartupFailed", "The application did not start; see the log."))
             return 1
         if len(done) < 2:
-            logger.info("Init hands over after %.1f s; loading goes on.", time.monotonic() - self._init_ends + INIT_S)
+            logger.info("Init hands over after %.1f s; loading goes on.", time.monotonic() - self._began)
         if self._hooks is not None and snapstart.wanted(self._environ):
             return await snapstart.take(api, self._hooks)
         return 0
@@ -152,7 +157,7 @@ class Runtime:
 
     async def _handle(self, api: RuntimeAPI, invocation: Invocation) -> None:
         request_id.set(invocation.id)
-        self._trace(invocation)
+        platform.set(_names(invocation))
         aws = context.of(invocation, self._environ)
         try:
             event = json.loads(invocation.event)
@@ -232,14 +237,15 @@ class Runtime:
         scope["state"] = dict(self._lifespan.state)
         await self.app(scope, receive, send)
 
-    def _trace(self, invocation: Invocation) -> None:
-        """Where X-Ray's SDKs look for the trace; with several loops no process-wide value could be right."""
-        if self._concurrency > 1:
-            return
-        if invocation.trace_id:
-            os.environ["_X_AMZN_TRACE_ID"] = invocation.trace_id
-        else:
-            os.environ.pop("_X_AMZN_TRACE_ID", None)
+
+def _names(invocation: Invocation) -> dict[str, str]:
+    """What Lambda and X-Ray call this invocation. A context variable holds it: with several loops in one process the
+    variable _X_AMZN_TRACE_ID could be right for one of them only."""
+    names = {"requestId": invocation.id}
+    root = next((part for part in (invocation.trace_id or "").split(";") if part.startswith("Root=")), "")
+    if root:
+        names["xray_trace_id"] = root.removeprefix("Root=")
+    return names
 
 
 def _dump(value: Any) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from handlers.trace import platform
 from infra.function_url_event import to_event
 from infra.runtime_api_exchange import Behaviour, Exchange
 from tests.lambda_runtime import json_app, runtime
@@ -185,19 +186,17 @@ def test_several_loops_in_one_process_share_nothing() -> None:
 
 def test_the_context_of_an_invocation() -> None:
     """Client context, identity, tenant and trace reach the application; a trace does not outlive its event."""
-    import os
-
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((scope["aws.context"], os.environ.get("_X_AMZN_TRACE_ID")))
+        seen.append((scope["aws.context"], (platform.get() or {}).get("xray_trace_id")))
         await json_app()(scope, receive, send)
 
     async def go() -> None:
         environ = {"AWS_LAMBDA_FUNCTION_NAME": "slm", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "3008"}
         async with runtime(app, environ=environ) as bench:
             headers = {
-                "Lambda-Runtime-Trace-Id": "Root=1-2-3",
+                "Lambda-Runtime-Trace-Id": "Root=1-2-3;Parent=4;Sampled=0",
                 "Lambda-Runtime-Client-Context": '{"custom":{"a":1}}',
                 "Lambda-Runtime-Cognito-Identity": "not json",
                 "lambda-runtime-aws-tenant-id": "blue",
@@ -208,7 +207,7 @@ def test_the_context_of_an_invocation() -> None:
     asyncio.run(go())
 
     (first, trace), (second, no_trace) = seen
-    assert (trace, no_trace) == ("Root=1-2-3", None)
+    assert (trace, no_trace) == ("1-2-3", None)
     assert (first.client_context, first.identity, first.tenant_id) == ({"custom": {"a": 1}}, None, "blue")
     assert (second.client_context, second.tenant_id, second.memory_limit_in_mb) == (None, None, 3008)
     assert first.invoked_function_arn.endswith(":function:slm")

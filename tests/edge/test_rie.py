@@ -109,7 +109,7 @@ def test_the_log_is_json_with_the_cold_start_and_no_key(emulator: Emulator) -> N
     starts = [line for line in lines if line["message"].startswith("Cold start")]
     assert len(starts) == 1
     assert {"wiring", "imports"} <= starts[0]["timeline"].keys()
-    assert any(line.get("request_id") for line in lines)
+    assert any(line.get("requestId") for line in lines)
     assert KEY not in emulator.printed()
 
 

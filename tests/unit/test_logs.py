@@ -1,15 +1,17 @@
 """Logs: text for people, JSON lines for machines."""
 
+import datetime
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from adapters import logs
 from core.settings import Settings
-from handlers.trace import request_id
+from handlers.trace import platform, request_id
 
 
 class Terminal(io.StringIO):
@@ -43,16 +45,55 @@ def test_elsewhere_than_in_a_terminal_each_record_is_one_json_line() -> None:
         logging.getLogger("x").exception("it\nbroke", extra={"fields": {"status": 500}})
 
     [line] = lines(stream)
-    told = json.loads(line)
-    assert tuple(told[name] for name in ("level", "logger", "message", "request_id", "status")) == (
-        "error",
-        "x",
-        "it\nbroke",
-        "req_1",
-        500,
+    record = json.loads(line)
+    assert {name: record[name] for name in ("level", "logger", "message", "requestId", "status")} == {
+        "level": "ERROR",
+        "logger": "x",
+        "message": "it\nbroke",
+        "requestId": "req_1",
+        "status": 500,
+    }
+    assert (record["errorType"], record["errorMessage"]) == ("ValueError", "boom")
+    assert record["stackTrace"][-1] == "ValueError: boom"
+    moment = datetime.datetime.fromisoformat(record["timestamp"])
+    assert abs(moment.timestamp() - time.time()) < 60
+    assert "clientRequestId" not in record
+
+
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [("debug", "DEBUG"), ("info", "INFO"), ("warning", "WARN"), ("error", "ERROR"), ("critical", "FATAL")],
+)
+def test_levels_have_the_names_that_cloudwatch_filters_by(level: str, name: str) -> None:
+    """TRACE, DEBUG, INFO, WARN, ERROR and FATAL; a line with another level counts as INFO there."""
+    stream = io.StringIO()
+    logs.configure(Settings(log_level="debug"), stream)
+    getattr(logging.getLogger("x"), level)("a line")
+
+    assert json.loads(stream.getvalue())["level"] == name
+
+
+def test_the_platforms_request_id_comes_first() -> None:
+    """Lambda's own reports name the invocation, whatever x-request-id the client sent."""
+    stream = io.StringIO()
+    logs.configure(Settings(), stream)
+    token = platform.set({"requestId": "invocation", "xray_trace_id": "1-2-3"})
+    try:
+        request_id.set("from-the-client")
+        logging.getLogger("x").info("one")
+        request_id.set("invocation")
+        logging.getLogger("x").info("two")
+    finally:
+        platform.reset(token)
+
+    one, two = (json.loads(line) for line in lines(stream))
+    assert (one["requestId"], one["clientRequestId"], one["xray_trace_id"]) == (
+        "invocation",
+        "from-the-client",
+        "1-2-3",
     )
-    assert "ValueError: boom" in told["exception"]
-    assert told["time"].endswith("Z")
+    assert two["requestId"] == "invocation"
+    assert "clientRequestId" not in two
 
 
 def test_in_a_terminal_a_record_is_text_that_ends_with_the_request() -> None:
