@@ -100,7 +100,7 @@ def to_request(scope: Scope) -> Request:
     client = scope.get("client")
     return Request(
         method=scope["method"],
-        path=scope["path"],
+        path="/" + scope["path"].lstrip("/"),  # OpenAI(base_url=URL + "/v1") with a URL that ends in /
         id=identify(headers.get("x-request-id") or known.get("id")),
         headers=headers,
         query=dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)),
