@@ -1,27 +1,39 @@
-"""IAM for the stock OpenAI client: signs each request for a function URL with AuthType AWS_IAM.
+"""IAM for the stock OpenAI client: sign each request for a function URL with AuthType AWS_IAM.
 
-    from openai import DefaultHttpxClient, OpenAI
-    from infra.openai_iam import SigV4
+    from infra.openai_iam import client
 
-    client = OpenAI(base_url=URL + "/v1", api_key="unused", http_client=DefaultHttpxClient(auth=SigV4()))
+    client = client("https://<id>.lambda-url.<region>.on.aws/v1")
 
-and the same with AsyncOpenAI and DefaultAsyncHttpxClient. It is the callable that httpx (and httpx2, which the
-client uses since 2026) takes for `auth`, so that it works with either. The signature takes the place of the Bearer
-header; if the service wants a key of its own, too, give it as `api_key` here.
+returns an `openai.OpenAI`. For AsyncOpenAI, and for options of the client, use `SigV4` as httpx's `auth`:
+
+    AsyncOpenAI(base_url=URL, api_key="unused", http_client=DefaultAsyncHttpxClient(auth=SigV4()))
+
+`SigV4` is a callable, which httpx and httpx2 (the client uses it since 2026) both take. The signature replaces the
+Bearer header; if the service also wants a key of its own, pass it as `api_key` to SigV4.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapters.credentials import CredentialChain
 from adapters.sigv4 import sign
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 _HOST = re.compile(r"\.lambda-url\.([a-z0-9-]+)\.on\.aws$")
 
 Request = TypeVar("Request")
+
+
+def client(base_url: str, *, api_key: str | None = None) -> OpenAI:
+    """Return the OpenAI client for `base_url`, which ends in /v1. `api_key` is for a service that wants one, too."""
+    from openai import DefaultHttpxClient, OpenAI
+
+    return OpenAI(base_url=base_url, api_key="unused", http_client=DefaultHttpxClient(auth=SigV4(api_key=api_key)))
 
 
 class SigV4:

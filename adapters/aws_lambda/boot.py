@@ -20,14 +20,28 @@ if TYPE_CHECKING:
     from core.service import Service
 
 
-def place_in_tmp(environ: MutableMapping[str, str]) -> None:
-    """Lambda's file system is read-only but for /tmp, and its user has no home: defaults that can be written to."""
+# Lambda's levels (AWS_LAMBDA_LOG_LEVEL, from LoggingConfig.ApplicationLogLevel) as LOG_LEVEL's.
+_LEVELS = {"TRACE": "debug", "DEBUG": "debug", "INFO": "info", "WARN": "warning", "ERROR": "error", "FATAL": "error"}
+
+
+def set_defaults(environ: MutableMapping[str, str]) -> None:
+    """Fill in the settings that Lambda and the image decide, where the function's configuration leaves them empty.
+
+    Lambda's file system is read-only except for /tmp, and its user has no home. BAKED_MODEL is the model in the image:
+    the image names it, so that no deployment can name a file that the image does not hold.
+    """
     home = environ.get("HOME", "")
     if not home or not os.access(home, os.W_OK):
         environ["HOME"] = "/tmp"  # noqa: S108 - Lambda's one writable folder, private to the environment
     for name, folder in (("HF_HOME", "/tmp/huggingface"), ("MODELS_DIR", "/tmp/models")):  # noqa: S108 - as above
         if not environ.get(name):
             environ[name] = folder
+    if not environ.get("MODEL_PATH") and not environ.get("AUTO_REPO_ID") and environ.get("BAKED_MODEL"):
+        environ["MODEL_PATH"] = environ["BAKED_MODEL"]
+    if not environ.get("LOG_LEVEL") and (level := _LEVELS.get(environ.get("AWS_LAMBDA_LOG_LEVEL", "").upper())):
+        environ["LOG_LEVEL"] = level
+    if not environ.get("LOG_FORMAT") and environ.get("AWS_LAMBDA_LOG_FORMAT") in ("JSON", "Text"):
+        environ["LOG_FORMAT"] = environ["AWS_LAMBDA_LOG_FORMAT"].lower()
 
 
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
@@ -46,7 +60,7 @@ class Boot:
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         self.timeline = Timeline()
-        place_in_tmp(environ)
+        set_defaults(environ)
         self.settings = read_settings(environ)
         self._environ = environ
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="boot")

@@ -69,8 +69,9 @@ def test_a_change_of_any_parameter_of_the_function_publishes_a_version() -> None
     function = {**FUNCTION, "FunctionUrlConfig": None}
     behind = set(references(function)).union(*map(parameters_behind, conditions_used(function)))
     needed = behind & set(TEMPLATE["Parameters"]) - {
-        "ReservedConcurrency"
-    }  # a property of the function, not of a version
+        "ReservedConcurrency",
+        "ProvisionedConcurrency",
+    }  # properties of the function and of the alias, not of a version
     described = set(references({"Fn::Sub": RESOURCES["FunctionPolicy"]["Properties"]["Description"]["Fn::Sub"]}))
 
     assert needed <= described
@@ -115,7 +116,138 @@ def test_the_service_never_answers_cors_beside_aws() -> None:
     assert "CORS_ORIGINS" not in VARIABLES
 
 
-@pytest.mark.parametrize("rule", ["SnapStartNeedsSmallTmp", "OneModelBucket", "HttpApiNeedsKeys"])
+# The headers of the OpenAI client for JavaScript in a browser that CORS does not let pass by itself.
+JAVASCRIPT_CLIENT = {
+    "authorization",
+    "content-type",
+    "openai-organization",
+    "openai-project",
+    "x-stainless-arch",
+    "x-stainless-custom-poll-interval",
+    "x-stainless-helper-method",
+    "x-stainless-lang",
+    "x-stainless-os",
+    "x-stainless-package-version",
+    "x-stainless-poll-helper",
+    "x-stainless-retry-count",
+    "x-stainless-runtime",
+    "x-stainless-runtime-version",
+    "x-stainless-timeout",
+}
+
+
+def test_cors_lets_the_stock_javascript_client_in() -> None:
+    """One header that is missing fails every preflight. `*` would not stand for authorization."""
+    url = FUNCTION["FunctionUrlConfig"]["Cors"]["Fn::If"][1]["AllowHeaders"]
+    body = RESOURCES["BufferedApi"]["Properties"]["DefinitionBody"]
+    api = body["x-amazon-apigateway-cors"]["Fn::If"][1]["allowHeaders"]
+
+    assert set(url) >= JAVASCRIPT_CLIENT | {"x-api-key", "x-request-id"}
+    assert url == api
+    assert len(url) <= 100  # AWS::Lambda::Url
+
+
+def test_what_an_output_says_to_paste_runs() -> None:
+    """Python parses and its names exist; a line for the shell has no placeholder left."""
+    names = {"ApiFunctionUrl.FunctionUrl": "https://abc.lambda-url.eu-central-1.on.aws/", "AWS::Region": "eu-central-1"}
+    pasted = {name: one for name, one in TEMPLATE["Outputs"].items() if "paste" in one["Description"]}
+    assert {"OpenAIClient", "OpenAIClientIam"} <= set(pasted)
+
+    for output in pasted.values():
+        code = re.sub(r"\$\{([^}]+)\}", lambda match: names[match[1]], output["Value"]["Fn::Sub"])
+        scope: dict[str, Any] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_API_KEY", "key")
+            exec(compile(code, "output", "exec"), scope)
+        client = scope["client"]
+        assert str(client.base_url) == "https://abc.lambda-url.eu-central-1.on.aws/v1/"
+        client.close()
+
+
+def test_the_image_is_the_only_one_that_names_the_model_it_holds() -> None:
+    """ModelFile is for the build: a deployment with other parameters cannot name a file that is not in the image."""
+    assert VARIABLES["MODEL_PATH"] == {"Ref": "ModelPath"}
+    assert "ModelFile" not in set(references(FUNCTION))
+    assert re.search(r"^ENV BAKED_MODEL=\$\{MODEL_FILE:\+/opt/model/", DOCKERFILES[0].read_text(), re.MULTILINE)
+
+
+def test_a_new_version_has_a_function_that_differs() -> None:
+    """Lambda publishes nothing for an unchanged function, and the deployment would fail and roll back."""
+    assert FUNCTION["Description"] == FUNCTION["VersionDescription"] == {"Ref": "FunctionPolicy"}
+
+
+def longest(parameter: dict[str, Any]) -> int:
+    """Characters of a parameter's longest value."""
+    if "AllowedValues" in parameter:
+        return max(len(str(value)) for value in parameter["AllowedValues"])
+    if "MaxLength" in parameter:
+        return int(parameter["MaxLength"])
+    if "MaxValue" in parameter:
+        return len(str(parameter["MaxValue"]))
+    bounded = re.fullmatch(r"\(\[0-9a-f\]\{(\d+)\}\)\?", parameter["AllowedPattern"])
+    return int(bounded[1]) if bounded else 63  # a bucket's name
+
+
+def test_the_policys_description_fits() -> None:
+    """IAM takes 1,000 characters; over them the stack cannot be created."""
+    text = RESOURCES["FunctionPolicy"]["Properties"]["Description"]["Fn::Sub"]
+    widths = {name: longest(TEMPLATE["Parameters"][name]) for name in references({"Fn::Sub": text})}
+
+    assert len(re.sub(r"\$\{(\w+)\}", lambda match: "x" * widths[match[1]], text)) <= 1000
+
+
+def test_a_model_in_s3_may_be_read() -> None:
+    """ModelPath=s3://... needs no bucket parameter: key and bucket are cut out of it."""
+    statements = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    allowed = [one["Fn::If"][1] for one in statements if one.get("Fn::If", [""])[0] == "IsS3Model"]
+    assert [one["Action"] for one in allowed] == ["s3:GetObject", "s3:ListBucket"]
+    keys, bucket = (one["Resource"]["Fn::Sub"] for one in allowed)
+
+    def value(path: str, tree: Any) -> str:
+        if isinstance(tree, str):
+            return tree.replace("${ModelPath}", path)
+        if "Fn::Sub" in tree:
+            return value(path, tree["Fn::Sub"])
+        number, parts = tree["Fn::Select"]
+        separator, text = parts["Fn::Split"]
+        return value(path, text).split(separator)[int(number)]
+
+    def is_s3(path: str) -> bool:
+        found, wanted = TEMPLATE["Conditions"]["IsS3Model"]["Fn::Equals"]
+        return value(path, found) == wanted
+
+    assert [is_s3(path) for path in ("s3://b/k.gguf", "hf://o/r/f.gguf", "", "/opt/s3/x")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert keys[0].endswith(":s3:::${Key}*")
+    assert bucket[0].endswith(":s3:::${Bucket}")
+    assert value("s3://b/a/m.gguf", keys[1]["Key"]) == "b/a/m.gguf"
+    assert value("s3://b/a/m-00001-of-00003.gguf", keys[1]["Key"]) == "b/a/m"
+    assert value("s3://b/a/m.gguf", bucket[1]["Bucket"]) == "b"
+    for path in ("", "hf://o/r/f.gguf"):  # CloudFormation evaluates both branches
+        assert isinstance(value(path, keys[1]["Key"]) + value(path, bucket[1]["Bucket"]), str)
+
+
+def test_every_guard_rail_is_a_choice() -> None:
+    """Alarms, topic and budget exist only where an address is given; each alarm sends to the topic."""
+    alarms = {name: one for name, one in RESOURCES.items() if one["Type"] == "AWS::CloudWatch::Alarm"}
+    watched = {one["Properties"]["MetricName"] for one in alarms.values()}
+
+    assert watched == {"Url5xxCount", "Throttles", "ConcurrentExecutions", "Duration"}
+    for one in alarms.values():
+        assert one["Condition"] == RESOURCES["AlarmTopic"]["Condition"] == "HasAlarms"
+        assert one["Properties"]["AlarmActions"] == [{"Ref": "AlarmTopic"}]
+    assert parameters_behind("HasBudget") == {"AlarmEmail", "BudgetUsd"}
+    assert parameters_behind("HasAlarms") == {"AlarmEmail"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["SnapStartNeedsSmallTmp", "SnapStartOrProvisioned", "BudgetNeedsAddress", "OneModelBucket", "HttpApiNeedsKeys"],
+)
 def test_what_cannot_work_or_would_be_open_is_refused_before_anything_is_made(rule: str) -> None:
     """Each rule has a condition and says why."""
     stated = TEMPLATE["Rules"][rule]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapters.aws_lambda import boot
-from adapters.aws_lambda.boot import Boot, place_in_tmp, read_settings
+from adapters.aws_lambda.boot import Boot, read_settings, set_defaults
 from core.service import Service
 from core.settings import SettingsError, keys
 from tests.fakes import FakeHost, FakeStore, ScriptedEngine
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_only_tmp_is_written_to() -> None:
     """Without a home that can be written to, everything goes below /tmp."""
     environ = {"HOME": "/nonexistent"}
-    place_in_tmp(environ)
+    set_defaults(environ)
 
     assert environ == {"HOME": "/tmp", "HF_HOME": "/tmp/huggingface", "MODELS_DIR": "/tmp/models"}
 
@@ -31,9 +31,42 @@ def test_what_is_configured_stays(tmp_path: Path) -> None:
     """Folders that were chosen, and a home that works, are left alone."""
     environ = {"HOME": str(tmp_path), "HF_HOME": "/mnt/hf", "MODELS_DIR": "/mnt/models"}
     given = dict(environ)
-    place_in_tmp(environ)
+    set_defaults(environ)
 
     assert environ == given
+
+
+def model_path(environ: dict[str, str]) -> str | None:
+    set_defaults(environ)
+    return environ.get("MODEL_PATH")
+
+
+def test_the_image_names_its_own_model(tmp_path: Path) -> None:
+    """The template sets MODEL_PATH to nothing; what the configuration does name goes first."""
+    baked = {"HOME": str(tmp_path), "BAKED_MODEL": "/opt/model/a.gguf"}
+
+    assert model_path({**baked, "MODEL_PATH": ""}) == "/opt/model/a.gguf"
+    assert model_path({**baked, "MODEL_PATH": "hf://o/r/b.gguf"}) == "hf://o/r/b.gguf"
+    assert model_path({**baked, "AUTO_REPO_ID": "o/r"}) is None
+    assert model_path({"HOME": str(tmp_path), "BAKED_MODEL": ""}) is None  # SmolLM2's image holds a package instead
+
+
+@pytest.mark.parametrize(
+    ("given", "level", "form"),
+    [
+        ({"AWS_LAMBDA_LOG_LEVEL": "WARN", "AWS_LAMBDA_LOG_FORMAT": "JSON"}, "warning", "json"),
+        ({"AWS_LAMBDA_LOG_LEVEL": "FATAL", "AWS_LAMBDA_LOG_FORMAT": "Text"}, "error", "text"),
+        ({"AWS_LAMBDA_LOG_LEVEL": "ERROR", "LOG_LEVEL": "debug", "LOG_FORMAT": "text"}, "debug", "text"),
+        ({"AWS_LAMBDA_LOG_LEVEL": "LOUD", "AWS_LAMBDA_LOG_FORMAT": "XML"}, "info", "auto"),
+    ],
+)
+def test_lambda_decides_level_and_form_of_the_log(given: dict[str, str], level: str, form: str) -> None:
+    """LoggingConfig counts unless our own variables say otherwise."""
+    environ = {"API_KEYS": "a", **given}
+    set_defaults(environ)
+    settings = read_settings(environ)
+
+    assert (settings.log_level, settings.log_format) == (level, form)
 
 
 @pytest.mark.parametrize(
