@@ -8,7 +8,7 @@ from typing import Literal
 from core.errors import ApiError
 from core.settings import Settings
 from core.store.embedded import embedded_model
-from core.store.reference import File, HuggingFace, Reference, model_name, parse
+from core.store.reference import File, HuggingFace, Reference, model_name, parse, pin
 from core.store.store import Store
 
 
@@ -56,7 +56,7 @@ def choose(settings: Settings, store: Store) -> Choice:
     auto = _auto(settings, store)
     if settings.model_path is not None:
         try:
-            reference = parse(settings.model_path)
+            reference = pin(parse(settings.model_path), settings.model_sha256)
             path = store.present(reference)
         except ApiError as error:
             return Choice("MODEL_PATH", "MODEL_PATH cannot be served", error=f"MODEL_PATH: {error.message}")
@@ -89,7 +89,7 @@ def _auto(settings: Settings, store: Store) -> Choice | None:
         missing = "AUTO_REPO_ID" if settings.auto_repo_id is None else "AUTO_FILENAME"
         return Choice("AUTO_REPO_ID", f"{missing} is missing", error=f"{missing} is not set; the two belong together.")
     try:
-        reference = parse(f"hf://{settings.auto_repo_id}/{settings.auto_filename}")
+        reference = pin(parse(f"hf://{settings.auto_repo_id}/{settings.auto_filename}"), settings.model_sha256)
         path = store.present(reference)
     except ApiError as error:
         return Choice("AUTO_REPO_ID", "it cannot be used", error=f"AUTO_REPO_ID/AUTO_FILENAME: {error.message}")

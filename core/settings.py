@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 
 class SettingsError(ValueError):
@@ -81,6 +82,30 @@ def names(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def digests(value: str) -> tuple[str, ...]:
+    given = tuple(part.lower() for part in names(value))
+    if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in given):
+        raise ValueError("must be 64 hexadecimal digits, or several times as many with commas between")
+    return given
+
+
+def url(value: str) -> str:
+    """An http:// or https:// address without what a base address cannot have."""
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    beyond = (parts.username, parts.password, parts.query, parts.fragment) if host else ()
+    if not host or parts.scheme not in ("http", "https") or any(beyond) or port == 0 or re.search(r"[\s\\]", value):
+        raise ValueError("must be an address such as https://host or http://host:9000, without user, ? or #")
+    return value.rstrip("/")
+
+
+def optional_url(value: str) -> str | None:
+    return url(value) if value else None
+
+
 def keys(value: str) -> frozenset[str]:
     """Comma-separated keys, plain or as `sha256:<hex>`; only their digests are kept."""
     digests = set()
@@ -106,6 +131,13 @@ class Settings:
         "",
         "Model to serve: a file, `hf://org/repo/file.gguf@revision` or `s3://bucket/key`.",
         optional_text,
+    )
+    model_sha256: tuple[str, ...] = setting(
+        "MODEL_SHA256",
+        "",
+        "What the model of MODEL_PATH or AUTO_FILENAME must hash to, whatever the hub or a bucket says; "
+        "comma-separated for the parts of a split model.",
+        digests,
     )
     auto_repo_id: str | None = setting(
         "AUTO_REPO_ID", "", "Hugging Face repository to download from when MODEL_PATH is not there.", optional_text
@@ -192,10 +224,10 @@ class Settings:
     hf_token: str | None = setting(
         "HF_TOKEN", "", "Token for gated and private repositories.", optional_text, secret=True
     )
-    hf_endpoint: str = setting("HF_ENDPOINT", "https://huggingface.co", "Hub to download from.", text)
+    hf_endpoint: str = setting("HF_ENDPOINT", "https://huggingface.co", "Hub to download from.", url)
     s3_bucket: str | None = setting("S3_BUCKET", "", "Bucket that mirrors what came from Hugging Face.", optional_text)
     s3_prefix: str = setting("S3_PREFIX", "models", "Key prefix in S3_BUCKET.", lambda v: v.strip("/"))
-    s3_endpoint_url: str | None = setting("S3_ENDPOINT_URL", "", "Another S3, such as MinIO's address.", optional_text)
+    s3_endpoint_url: str | None = setting("S3_ENDPOINT_URL", "", "Another S3, such as MinIO's address.", optional_url)
     s3_mirror: Literal["read", "write", "off"] = setting(
         "S3_MIRROR",
         "write",

@@ -49,19 +49,16 @@ def origin(reference: HuggingFace | S3, file: str | None = None) -> str:
 class Download:
     """One model, from one source."""
 
-    def __init__(
-        self, root: Path, source: Source, found: Found, pinned: str | None, progress: Progress, cancelled: Cancelled
-    ) -> None:
+    def __init__(self, root: Path, source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> None:
         self._root = root
         self._source = source
         self._found = found
-        self._pinned = pinned
         self._progress = progress
         self._cancelled = cancelled
 
     def run(self) -> Landed:
         """Raises InvalidRequest (wrong sha256, not a GGUF), ModelUnavailable (network, disk), DownloadCancelled."""
-        self._check_pin()
+        self._check_pins()
         candidates = places(self._found.reference)
         for place in candidates:
             targets = parts(self._root / place)
@@ -108,34 +105,38 @@ class Download:
     def _fill(self, partials: list[PartialFile]) -> list[str]:
         digests = []
         before = 0
-        for partial, file in zip(partials, self._found.files, strict=True):
-            digests.append(self._fill_one(partial, file, before))
+        for partial, file, pinned in zip(partials, self._found.files, self._pins, strict=True):
+            digests.append(self._fill_one(partial, file, pinned, before))
             before += file.size_bytes
         return digests
 
-    def _fill_one(self, partial: PartialFile, file: RemoteFile, before: int) -> str:
-        """Download the rest of a file and verify it. Returns its sha256."""
+    @property
+    def _pins(self) -> tuple[str | None, ...]:
+        return self._found.reference.sha256 or (None,) * len(self._found.files)
+
+    def _fill_one(self, partial: PartialFile, file: RemoteFile, pinned: str | None, before: int) -> str:
+        """Download the rest of a file and verify it. Returns its sha256, which is computed here or by the source."""
 
         def progress(done: int, _total: int) -> None:
             self._progress(before + done, self._found.size_bytes)
 
         progress(partial.done, partial.size)
-        verified = False
+        hashed = False
         if partial.done < partial.size:
             resumed = partial.done > 0
-            verified = self._source.download(self._found, file, partial, progress=progress, cancelled=self._cancelled)
-            verified = verified and not resumed and file.sha256 is not None
+            hashed = self._source.download(self._found, file, partial, progress=progress, cancelled=self._cancelled)
+            hashed = hashed and not resumed and file.sha256 is not None
         partial.check_size()
-        digest = file.sha256 if verified and file.sha256 else partial.sha256(self._cancelled)
+        digest = file.sha256 if hashed and file.sha256 else partial.sha256(self._cancelled)
         if file.sha256 is not None and digest != file.sha256:
             partial.discard()
             raise ModelUnavailable(
                 f"{file.path!r} arrived damaged from {self._source.name}: sha256 {digest}, expected {file.sha256}. "
                 "Nothing of it was kept; try again."
             )
-        if self._pinned is not None and digest != self._pinned:
+        if pinned is not None and digest != pinned:
             partial.discard()
-            raise self._wrong_pin(digest)
+            raise _wrong_pin(file, digest, pinned)
         try:
             partial.check()
         except gguf.MalformedGGUF as error:
@@ -180,7 +181,7 @@ class Download:
             return "none"
         another: Literal["none", "another"] = "none" if last else "another"
         sidecars: list[Sidecar] = []
-        for path, file in zip(targets, self._found.files, strict=True):
+        for path, file, pinned in zip(targets, self._found.files, self._pins, strict=True):
             known = sidecar.read(path)
             owner = known or sidecar.peek(path)
             if owner is not None and owner.origin != origin(self._found.reference, file.path):
@@ -191,7 +192,7 @@ class Download:
                     known is None and owner is None
                 ):  # put there by hand, and not what the source has: not ours to replace
                     return another
-            if known is None or not self._is_same(known, file):
+            if known is None or not self._is_same(known, file, pinned):
                 return "none"
             sidecars.append(known)
         return Landed(targets, tuple(map(self._renew, targets, sidecars)), fresh=False)
@@ -217,8 +218,8 @@ class Download:
         _write_quietly(path, renewed)
         return renewed
 
-    def _is_same(self, known: Sidecar, file: RemoteFile) -> bool:
-        if known.size_bytes != file.size_bytes or (self._pinned is not None and known.sha256 != self._pinned):
+    def _is_same(self, known: Sidecar, file: RemoteFile, pinned: str | None) -> bool:
+        if known.size_bytes != file.size_bytes or (pinned is not None and known.sha256 != pinned):
             return False
         if file.sha256 is not None:
             return known.sha256 == file.sha256
@@ -227,19 +228,11 @@ class Download:
     def _waiting(self, note: str) -> None:
         self._progress(min(read_note(note)[1], self._found.size_bytes), self._found.size_bytes)
 
-    def _check_pin(self) -> None:
-        if self._pinned is None:
-            return
-        if len(self._found.files) > 1:
-            raise InvalidRequest("'sha256' names one file; a split model has several. Leave it out.", param="sha256")
-        promised = self._found.files[0].sha256
-        if promised is not None and promised != self._pinned:
-            raise self._wrong_pin(promised)
-
-    def _wrong_pin(self, digest: str) -> InvalidRequest:
-        return InvalidRequest(
-            f"The sha256 of {self._found.files[0].path!r} is {digest}, not {self._pinned} as asked.", param="sha256"
-        )
+    def _check_pins(self) -> None:
+        """Raise InvalidRequest if the source itself names another sha256, before a byte is read."""
+        for file, pinned in zip(self._found.files, self._pins, strict=True):
+            if pinned is not None and file.sha256 is not None and file.sha256 != pinned:
+                raise _wrong_pin(file, file.sha256, pinned)
 
     def _explain(self, error: OSError) -> ModelUnavailable:
         if error.errno in _NO_ROOM:
@@ -253,6 +246,10 @@ class Download:
             )
         log.error("writing the model failed", exc_info=error)
         return ModelUnavailable("Writing the model into MODELS_DIR failed; the log has the reason.")
+
+
+def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:
+    return InvalidRequest(f"The sha256 of {file.path!r} is {digest}, not {pinned} as asked.", param="sha256")
 
 
 def is_sound(paths: tuple[Path, ...]) -> bool:

@@ -1,9 +1,14 @@
-"""References: how a model is named. A local file, `hf://org/repo/file.gguf@revision` or `s3://bucket/key`."""
+"""References: how a model is named. A local file, `hf://org/repo/file.gguf@revision` or `s3://bucket/key`.
+
+The last two may end in `#sha256:<64 hex digits>` (comma-separated for the parts of a split model): a *pin*, which the
+bytes must hash to whatever a hub, a bucket or a manifest says.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from core.errors import InvalidRequest
 
@@ -12,6 +17,8 @@ FORMS = "a file in MODELS_DIR, hf://org/repo/file.gguf@revision or s3://bucket/k
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_PIN = re.compile(r"(?P<name>.*)#sha256:(?P<digests>[^#]*)", re.DOTALL)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can carry one, no file system can
@@ -23,6 +30,7 @@ class File:
     """A path as given; relative ones are looked up in MODELS_DIR, then in the working directory."""
 
     path: str
+    sha256: tuple[str, ...] = ()  # one for each file of the model, or none
 
     def __str__(self) -> str:
         return self.path
@@ -33,21 +41,24 @@ class HuggingFace:
     repo_id: str  # "org/repo"
     filename: str  # may hold folders
     revision: str = "main"  # branch, tag or commit
+    sha256: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"hf://{self.repo_id}/{self.filename}@{self.revision}"
+        return f"hf://{self.repo_id}/{self.filename}@{self.revision}{_fragment(self.sha256)}"
 
 
 @dataclass(frozen=True, slots=True)
 class S3:
     bucket: str
     key: str
+    sha256: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"s3://{self.bucket}/{self.key}"
+        return f"s3://{self.bucket}/{self.key}{_fragment(self.sha256)}"
 
 
 Reference = File | HuggingFace | S3
+R = TypeVar("R", bound=Reference)
 
 
 def parse(reference: str) -> Reference:
@@ -57,12 +68,15 @@ def parse(reference: str) -> Reference:
     scheme, separator, rest = reference.partition("://")
     if not separator:
         return File(reference)
+    digests: tuple[str, ...] = ()
+    if (fragment := _PIN.fullmatch(rest)) is not None:
+        rest, digests = fragment["name"], tuple(fragment["digests"].lower().split(","))
     match scheme:
         case "hf":
-            return _parse_hub(reference, rest)
+            return pin(_parse_hub(reference, rest), digests)
         case "s3":
             bucket, _, key = rest.partition("/")
-            return s3(bucket, key)
+            return pin(s3(bucket, key), digests)
     raise InvalidRequest(f"{_quote(scheme + '://')} is not a source of models; use {FORMS}.")
 
 
@@ -90,6 +104,35 @@ def s3(bucket: str, key: str) -> S3:
             f"An S3 model is named s3://bucket/path/file.gguf, without '..', got {_quote(f's3://{bucket}/{key}')}."
         )
     return S3(bucket, key)
+
+
+def pin(reference: R, sha256: tuple[str, ...]) -> R:
+    """`reference` with the digests that its files must have; none: unchanged.
+
+    Raises InvalidRequest if they are no digests, not one for each file, or not those that it has already.
+    """
+    if not sha256 or sha256 == reference.sha256:
+        return reference
+    if reference.sha256:
+        raise InvalidRequest(f"{_quote(str(reference))} is pinned to another sha256 already.", param="sha256")
+    for digest in sha256:
+        if not _SHA256.fullmatch(digest):
+            raise InvalidRequest(f"A sha256 has 64 hexadecimal digits, got {_quote(digest)}.", param="sha256")
+    match reference:
+        case File(path):
+            name = path
+        case HuggingFace():
+            name = reference.filename
+        case S3():
+            name = reference.key
+    count = len(split_files(name.rpartition("/")[2]))
+    if len(sha256) != count:
+        raise InvalidRequest(
+            f"The model has {count} file{'s' if count > 1 else ''}, and {len(sha256)} sha256 "
+            f"{'are' if len(sha256) > 1 else 'is'} given: name one for each file, or leave them out.",
+            param="sha256",
+        )
+    return replace(reference, sha256=sha256)
 
 
 def is_commit(revision: str) -> bool:
@@ -155,6 +198,10 @@ def _is_model_path(path: str) -> bool:
     segments = path.split("/")
     # A leading dot would collide with the store's own files; 255 bytes is what file systems take, ours add a suffix.
     return all(segment and not segment.startswith(".") and len(segment.encode()) <= 200 for segment in segments)
+
+
+def _fragment(sha256: tuple[str, ...]) -> str:
+    return f"#sha256:{','.join(sha256)}" if sha256 else ""
 
 
 def _quote(given: str) -> str:

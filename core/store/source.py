@@ -82,7 +82,8 @@ class Source(Protocol):
     def download(
         self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
-        """Fill `partial` from `partial.done` on. True if every byte was verified on its way (no second read needed).
+        """Fill `partial` from `partial.done` on. True if the sha256 of the whole was computed on the way and is
+        `file.sha256`; digests of blocks are not enough, since they come from the same place as the bytes.
 
         `progress` counts this file's bytes, `partial.done` included.
         """

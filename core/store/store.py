@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from core.errors import ModelNotFound, ModelUnavailable
+from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.directory import Directory, LocalModel, is_file, parts
 from core.store.download import Download, Landed, is_sound, origin, places
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
-from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name
+from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
 from core.store.source import Cancelled, DownloadCancelled, Found, Mirror, Progress, Source
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Store:
         self._mirror = mirror
         self._target = target
         self._prefer_memory = prefer_memory
+        self._lock = threading.Lock()
+        self._digests: dict[Path, tuple[tuple[int, int, int], str]] = {}  # file: (inode, size, mtime), its sha256
 
     def list(self) -> tuple[LocalModel, ...]:
         """Every model under MODELS_DIR, subfolders and split files understood, sorted by name."""
@@ -70,11 +74,12 @@ class Store:
     def present(self, reference: Reference) -> Path | None:
         """Where the model lies on this machine, None if it would have to be downloaded. No network.
 
-        Raises InvalidRequest if a local file is named that may not be served or is damaged.
+        Raises InvalidRequest if a local file is named that may not be served, is damaged, or is not what it is
+        pinned to.
         """
         if isinstance(reference, File):
             try:
-                return self.locate(reference.path)
+                return self._locate_pinned(reference)
             except ModelNotFound:
                 return None
         return self._find(reference)
@@ -89,21 +94,23 @@ class Store:
         cancelled: Cancelled | None = None,
     ) -> Fetched:
         """Bring a model into MODELS_DIR, from the first source that has it. `refresh`: ask what a branch means now.
+        `sha256` pins a model of one file, as `reference.sha256` does.
 
         Raises InvalidRequest (no such repository, file or revision; wrong sha256; not a GGUF) or ModelUnavailable
         (network, disk space), each saying what to do.
         """
+        reference = pin(reference, (sha256,) if sha256 else ())
         if isinstance(reference, HuggingFace) and is_commit(reference.revision):
             refresh = False  # it cannot have changed its meaning
         report = progress or _ignore
         stop = cancelled or _never
-        if not refresh and sha256 is None and (path := self._find(reference)) is not None:
+        if not refresh and (path := self._find(reference)) is not None:
             return self._present(reference, path, stop)
         failure: ModelUnavailable | None = None
         try:
             for source, found in self._found(reference, refresh=refresh):
                 try:
-                    landed = Download(self._directory.root, source, found, sha256, report, stop).run()
+                    landed = Download(self._directory.root, source, found, report, stop).run()
                 except DownloadCancelled:
                     raise
                 except ModelUnavailable as error:
@@ -117,7 +124,7 @@ class Store:
             raise
         except ModelUnavailable as error:
             failure = failure or error
-        if sha256 is None and (path := self._find(reference)) is not None:
+        if (path := self._find(reference)) is not None:
             log.warning("%s is served as it is here: no source answered", reference)
             return self._present(reference, path, stop)
         raise failure or ModelNotFound(f"No source has {reference}.", param="filename")
@@ -127,7 +134,7 @@ class Store:
     ) -> ModelFile:
         """What llama.cpp can open now: a local file at once, else downloaded to MODEL_TARGET, perhaps arriving yet."""
         if isinstance(reference, File):
-            return self._local(reference, self.locate(reference.path))
+            return self._local(reference, self._locate_pinned(reference))
         if (path := self._find(reference)) is not None:
             return self._local(reference, path)
         if (model := self._open_memory(reference, progress or _ignore, cancelled or _never)) is not None:
@@ -208,13 +215,45 @@ class Store:
                 continue
             known = [sidecar.read(path) for path in paths]
             if all(known):
-                if all(each and _matches(each, reference, path) for each, path in zip(known, paths, strict=True)):
+                if all(each and _matches(each, reference, path) for each, path in zip(known, paths, strict=True)) and (
+                    reference.sha256 in ((), tuple(each.sha256 for each in known if each))
+                ):
                     return paths[0]
                 continue
             if isinstance(reference, HuggingFace) and reference.revision != "main":
                 continue  # nothing says which revision a file is that was put there by hand
-            if not any(known) and is_sound(paths):
+            if not any(known) and is_sound(paths) and self._wrong_digest(paths, reference.sha256) is None:
                 return paths[0]
+        return None
+
+    def _locate_pinned(self, reference: File) -> Path:
+        """The local file that `reference` names. Raises InvalidRequest also if it is not what it is pinned to."""
+        path = self.locate(reference.path)
+        if (wrong := self._wrong_digest(parts(path), reference.sha256)) is not None:
+            raise InvalidRequest(
+                f"The sha256 of {wrong[0].name!r} is {wrong[1]}, not {wrong[2]} as MODEL_SHA256 asks. Replace the file "
+                "or the setting.",
+                param="model_path",
+            )
+        return path
+
+    def _wrong_digest(self, paths: tuple[Path, ...], pinned: tuple[str, ...]) -> tuple[Path, str, str] | None:
+        """The first file whose bytes are not what they are pinned to, with its sha256 and the one it should have.
+
+        The bytes are read, once for each version of a file: about a second for a gigabyte.
+        """
+        for path, expected in zip(paths, pinned, strict=False):
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                with self._lock:
+                    read, digest = self._digests.get(path, (None, ""))
+                if read != version:
+                    digest = sha256_of(file.fileno(), _never)
+                    with self._lock:
+                        self._digests[path] = (version, digest)
+            if digest != expected:
+                return path, digest, expected
         return None
 
     def _present(self, reference: HuggingFace | S3, path: Path, cancelled: Cancelled) -> Fetched:
