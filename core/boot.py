@@ -17,7 +17,7 @@ class Choice:
     """What to serve and why. `reference` None: nothing; `error` then says what is wrong with the settings, if anything
     is. `here` is False where the model has to be downloaded first."""
 
-    chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing"]
+    chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing", "/reload"]
     reason: str
     reference: Reference | None = None
     here: bool = False

@@ -111,7 +111,10 @@ class Busy(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "busy"
-    retry_after = 1
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ModelUnavailable(ApiError):

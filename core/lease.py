@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from core.engine.generation import Engine, EngineConfig
 from core.store.reference import Reference
 
-STOP_S = 2.0  # what leases get to come back once their answers were cut
+log = logging.getLogger("slm.lease")
+
+STOP_S = 2.0  # what leases get to come back at the end, once their answers are cut
+CUT_S = 10.0  # the same for a swap: a prompt that is being built in a worker thread may take seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -34,10 +38,8 @@ class Lease:
         self._loaded: Loaded | None = loaded
 
     def release(self) -> None:
-        """Idempotent, from any thread."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            self._lender._take_back(loaded)
+        """Give the engine back. Idempotent, from any thread."""
+        self._lender._take_back(self)
 
 
 class Lender:
@@ -46,10 +48,17 @@ class Lender:
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._retired: set[Loaded] = set()
+        self._lent = 0
+
+    @property
+    def lent(self) -> int:
+        """How many leases are not given back yet, retired engines' included."""
+        return self._lent
 
     def lend(self, loaded: Loaded) -> Lease:
         with self._change:
             loaded.leases += 1
+            self._lent += 1
         return Lease(self, loaded)
 
     def retire(self, loaded: Loaded) -> None:
@@ -61,10 +70,18 @@ class Lender:
         if free:
             self._free(loaded)
 
-    def wait_freed(self, loaded: Loaded) -> None:
-        """Block until a retired engine is freed."""
+    def wait_freed(self, loaded: Loaded, grace: float) -> bool:
+        """Block until a retired engine is freed: its answers get `grace` seconds to finish and are cut then.
+
+        Return False if a lease is still out CUT_S after that; the engine is freed when it comes back.
+        """
         with self._change:
-            self._change.wait_for(lambda: loaded not in self._retired)
+            if self._change.wait_for(lambda: loaded not in self._retired, timeout=grace):
+                return True
+        log.warning("answers are cut: they held the old model for more than %g s", grace)
+        loaded.engine.stop()
+        with self._change:
+            return self._change.wait_for(lambda: loaded not in self._retired, timeout=CUT_S)
 
     def close(self, grace: float) -> None:
         """Wait up to `grace` seconds for the leases of retired engines, then cut their answers."""
@@ -77,16 +94,22 @@ class Lender:
         with self._change:
             self._change.wait_for(lambda: not self._retired, timeout=STOP_S)
 
-    def _take_back(self, loaded: Loaded) -> None:
+    def _take_back(self, lease: Lease) -> None:
         with self._change:
+            loaded, lease._loaded = lease._loaded, None
+            if loaded is None:
+                return
             loaded.leases -= 1
+            self._lent -= 1
             free = loaded.retired and loaded.leases == 0
         if free:
             # A release comes from an event loop; joining the engine's thread and unmapping do not belong there.
             threading.Thread(target=self._free, args=(loaded,), name="free").start()
 
     def _free(self, loaded: Loaded) -> None:
-        loaded.engine.close()
-        with self._change:
-            self._retired.discard(loaded)
-            self._change.notify_all()
+        try:
+            loaded.engine.close()
+        finally:
+            with self._change:
+                self._retired.discard(loaded)
+                self._change.notify_all()

@@ -103,36 +103,49 @@ class Loader:
 
     def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
         """Turn a file into an engine; the file is released if that fails. Raises what the engine raises."""
-        if file.arrival is not None and self._settings.repack == "on":
-            file.arrival.wait()  # repacking reads the weights at load
-            file = replace(file, arrival=None)
-        self.announce(Loading("load", file.name, 0, file.size_bytes))
+        opened = file
 
         def report(share: float) -> None:
             if file.arrival is None:
                 self.announce(Loading("load", file.name, int(share * file.size_bytes), file.size_bytes))
 
         try:
+            if file.arrival is not None and self._reads_weights(config):
+                self._arriving = file
+                self.wait_arrival()
+                file = replace(file, arrival=None)
+            self.announce(Loading("load", file.name, 0, file.size_bytes))
             with self._timeline.phase("load"):
                 engine = self._load_engine(file, config, report)
         except BaseException:
-            if file.arrival is not None:
-                file.arrival.cancel()
-            file.release()
+            opened.discard()
             raise
         log.info("%s is loaded: %s", file.name, engine.card.description)
         self._arriving = file if file.arrival is not None else None
         return Loaded(engine, reference, config)
 
-    def wait_arrival(self, file: ModelFile) -> None:
-        """Block until a loaded model's tensors are there. Raises ModelUnavailable if they do not come."""
-        if file.arrival is None:
+    def wait_arrival(self) -> None:
+        """Block until the tensors of the model loaded last are there. Raises ModelUnavailable if they do not come."""
+        arriving = self._arriving
+        if arriving is None or arriving.arrival is None:
             return
         try:
             with self._timeline.phase("tensors arrive"):
-                file.arrival.wait()
+                arriving.arrival.wait()
         finally:
             self._arriving = None
+
+    def _reads_weights(self, config: EngineConfig) -> bool:
+        """Whether llama.cpp reads tensors at load: to repack them, or to copy layers to a GPU, which it does from the
+        mapping and would do with the zeros of a model that is still arriving (llama-model-loader.cpp, load_all_data).
+        """
+        if self._settings.repack == "on":
+            return True
+        if config.n_gpu_layers == 0:
+            return False
+        from core.engine import native
+
+        return bool(native.bindings().llama_supports_gpu_offload())
 
     def _download_progress(self, choice: Choice) -> Callable[[int, int], None]:
         name = choice.name or ""

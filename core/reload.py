@@ -31,13 +31,13 @@ async def reload(service: Service, request: ReloadRequest) -> dict[str, Any]:
 
     Raises InvalidRequest or ModelNotFound (a path that is outside, missing or no GGUF), or what the engine says.
     """
-    path = await _path(service, request.model_path)
+    reference = await _reference(service, request.model_path)
     given = {
         name: value
         for name in ("n_ctx", "n_threads", "n_batch", "n_gpu_layers", "verbose")
         if (value := getattr(request, name)) is not None
     }
-    state = await service.host.swap(path, replace(config_of(service.settings), **given))
+    state = await service.host.swap(reference, replace(config_of(service.settings), **given))
     return {
         "status": state.status,
         "model": state.model,
@@ -46,21 +46,20 @@ async def reload(service: Service, request: ReloadRequest) -> dict[str, Any]:
     }
 
 
-async def _path(service: Service, model_path: str | None) -> str:
-    """A local path: what a client names is looked up by the store, which keeps it inside MODELS_DIR."""
+async def _reference(service: Service, model_path: str | None) -> File | None:
+    """A local file, looked up by the store, which keeps what a client names inside MODELS_DIR. None: the model served
+    now, wherever it lies; one in memory has no path that could be opened again."""
     if model_path is None:
-        engine = service.host.state().engine
-        configured = engine.card.path if engine is not None else service.host.boot.get("path")
-        if configured is None:
+        if service.host.state().path is None:
             raise InvalidRequest(
                 "'model_path' is missing, and no model is configured; GET /models lists those that are here.",
                 param="model_path",
             )
-        return str(configured)
+        return None
     reference = parse(model_path)
     if isinstance(reference, File):
-        return str(await asyncio.to_thread(service.store.locate, model_path))
+        return File(str(await asyncio.to_thread(service.store.locate, model_path)))
     present = await asyncio.to_thread(service.store.present, reference)
     if present is None:
         raise InvalidRequest(f"{model_path[:200]!r} is not on this machine; POST /load brings it.", param="model_path")
-    return str(present)
+    return File(str(present))

@@ -194,6 +194,12 @@ class Settings:
     request_timeout_s: float = setting(
         "REQUEST_TIMEOUT_S", "0", "Seconds until an answer is cut with finish_reason length; 0: none.", number(0, 86400)
     )
+    reload_grace_s: float = setting(
+        "RELOAD_GRACE_S",
+        "30",
+        "Seconds running answers get to finish before a /reload without room for two models cuts them.",
+        number(0, 3600),
+    )
     shutdown_grace_s: float = setting(
         "SHUTDOWN_GRACE_S", "20", "Seconds running answers get to finish at the end.", number(0, 3600)
     )

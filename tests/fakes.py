@@ -16,7 +16,7 @@ from core.host import HostState
 from core.loader import Loading
 from core.service import Service
 from core.settings import Settings
-from core.store.reference import File
+from core.store.reference import File, Reference
 from core.store.store import Fetched, LocalModel
 from core.timeline import Timeline
 
@@ -168,7 +168,7 @@ class FakeHost:
         self.loading: Loading | None = None
         self.error: str | None = None
         self.swap_error: ApiError | None = None
-        self.swaps: list[tuple[str, EngineConfig]] = []
+        self.swaps: list[tuple[str | None, EngineConfig]] = []
         self.choice = NOTHING if engine is None else EMBEDDED
         self.leases = 0
         self.started = False
@@ -182,7 +182,9 @@ class FakeHost:
     def state(self) -> HostState:
         ready = self.status == "ready"
         name = self.engine.card.name if self.engine else None
-        return HostState(self.status, name, self.loading, self.error, self.engine if ready else None)  # type: ignore[arg-type]
+        path = self.engine.card.path if self.engine and ready else self.boot.get("path")
+        engine = self.engine if ready else None
+        return HostState(self.status, name, self.loading, self.error, engine, path, self.leases)  # type: ignore[arg-type]
 
     def start(self, *, load: bool | None = None) -> None:
         self.started = True
@@ -202,11 +204,14 @@ class FakeHost:
             self.status = "ready"
         return self.state()
 
-    async def swap(self, reference: str, config: EngineConfig) -> HostState:
+    async def swap(self, reference: Reference | None, config: EngineConfig) -> HostState:
         if self.swap_error is not None:
             raise self.swap_error
-        self.swaps.append((reference, config))
-        card = replace((self.engine or ScriptedEngine()).card, name=Path(reference).stem, path=reference)
+        path = None if reference is None else str(reference)
+        self.swaps.append((path, config))
+        card = (self.engine or ScriptedEngine()).card
+        if path is not None:
+            card = replace(card, name=Path(path).stem, path=path)
         self.engine = ScriptedEngine(card=card)
         self.engine.config = config
         self.status = "ready"

@@ -44,3 +44,9 @@ class ModelFile:
     commit: str | None = None
     arrival: Arrival | None = None
     release: Callable[[], None] = _keep
+
+    def discard(self) -> None:
+        """Give back a file that will not be loaded."""
+        if self.arrival is not None:
+            self.arrival.cancel()
+        self.release()

@@ -267,7 +267,8 @@ def test_reload_without_a_path_loads_the_same_model_anew() -> None:
     fake = fake_service()
 
     assert call(fake, "POST", "/reload")[0] == 200
-    assert fake.host.swaps[0][0] == "/models/fake-1b.gguf"
+    [(path, config)] = fake.host.swaps
+    assert (path, config.n_ctx) == (None, 4096)
 
 
 def test_reload_without_any_model_says_so() -> None:
