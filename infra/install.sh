@@ -1,40 +1,57 @@
 #!/usr/bin/env bash
-# infra/install.sh VENV [EXTRAS]: install the dependencies into VENV; `make` calls it.
-# llama-cpp-python comes as source and is compiled unless pip has built it before: that step shows how far it is.
+# infra/install.sh VENV [EXTRA]: install the dependencies, and those of EXTRA, into VENV. `make` calls it.
+# llama-cpp-python comes as source. It is compiled unless an index offers a wheel or pip has one in its cache.
 set -euo pipefail
 
 python="$1/bin/python"
 log="$1/llama-cpp-python.log"
 extras="${2:+[$2]}"
+# Errors only. pip's warnings about its indexes and its cache are not about this project.
+pip=("$python" -m pip --disable-pip-version-check install)
 
-if ! "$python" -c 'import importlib.metadata as m; m.version("llama-cpp-python")' 2>/dev/null; then
-  if ! { command -v cc && command -v c++; } >/dev/null; then
-    echo "llama-cpp-python is compiled from source, which needs a C and a C++ compiler:"
+requirement=$("$python" - <<'PYTHON'
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    dependencies = tomllib.load(file)["project"]["dependencies"]
+print(next(dependency for dependency in dependencies if dependency.startswith("llama-cpp-python")))
+PYTHON
+)
+
+installed() {
+  "$python" -c 'import importlib.metadata as m; m.version("llama-cpp-python")' 2>/dev/null
+}
+
+# Show the compiler's steps: one line that counts in a terminal, a line every 20 steps elsewhere.
+progress() {
+  awk -v terminal="$([ -t 1 ] && echo 1)" '
+    match($0, /\[[0-9]+\/[0-9]+\]/) {
+      split(substr($0, RSTART + 1, RLENGTH - 2), step, "/")
+      if (terminal) { printf "\r  compiled %d of %d", step[1], step[2]; shown = 1 }
+      else if (step[1] % 20 == 0) printf "  compiled %d of %d\n", step[1], step[2]
+      fflush()
+    }
+    END { if (shown) print "" }'
+}
+
+if ! installed; then
+  echo "Installing llama-cpp-python. Without a prebuilt wheel it is compiled: about 3 minutes on 2 cores, once. Log: $log"
+  if ! { command -v cc && command -v c++; } >/dev/null &&
+    ! "${pip[@]}" -qq --only-binary llama-cpp-python "$requirement" 2>"$log"; then
+    echo "Compiling llama-cpp-python needs a C and a C++ compiler:"
     echo "  Debian, Ubuntu: apt install build-essential"
     echo "  Fedora:         dnf install gcc-c++ make"
     echo "  macOS:          xcode-select --install"
     exit 1
   fi >&2
-  requirement=$("$python" - <<'EOF'
-import tomllib
-dependencies = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
-print(next(one for one in dependencies if one.startswith("llama-cpp-python")))
-EOF
-  )
-  echo "Building llama-cpp-python: about 10 minutes on 2 cores, once. Everything the build says goes to $log"
-  if ! "$python" -m pip install --verbose "$requirement" 2>&1 | tee "$log" | awk -v terminal="$([ -t 1 ] && echo 1)" '
-    match($0, /\[[0-9]+\/[0-9]+\]/) {
-      split(substr($0, RSTART + 1, RLENGTH - 2), step, "/")
-      if (terminal) { printf "\r  compiled %d of %d", step[1], step[2]; shown = 1 }
-      else if (step[1] % 25 == 0) printf "  compiled %d of %d\n", step[1], step[2]
-      fflush()
-    }
-    END { if (shown) print "" }'
-  then
-    echo "The build failed; the last lines of $log:" >&2
+fi
+if ! installed; then
+  hook="-DCMAKE_PROJECT_llama.cpp_INCLUDE='$PWD/infra/llama_cpp.cmake'"
+  if ! CMAKE_ARGS="-DLLAVA_BUILD=OFF $hook ${CMAKE_ARGS:-}" "${pip[@]}" --verbose "$requirement" 2>&1 | tee "$log" | progress; then
+    echo "The build failed. The last lines of $log:" >&2
     tail -n 20 "$log" >&2
     exit 1
   fi
 fi
 
-"$python" -m pip install --editable ".$extras"
+echo "Installing the other dependencies${2:+ ($2)}."
+"${pip[@]}" -qq --editable ".$extras"
