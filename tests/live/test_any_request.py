@@ -1,8 +1,8 @@
 """Property: whatever a client sends, each route answers as documented, and the model is free afterwards.
 
-Batches of requests run at once against the real engine. A request is built to be valid (then it must be answered), or
-is a valid one made wrong in one place (then it must be refused, with the envelope), or is any JSON at all (then one of
-the two).
+Batches of requests run at once against the real engine on a tiny model with as many tokens as SmolLM2, which computes
+fast enough for thousands of them. A request is built to be valid (then it must be answered), or is a valid one made
+wrong in one place (then it must be refused, with the envelope), or is any JSON at all (then one of the two).
 """
 
 from __future__ import annotations
@@ -10,23 +10,39 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx2 as httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from adapters.wiring import build
 from core.service import Service
+from core.settings import Settings
 from handlers.dispatch import dispatch
 from handlers.message import Request
 
 BATCH = 20
 BATCHES = 110  # 2,200 requests
+MODEL = "SmolLM2-135M-Instruct.Q4_1"  # the embedded one, and an alias of the tiny one
 CHAT, EXTRACT = "/v1/chat/completions", "/v1/extract"
 JSON = {"content-type": "application/json"}
 
-Case = tuple[str, str, dict[str, str], bytes, str]  # method, path, headers, body; "good", "bad" or "any"
+
+class Case(NamedTuple):
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    kind: str  # "good", "bad" or "any"
+
+    def __repr__(self) -> str:
+        """A short one: hypothesis warns, and so the test would fail, where a batch's own is over 30,000 letters."""
+        return f"<{self.kind} {self.method} {self.path} {self.body[:200]!r}>"
+
 
 words = st.text(max_size=12) | st.sampled_from(["Hello", "<|im_end|>", "🦊 狐", "a\u0301", "\x00", "{{ 7 * 7 }}"])
 anything = st.recursive(
@@ -143,7 +159,7 @@ WRONG_EXTRACT: dict[str, st.SearchStrategy[Any]] = {
 
 
 def encoded(path: str, kind: str) -> Any:
-    return lambda body: ("POST", path, JSON, json.dumps(body).encode("utf-8", "surrogatepass"), kind)
+    return lambda body: Case("POST", path, JSON, json.dumps(body).encode("utf-8", "surrogatepass"), kind)
 
 
 def wrong(good: st.SearchStrategy[Any], mistakes: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
@@ -160,8 +176,8 @@ cases: st.SearchStrategy[Case] = st.one_of(
     good_chat.map(encoded(CHAT, "good")),
     good_chat.map(encoded(CHAT, "good")),
     good_extract.map(encoded(EXTRACT, "good")),
-    st.sampled_from(["/health", "/models", "/v1/models", "/v1/models/SmolLM2-135M-Instruct.Q4_1"]).flatmap(
-        lambda path: st.sampled_from(["GET", "HEAD", "OPTIONS"]).map(lambda method: (method, path, {}, b"", "good"))
+    st.sampled_from(["/health", "/models", "/v1/models", f"/v1/models/{MODEL}"]).flatmap(
+        lambda path: st.sampled_from(["GET", "HEAD", "OPTIONS"]).map(lambda method: Case(method, path, {}, b"", "good"))
     ),
     wrong(good_chat, WRONG_CHAT).map(encoded(CHAT, "bad")),
     wrong(good_chat, WRONG_CHAT).map(encoded(CHAT, "bad")),
@@ -169,24 +185,38 @@ cases: st.SearchStrategy[Case] = st.one_of(
     st.dictionaries(st.sampled_from(["messages", "text", "model", "stream"]) | words, anything, max_size=4).flatmap(
         lambda body: st.sampled_from([CHAT, EXTRACT]).map(lambda path: encoded(path, "any")(body))
     ),
-    st.tuples(
-        st.just("POST"), st.sampled_from([CHAT, EXTRACT, "/load", "/reload"]), st.just(JSON), junk, st.just("bad")
+    st.builds(
+        Case, st.just("POST"), st.sampled_from([CHAT, EXTRACT, "/load", "/reload"]), st.just(JSON), junk, st.just("bad")
     ),
     st.builds(lambda model: encoded("/reload", "bad")({"model_path": model, "n_ctx": 0}), bad_models),
     st.builds(lambda repo: encoded("/load", "bad")({"repo_id": repo, "filename": "../x"}), bad_models),
-    st.tuples(
+    st.builds(
+        Case,
         st.sampled_from(["GET", "POST", "PUT", "DELETE", "TRACE"]),
         st.sampled_from(["/", "/v1", "/v1/models/none", "/v1/completions", "/health/x"]),
         st.just(JSON),
         st.just(b"{}"),
         st.just("bad"),
     ),
-    st.tuples(st.just("DELETE"), st.sampled_from([CHAT, "/health"]), st.just({}), st.just(b""), st.just("bad")),
-    good_chat.map(lambda body: ("POST", CHAT, {"content-type": "text/plain"}, json.dumps(body).encode(), "bad")),
+    st.builds(Case, st.just("DELETE"), st.sampled_from([CHAT, "/health"]), st.just({}), st.just(b""), st.just("bad")),
+    good_chat.map(lambda body: Case("POST", CHAT, {"content-type": "text/plain"}, json.dumps(body).encode(), "bad")),
 )
 
 OK = {"GET": {200}, "HEAD": {200}, "OPTIONS": {204}, "POST": {200}}
 REFUSED = {400, 404, 405, 415}
+
+
+@pytest.fixture(scope="module")
+def tiny_service(
+    tiny: Callable[[str], Path], runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """The service as it is wired for production, on a tiny model."""
+    folder = tmp_path_factory.mktemp("models")
+    service = build(Settings(models_dir=folder, model_path=str(tiny("llama-49k")), model_aliases=(MODEL,), n_ctx=1024))
+    state = runner.run(service.host.wait_ready(60))
+    assert state.status == "ready", state
+    yield service
+    runner.run(service.host.close(5))
 
 
 async def answered(service: Service, case: Case) -> tuple[int, bytes]:
@@ -218,10 +248,10 @@ def judge(case: Case, status: int, body: bytes) -> None:
 
 
 def test_every_request_is_answered_as_documented(
-    service: Service, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tiny_service: Service, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At least 2,000 requests, a third of them valid: none is a 500, none leaves a slot occupied, and a chat works."""
-    counts: Counter[str] = Counter()
+    """At least 2,000 requests, a quarter of them valid: none is a 500, none keeps a slot, and a chat works."""
+    service, counts = tiny_service, Counter[str]()
 
     async def send(batch: list[Case]) -> list[tuple[int, bytes]]:
         return await asyncio.gather(*(answered(service, case) for case in batch))
@@ -249,14 +279,14 @@ def test_every_request_is_answered_as_documented(
     with capsys.disabled():
         print(f"\n{total} requests, {valid / total:.0%} valid: {dict(sorted(counts.items()))}")
     assert total >= 2000
-    assert valid >= 0.3 * total
+    assert valid >= 0.25 * total
     assert counts[f"{CHAT} 2xx"] >= 0.1 * total
     assert stats["sequences"]["running"] == 0
     assert stats["queued"] == 0
     assert "Traceback" not in caplog.text
 
     hello = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
-    status, body = runner.run(answered(service, ("POST", CHAT, JSON, hello, "good")))
+    status, body = runner.run(answered(service, Case("POST", CHAT, JSON, hello, "good")))
     assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 4)
 
 
