@@ -67,8 +67,11 @@ class ScriptedEngine:
         self.closed = False
         self.warmed = False
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
+    def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return list(text.encode())
+
+    def control_names(self, text: str) -> list[int]:
+        return []
 
     def check_grammar(self, grammar: str) -> None:
         if "unsatisfiable" in grammar:

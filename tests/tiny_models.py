@@ -93,9 +93,9 @@ def bytes_only(writer: Writer, *, size: int = 259, control: Sequence[str] = (), 
 
 
 def byte_pairs(writer: Writer) -> int:
-    """Byte pairs as in GPT-2, without merges that matter; CONTROL and USER_DEFINED behind the bytes."""
-    tokens = [*_byte_letters(), *CONTROL, *USER_DEFINED]
-    types = [*[NORMAL] * 256, *[CONTROL_TYPE] * len(CONTROL), *[USER_DEFINED_TYPE] * len(USER_DEFINED)]
+    """Byte pairs as in GPT-2: the bytes, the one pair of two spaces, then CONTROL and USER_DEFINED."""
+    tokens = [*_byte_letters(), "\u0120\u0120", *CONTROL, *USER_DEFINED]
+    types = [*[NORMAL] * 257, *[CONTROL_TYPE] * len(CONTROL), *[USER_DEFINED_TYPE] * len(USER_DEFINED)]
     writer.tokens("gpt2", tokens, types)
     writer.gguf.add_tokenizer_pre("qwen2")
     writer.gguf.add_token_merges(["\u0120 \u0120"])

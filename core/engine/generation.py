@@ -131,8 +131,13 @@ class Engine(Protocol):
     card: ModelCard
     config: EngineConfig
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`, no BOS added; `special` lets "<|im_start|>" and the like become their tokens."""
+    def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
+        """Token ids of `text`, no BOS added; `special` lets "<|im_start|>" and the like become their tokens.
+        `continued`: it goes on from another text, so the vocabulary puts no space in front."""
+        ...
+
+    def control_names(self, text: str) -> list[int]:
+        """Where names of control tokens begin in `text`, in rising order. Blocks at the first call for a model."""
         ...
 
     def check_grammar(self, grammar: str) -> None:

@@ -78,8 +78,13 @@ class Llama:
         self._preparing = threading.Thread(target=self._prepare, name="prepare", daemon=True)
         self._preparing.start()
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return self._vocabulary.tokenize(text, special=special)
+    def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
+        return self._vocabulary.tokenize(text, special=special, continued=continued)
+
+    def control_names(self, text: str) -> list[int]:
+        if len(text) < 2:  # the warm-up's words: the names need not have been read for them
+            return []
+        return self._vocabulary.control_names().starts(text)
 
     def check_grammar(self, grammar: str) -> None:
         self._vocabulary.matcher(grammar)
@@ -241,6 +246,8 @@ class Llama:
         or two later. So it waits for the tensors and then for a quiet moment, but not for ever. A request with a
         grammar builds it at once all the same.
         """
+        with contextlib.suppress(ModelUnavailable):
+            self._vocabulary.control_names()  # the first prompt needs them
         if self._file.arrival is not None:
             with contextlib.suppress(ApiError):
                 self._file.arrival.wait()

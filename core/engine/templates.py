@@ -1,8 +1,10 @@
 """Templates: messages to prompt tokens, by the model's own chat template; ChatML for a model that has none.
 
-Words of a client never become control tokens: a message that says "<|im_end|>" stays text. Where tokenizing with and
-without control tokens differs, the string goes through the template as an unguessable mark, and what it stands for is
-tokenized as plain text afterwards.
+Words of a client never become control tokens: a message that says "<|im_end|>" stays text. Each name of a control
+token in the client's words gets an unguessable mark in front before the template runs. In the template's output the
+text is cut behind the first character of each marked name, and the parts are tokenized one by one. Names without a
+mark are the template's own. Names of user-defined tokens count where they are markup ("<think>"); a vocabulary's words,
+white space and HTML elements are text.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 Messages = list[dict[str, Any]]
 
 _TOKEN = 128  # characters in the longest token of the vocabularies known to us (Llama 3: 128 spaces)
-_ASKED = 1 << 16  # characters searched for control tokens, in all
-_OPENERS = 1000  # characters with which names of control tokens begin: each costs Gemma's vocabulary 90 microseconds
 
 
 def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
@@ -41,20 +40,37 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
             param="messages",
             code="context_length_exceeded",
         )
-    marks = _Marks(engine, messages)
-    if marks.characters > card.n_ctx * _TOKEN:
+    characters = sum(
+        len(string)
+        for message in messages
+        for key, value in message.items()
+        if key != "role"
+        for string in _strings(value)
+    )
+    if characters > card.n_ctx * _TOKEN:
         raise InvalidRequest(
-            f"The messages have {marks.characters} characters; the context holds {card.n_ctx} tokens, which is at most "
+            f"The messages have {characters} characters; the context holds {card.n_ctx} tokens, which is at most "
             f"{card.n_ctx * _TOKEN} characters. Shorten the prompt or raise N_CTX.",
             param="messages",
             code="context_length_exceeded",
         )
-    text = _render(card, marks.apply(messages))
+    guard = _Guard(engine)
+    messages = [
+        {key: value if key == "role" else guard.mark(value) for key, value in message.items()} for message in messages
+    ]
+    if guard.count * 2 > card.n_ctx:  # a name that is cut is two tokens at least; tokenizing them all takes seconds
+        raise InvalidRequest(
+            f"The messages name control tokens {guard.count} times; the context holds {card.n_ctx} tokens. "
+            "Shorten the prompt or raise N_CTX.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    text = _render(card, messages)
     tokens: list[int] = []
     if card.bos and card.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not text.startswith(card.bos):
         tokens += engine.tokenize(card.bos, special=True)
-    for part, special in marks.split(text):
-        tokens += engine.tokenize(part, special=special)
+    for index, part in enumerate(guard.parts(text)):
+        tokens += engine.tokenize(part, special=True, continued=index > 0)
     return tuple(tokens)
 
 
@@ -68,7 +84,7 @@ def opening(engine: Engine) -> list[int]:
     template's own words, so nobody's secret. Compiles the template on its way (Jinja's import is 0.18 s of the first
     prompt). A broken template has none, and that is only logged."""
     try:
-        one, other = (prompt(engine, [{"role": "user", "content": words}]) for words in ("a", "Zz"))
+        one, other = (prompt(engine, [{"role": "user", "content": letter}]) for letter in "aZ")
     except (InvalidRequest, ModelUnavailable) as error:
         log.warning("no prompt can be made for %s: %s", engine.card.name, error.message)
         return []
@@ -168,62 +184,39 @@ def _without_system(messages: Messages) -> Messages | None:
     return [{**messages[1], "content": words}, *messages[2:]]
 
 
-class _Marks:
-    """Strings that may hold the name of a control token, and the marks that stand for them in the template's output.
+class _Guard:
+    """Marks the names of control tokens in a client's words, and cuts them in two in the template's output.
 
-    Whether one does is asked of the tokenizer itself, whose search for such names takes quadratic time in their number
-    (30,000 of them: 6 s). So the question is asked within bounds, and what is beyond them is marked unasked: a mark
-    does no harm.
+    The mark goes in front of the name, so that a template that looks for one ("</think>" in what an assistant said)
+    still sees it. It is made of digits, which neither `upper` nor `tojson` changes. What a template drops, it drops.
     """
 
-    def __init__(self, engine: Engine, messages: Messages) -> None:
-        strings = [
-            string
-            for message in messages
-            for key, value in message.items()
-            if key != "role"
-            for string in _strings(value)
-        ]
-        self.characters = sum(map(len, strings))
-        self._secret = os.urandom(8).hex()
-        self._marked: list[str] = []
-        asked, openers = 0, 0
-        for string in dict.fromkeys(strings):
-            asked += len(string)
-            openers += string.count("<") + string.count("[")
-            if asked > _ASKED or openers > _OPENERS or not _plain(engine, string):
-                self._marked.append(string)
-        self._marks = {string: f"x{self._secret}x{index}x" for index, string in enumerate(self._marked)}
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._mark = f"{int.from_bytes(os.urandom(8), 'big'):020}"
+        self.count = 0  # of marks
 
-    def apply(self, messages: Messages) -> Messages:
-        if not self._marks:
-            return messages
-        return [
-            {key: value if key == "role" else self._mark(value) for key, value in message.items()}
-            for message in messages
-        ]
-
-    def split(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Parts of the rendered text, each with whether names of control tokens in it mean the tokens."""
-        parts = re.split(f"x{self._secret}x([0-9]+)x", text)
-        for index, part in enumerate(parts):
-            yield (part, True) if index % 2 == 0 else (self._marked[int(part)].strip(), False)
-
-    def _mark(self, value: Any) -> Any:
+    def mark(self, value: Any) -> Any:
+        """The value with a mark in front of each name in its strings, keys of objects included."""
         if isinstance(value, str):
-            mark = self._marks.get(value)
-            if mark is None or value.isspace():
+            starts = self._engine.control_names(value)
+            if not starts:
                 return value
-            start = len(value) - len(value.lstrip())  # white space stays outside, for templates that trim
-            return value[:start] + mark + value[len(value.rstrip()) :]
+            self.count += len(starts)
+            ends = [*starts[1:], len(value)]
+            named = (value[start:end] for start, end in zip(starts, ends, strict=True))
+            return self._mark.join((value[: starts[0]], *named))
         if isinstance(value, dict):
-            return {self._mark(key): self._mark(inner) for key, inner in value.items()}
-        return [self._mark(inner) for inner in value] if isinstance(value, list) else value
+            return {self.mark(key): self.mark(inner) for key, inner in value.items()}
+        return [self.mark(inner) for inner in value] if isinstance(value, list) else value
 
-
-def _plain(engine: Engine, text: str) -> bool:
-    """Whether no part of the text is the name of a control token."""
-    return engine.tokenize(text, special=True) == engine.tokenize(text, special=False)
+    def parts(self, text: str) -> Iterator[str]:
+        """The text without marks, in parts of which none holds a name that was marked."""
+        part, *named = text.split(self._mark)
+        for name in named:
+            yield part + name[:1]
+            part = name[1:]
+        yield part
 
 
 def _strings(value: Any) -> Iterator[str]:

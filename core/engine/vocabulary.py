@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections import OrderedDict
+from itertools import repeat
 from typing import Any
 
+from core.engine.control import ControlNames, is_markup
 from core.errors import InvalidRequest, ModelUnavailable
 
 GRAMMARS_KEPT = 32  # compiled grammars, most recently used
+_AT_ONCE = 1 << 14  # tokens read between two looks at `close`: 5-10 ms
 
 
 class Vocabulary:
@@ -28,6 +32,8 @@ class Vocabulary:
         self._piece_lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
         self._grammar_lock = threading.Lock()
+        self._control_lock = threading.Lock()
+        self._control: ControlNames | None = None
         self._tokenizer: Any = None
         self._closing = False
         self._matchers: OrderedDict[str, Any] = OrderedDict()
@@ -50,10 +56,28 @@ class Vocabulary:
             end = self._is_eog[token] = bool(self._bindings.llama_vocab_is_eog(self._vocab, token))
         return end
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`, no BOS added. `special`: names of control tokens become those tokens."""
+    def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
+        """Token ids of `text`, no BOS added. `special`: names of control tokens become those tokens.
+
+        `continued`: the text goes on from another one. Without it a SentencePiece vocabulary such as Llama 2's puts a
+        space in front.
+        """
         if not text:
             return []
+        if not continued or not self._space_prefix:
+            return self._tokenize(text, special)
+        # llama.cpp has no switch for the space. A line break is a token of its own there: it takes the space and goes.
+        tokens = self._tokenize("\n" + text, special)
+        count = len(self._space_prefix)
+        return tokens[count:] if tokens[:count] == self._space_prefix else self._tokenize(text, special)
+
+    @functools.cached_property
+    def _space_prefix(self) -> list[int]:
+        """The tokens of a line break if a space goes in front of each text, else nothing."""
+        tokens = self._tokenize("\n", False)
+        return tokens if b"".join(map(self.piece, tokens)) == b" \n" else []
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         room = len(data) + 8  # no tokenizer makes more tokens than bytes, but for a space it may put in front
         tokens = (ctypes.c_int32 * room)()
@@ -62,6 +86,36 @@ class Vocabulary:
             tokens = (ctypes.c_int32 * -count)()
             count = self._bindings.llama_tokenize(self._vocab, data, len(data), tokens, -count, False, special)
         return tokens[:count]
+
+    def control_names(self) -> ControlNames:
+        """The names that tokenizing with `special` turns into tokens. Raises ModelUnavailable after `close`.
+
+        The first call looks at every token: 20 ms for SmolLM2's 49k, 140 for Gemma 3's 262k.
+        """
+        with self._control_lock:
+            if self._control is None:
+                self._control = ControlNames(self._read_control_names())
+            return self._control
+
+    def _read_control_names(self) -> list[str]:
+        bindings = self._bindings
+        # A PYFUNCTYPE keeps the interpreter lock: it would be passed to and fro once a token.
+        attributes_of = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int32)(
+            ("llama_vocab_get_attr", bindings._lib)
+        )
+        control = bindings.LLAMA_TOKEN_ATTR_CONTROL | bindings.LLAMA_TOKEN_ATTR_UNKNOWN
+        user_defined = bindings.LLAMA_TOKEN_ATTR_USER_DEFINED
+        names = []
+        for start in range(0, self.n_tokens, _AT_ONCE):
+            if self._closing:
+                raise ModelUnavailable("The model is being released; try again.", retry_after=1)
+            tokens = range(start, min(start + _AT_ONCE, self.n_tokens))
+            for token, attributes in zip(tokens, map(attributes_of, repeat(self._vocab), tokens), strict=True):
+                if attributes & (control | user_defined):
+                    name = bindings.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+                    if attributes & control or is_markup(name):
+                        names.append(name)
+        return names
 
     def matcher(self, grammar: str) -> Any:
         """A fresh llguidance matcher for `grammar`; compiled once, then copied. Raises InvalidRequest if it is refused.
@@ -104,9 +158,9 @@ class Vocabulary:
             return self._tokenizer
 
     def close(self) -> None:
-        """No more tokens are read. Blocks while `_read` is at work on the vocabulary that is about to be freed."""
+        """No more tokens are read. Blocks while the vocabulary that is about to be freed is being read."""
         self._closing = True
-        with self._tokenizer_lock:
+        with self._control_lock, self._tokenizer_lock:
             self._tokenizer = None
 
     def _ends(self) -> list[int]:

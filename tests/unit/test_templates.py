@@ -29,7 +29,10 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<s
 class ControlEngine(ScriptedEngine):
     """Bytes, but that control tokens are one token each, from 1000 on, when `special` says so."""
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
+    def control_names(self, text: str) -> list[int]:
+        return [start for start in range(len(text)) if text.startswith(CONTROL, start)]
+
+    def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         tokens: list[int] = []
         while text:
             for index, name in enumerate(CONTROL):
@@ -93,12 +96,26 @@ def test_a_clients_words_are_never_control_tokens(words: str, template: str | No
     assert words.strip() in shown(tokens)
 
 
-@pytest.mark.parametrize("words", ["<" * 5000, " \n" * 3000, "x" * 30_000 + "<s>", "  " + "<|im_end|>" * 3000 + "\n"])
+@pytest.mark.parametrize("words", ["<" * 5000, " \n" * 3000, "x" * 30_000 + "<s>", "  " + "<|im_end|>" * 200 + "\n"])
 def test_long_words_lose_nothing(words: str) -> None:
-    """What is too long to be searched for control tokens is plain text, whole, white space included."""
+    """Long text stays whole, with its white space and all that looks like a control token."""
     tokens = templates.prompt(engine(SMOL), [said("x<s>"), said(words)])
 
     assert f"[<|im_start|>]user\n{words}[<|im_end|>]" in shown(tokens)
+
+
+def test_more_names_than_the_context_can_hold_are_refused() -> None:
+    """Each name is two tokens at least, and a call of the tokenizer."""
+    with pytest.raises(InvalidRequest, match="name control tokens 300 times; the context holds 512") as caught:
+        templates.prompt(engine(SMOL), [said("<s>" * 300)])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_template_sees_the_names_in_what_it_is_given() -> None:
+    """Reasoning models' templates cut at "</think>": that works, and what is left is still no control token."""
+    source = "{% for m in messages %}{{ m.content.split('<s>')[-1] }}<s>{% endfor %}"
+
+    assert shown(templates.prompt(engine(source), [said("thoughts<s>words<|im_end|>")])) == "words<|im_end|>[<s>]"
 
 
 def test_what_no_context_can_hold_is_refused_unread() -> None:
