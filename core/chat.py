@@ -34,9 +34,11 @@ async def check(service: Service, request: ChatRequest) -> None:
 async def begin(service: Service, request: ChatRequest, *, tenant: str = "", ends: float | None = None) -> Turn:
     """Start to answer what `check` has let pass; returns when the first piece is there. The caller closes the Turn.
 
-    Raises InvalidRequest, ContextOverflow, Busy and ModelUnavailable.
+    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy and ModelUnavailable.
     """
-    return await turns.begin(service, lambda engine: _generation_request(engine, request, tenant, ends), ends)
+    return await turns.begin(
+        service, request.model, lambda engine: _generation_request(engine, request, tenant, ends), ends
+    )
 
 
 def _generation_request(engine: Engine, request: ChatRequest, tenant: str, ends: float | None) -> GenerationRequest:

@@ -123,10 +123,12 @@ async def check(service: Service, request: ExtractRequest) -> None:
 async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", ends: float | None = None) -> Turn:
     """Start on what `check` has let pass; returns when the first piece is there. The caller closes the Turn.
 
-    Raises InvalidRequest, ContextOverflow, Busy and ModelUnavailable.
+    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy and ModelUnavailable.
     """
     try:
-        return await turns.begin(service, lambda engine: _generation_request(engine, request, tenant, ends), ends)
+        return await turns.begin(
+            service, request.model, lambda engine: _generation_request(engine, request, tenant, ends), ends
+        )
     except InvalidRequest as error:  # told of a chat's fields; an extraction has its own
         error.param = {"messages": "text", "response_format": request.schema_field}.get(error.param or "", error.param)
         raise

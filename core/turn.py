@@ -20,10 +20,16 @@ T = TypeVar("T")
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """Raise ModelNotFound unless `name` is the served model, an alias of it, or left out."""
+    """Raise ModelNotFound unless `name` is the served model, an alias of it, or left out.
+
+    What is served may change until the request has its engine; `begin` checks again then.
+    """
+    _check_name(service, name, service.host.state().model)
+
+
+def _check_name(service: Service, name: str | None, served: str | None) -> None:
     if name is None:
         return
-    served = service.host.state().model
     aliases = service.settings.model_aliases
     if name == served or name in aliases or "*" in aliases:
         return
@@ -64,12 +70,18 @@ class Turn:
         return self._generation.cached_tokens
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Every piece, once. Holds nothing: it may be dropped half-way, `close` frees what runs."""
-        self.completion_tokens += self._first.tokens
-        yield self._first
-        async for piece in self._generation:
-            self.completion_tokens += piece.tokens
-            yield piece
+        """Every piece, once. It may be dropped half-way: `close` frees what runs.
+
+        The engine goes back with the last piece: a client that is slow to read holds no model that is swapped out.
+        """
+        try:
+            self.completion_tokens += self._first.tokens
+            yield self._first
+            async for piece in self._generation:
+                self.completion_tokens += piece.tokens
+                yield piece
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop generating and give the model back. Idempotent."""
@@ -77,15 +89,20 @@ class Turn:
         self._lease.release()
 
 
-async def begin(service: Service, build: Callable[[Engine], GenerationRequest], ends: float | None) -> Turn:
+async def begin(
+    service: Service, model: str | None, build: Callable[[Engine], GenerationRequest], ends: float | None
+) -> Turn:
     """Lease the model, build the request in a worker thread and wait for the first piece, so that what is wrong with
     a request is known while a status can still say so.
 
-    Raises what the lease, `build` and the engine raise: ModelUnavailable, InvalidRequest, ContextOverflow, Busy.
+    `model` is the name that the client asked for: while the request waited, another model may have taken its place.
+    Raises what the lease, `build` and the engine raise: ModelUnavailable, ModelNotFound, InvalidRequest,
+    ContextOverflow, Busy.
     """
     lease = await service.host.lease(ends)
     generation: Generation | None = None
     try:
+        _check_name(service, model, lease.engine.card.name)
         request = await _in_thread(lease, build)
         generation = lease.engine.generate(request)
         first = await anext(aiter(generation))

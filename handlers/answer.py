@@ -14,7 +14,8 @@ from handlers.message import Response
 from handlers.trace import note
 
 GRACE_S = 0.5  # a load that fails this fast still becomes a status
-LOADING_S = 1.0  # between two comments that tell how far the load is
+PATIENCE_S = 3.0  # for the first piece of a model that is ready: proxies and clients give up on a silent server
+WAITING_S = 1.0  # between two comments until the first piece
 
 
 async def whole(beginning: Awaitable[Turn], fold: Callable[[Turn], Awaitable[Any]]) -> Response:
@@ -33,11 +34,12 @@ async def streamed(
 ) -> Response:
     """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
 
-    Only while the model is not ready yet the 200 goes out early, with comments that tell the progress of the load: a
-    client or a proxy would else give up. What goes wrong after that is an `error` event.
+    It does not wait for long. While the model loads, while the request is queued or its prompt is read, the 200 goes
+    out early and comments follow: a client or a proxy would give up otherwise. What goes wrong after that is an
+    `error` event.
     """
     task = asyncio.ensure_future(beginning)
-    patience = None if service.host.state().status == "ready" else GRACE_S
+    patience = PATIENCE_S if service.host.state().status == "ready" else GRACE_S
     try:
         await asyncio.wait({task}, timeout=patience)
     except asyncio.CancelledError:
@@ -54,9 +56,11 @@ async def streamed(
     def silence() -> tuple[float, str]:
         if task.done():
             return sse.SILENCE_S, "ping"
-        loading = service.host.state().loading
-        percent = loading.percent if loading else None
-        return LOADING_S, "loading" if percent is None else f"loading {percent}%"
+        state = service.host.state()
+        if state.status == "ready":
+            return WAITING_S, "waiting"
+        percent = state.loading.percent if state.loading else None
+        return WAITING_S, "loading" if percent is None else f"loading {percent}%"
 
     return sse.stream(all_events(), close=lambda: _abandon(task), silence=silence)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.generation import Piece, TokenLogprob
+from core.engine.generation import GenerationRequest, Piece, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
 from handlers import answer, sse
@@ -429,7 +429,8 @@ class LoadingHost(FakeHost):
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "GRACE_S", 0.01)
-    monkeypatch.setattr(answer, "LOADING_S", 0.02)
+    monkeypatch.setattr(answer, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(answer, "WAITING_S", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -565,3 +566,94 @@ def test_a_model_without_a_template_stops_at_chatml() -> None:
     post(fake, stop="x")
 
     assert fake.engine.requests[0].stop == ("x", "<|im_end|>", "<|im_start|>")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stream_that_waits_for_its_first_token_is_not_silent() -> None:
+    """Queued, or with a long prompt to read: the 200 is out with comments, although the model is ready."""
+
+    async def main() -> None:
+        engine = GatedEngine("one two")
+        fake = fake_service(engine)
+        response = await dispatch(fake.service, chat_request(stream=True))
+        assert response.status == 200
+        assert await anext(aiter(response.body)) == b": waiting\n\n"  # type: ignore[arg-type]
+        engine.gate.set()
+        status, stream = await read(response)
+        contents = [event["choices"][0]["delta"].get("content") for event in events(stream)[:-1]]
+        assert (status, contents) == (200, ["", "one ", "two", None])
+
+    asyncio.run(main())
+
+
+def test_the_first_comment_comes_within_five_seconds() -> None:
+    """Also for a request that is queued."""
+    assert max(answer.PATIENCE_S, answer.GRACE_S) + answer.WAITING_S <= 5
+
+
+class GatedEngine(ScriptedEngine):
+    """Says nothing before `gate` is set."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.gate = asyncio.Event()
+
+    def generate(self, request: GenerationRequest) -> ScriptedGeneration:
+        super().generate(request)
+        return GatedGeneration(self, request)
+
+
+class GatedGeneration(ScriptedGeneration):
+    def __init__(self, engine: GatedEngine, request: GenerationRequest) -> None:
+        super().__init__(engine, request)
+        self._gate = engine.gate
+
+    async def __anext__(self) -> Piece:
+        await self._gate.wait()
+        return await super().__anext__()
+
+
+class SwappingHost(FakeHost):
+    """The model is swapped while a request waits for it."""
+
+    async def lease(self, deadline: float | None = None) -> Any:
+        self.engine = ScriptedEngine("Hello", card=replace(CARD, name="another-2b"))
+        return await super().lease(deadline)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/extract"])
+@pytest.mark.parametrize("model", ["fake-1b", "alias", "another-2b", None])
+def test_a_named_model_is_never_answered_by_another_one(path: str, model: str | None) -> None:
+    """The name is checked again with the engine in hand. An alias and no name mean whatever is served."""
+    engine = ScriptedEngine("{}")
+    host = SwappingHost(engine)
+    fake = fake_service(engine, host=host, model_aliases=("alias",))
+    fields = {"messages": HELLO} if path.endswith("completions") else {"text": "Hello"}
+    body = json.dumps({"model": model, **fields}).encode()
+    request = Request("POST", path, "req_1", {"content-type": "application/json"}, body=body)
+
+    async def main() -> tuple[int, Any]:
+        return await read(await dispatch(fake.service, request))
+
+    status, answered = asyncio.run(main())
+    if model in ("fake-1b", "another-2b"):  # the latter was not served yet when the request came
+        assert (status, answered["error"]["code"]) == (404, "model_not_found")
+    else:
+        assert (status, answered["model"]) == (200, "another-2b")
+    assert host.leases == 0
+
+
+def test_a_slow_reader_does_not_hold_the_model() -> None:
+    """The engine goes back with the last piece, however long the client takes to read the stream."""
+
+    async def main() -> None:
+        fake = fake_service(ScriptedEngine("one two"))
+        response = await dispatch(fake.service, chat_request(stream=True))
+        await anext(aiter(response.body))  # type: ignore[arg-type]
+        async with asyncio.timeout(10):
+            while fake.host.leases:
+                await asyncio.sleep(0.001)
+        status, stream = await read(response)
+        assert (status, events(stream)[-1]) == (200, "data: [DONE]")
+
+    asyncio.run(main())
