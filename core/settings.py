@@ -255,11 +255,12 @@ class Settings:
         "Managed Instances may last as long (at least 130 s). 0: unknown.",
         number(0, 5400),
     )
-    response_mode: Literal["auto", "response_stream", "buffered"] = setting(
+    response_mode: Literal["auto", "auto_rest", "response_stream", "buffered"] = setting(
         "RESPONSE_MODE",
         "auto",
-        "How Lambda answers: by event, always streamed, or always whole.",
-        choice("auto", "response_stream", "buffered"),
+        "How Lambda answers. auto: streams to function URLs only; auto_rest: also to REST APIs with "
+        "responseTransferMode STREAM; response_stream: always; buffered: never.",
+        choice("auto", "auto_rest", "response_stream", "buffered"),
     )
     deadline_margin_s: float = setting(
         "DEADLINE_MARGIN_S", "2", "Generation ends this long before the function's deadline.", number(0, 60)

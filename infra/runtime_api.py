@@ -38,6 +38,7 @@ class RuntimeAPIServer:
         self._open: dict[str, Exchange] = {}
         self._closed: set[str] = set()
         self._connections: set[asyncio.Task[None]] = set()
+        self._resting: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # connections between two requests
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> RuntimeAPIServer:
@@ -86,6 +87,15 @@ class RuntimeAPIServer:
         """Events that were handed out and have had no answer."""
         return [exchange for exchange in self._open.values() if not exchange.finished.is_set()]
 
+    async def close_resting(self) -> None:
+        """Hang up on every connection without a request, as a server with an idle limit does; return when the runtime
+        has seen it."""
+        resting = dict(self._resting)
+        for writer in resting.values():
+            writer.write_eof()
+        if resting:
+            await asyncio.wait(set(resting))
+
     # Connections
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -93,8 +103,14 @@ class RuntimeAPIServer:
         assert task is not None
         self._connections.add(task)
         try:
-            while await self._request(reader, writer):
-                pass
+            kept = True
+            while kept:
+                self._resting[task] = writer
+                try:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                finally:
+                    del self._resting[task]
+                kept = await self._request(head, reader, writer)
         except wire.Malformed as error:
             self._blame([str(error)], "response")
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -105,9 +121,8 @@ class RuntimeAPIServer:
             self._connections.discard(task)
             writer.transport.abort()
 
-    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Serve one request; False when the connection is over."""
-        raw = await reader.readuntil(b"\r\n\r\n")
+    async def _request(self, raw: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Serve the request with head `raw`; False when the connection is over."""
         first, *lines = raw[:-4].decode("latin-1").split("\r\n")
         method, path, version = [*first.split(" "), "", ""][:3]
         headers: dict[str, str] = {}
@@ -280,6 +295,8 @@ class RuntimeAPIServer:
         exchange.finished.set()
         if not exchange.keep:
             await exchange.data.put(None)
+        if behaviour.silent:
+            await asyncio.get_running_loop().create_future()
         return (
             await wire.reply(writer, behaviour.status, b'{"status":"OK"}\n', segment=1 if behaviour.split_reply else 0)
             and not behaviour.close_after_reply

@@ -26,6 +26,8 @@ def request_head(version: str, headers: Mapping[str, str]) -> Iterator[str]:
         yield f"the request line says {version!r}, not HTTP/1.1"
     if not headers.get("host"):
         yield "no Host header"
+    if not re.fullmatch(r"slm-api-server/\S+ python/3\.\d+", headers.get("user-agent", "")):
+        yield f"User-Agent is {headers.get('user-agent')!r}"
 
 
 def answer_head(headers: Mapping[str, str], invocation_id: str | None) -> Iterator[str]:

@@ -19,6 +19,7 @@ class Behaviour:
     reject_after: int | None = None  # bytes of the answer, then 413 and Connection: close
     hang_up_after: int | None = None  # chunks of the answer, then the connection is cut
     status: int = 202  # of /response
+    silent: bool = False  # there is no reply to /response
     delay_s: float = 0.0  # before the reply to /response
     split_reply: bool = False  # that reply byte by byte
     close_after_reply: bool = False  # the connection of /response is closed, unannounced

@@ -24,7 +24,7 @@ class Answer(Protocol):
     def broken(self) -> bool:
         """Lambda takes no more."""
 
-    def start(self, status: int, headers: RawHeaders) -> None: ...
+    async def start(self, status: int, headers: RawHeaders) -> None: ...
 
     async def body(self, data: bytes, *, last: bool) -> None: ...
 
@@ -55,7 +55,8 @@ class StreamedAnswer:
     def broken(self) -> bool:
         return self._stream.broken
 
-    def start(self, status: int, headers: RawHeaders) -> None:
+    async def start(self, status: int, headers: RawHeaders) -> None:
+        await self._stream.open()
         self._with_body = has_body(self._method, status)
         self._is_events = any(
             name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
@@ -103,7 +104,7 @@ class BufferedAnswer:
         self.headers: RawHeaders = []
         self.content = bytearray()
 
-    def start(self, status: int, headers: RawHeaders) -> None:
+    async def start(self, status: int, headers: RawHeaders) -> None:
         self.status, self.headers = status, headers
         self.content.clear()
 

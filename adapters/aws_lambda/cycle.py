@@ -75,7 +75,7 @@ class Cycle:
             if self._started:
                 raise RuntimeError("http.response.start was sent twice")
             headers = checked(message.get("headers", ()))
-            self._answer.start(int(message["status"]), headers)
+            await self._answer.start(int(message["status"]), headers)
             self._started = True
         elif kind == "http.response.body":
             if not self._started or self._complete:
@@ -141,7 +141,7 @@ class Cycle:
                 await self._answer.abandon(failure, told)
             else:
                 self._answer.withdraw()
-                self._answer.start(status, _JSON)
+                await self._answer.start(status, _JSON)
                 await self._answer.body(told, last=True)
         except Disconnected:
             logger.warning("Lambda took no more of the answer.")

@@ -6,6 +6,7 @@ beside the reason (seen in Mangum 0.22). Knows no Runtime API.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import quote
@@ -16,7 +17,7 @@ from adapters.aws_lambda.context import LambdaContext
 from adapters.aws_lambda.prelude import RawHeaders, has_body
 
 Scope = dict[str, Any]
-ResponseMode = Literal["auto", "response_stream", "buffered"]
+ResponseMode = Literal["auto", "auto_rest", "response_stream", "buffered"]
 
 _HANDLERS = (ALB, HTTPGateway, APIGateway)  # in Mangum's order: REST events carry "resource", HTTP API v1 ones too
 _CONFIG: Any = {
@@ -99,11 +100,39 @@ def streamed(event: Mapping[str, Any], mode: ResponseMode, environ: Mapping[str,
     """Whether to stream the answer to an HTTP event.
 
     Lambda does not say how it was invoked, so this is configuration: `auto` streams to function URLs, but not under
-    SAM CLI, whose parser wants one JSON document.
+    SAM CLI, whose parser wants one JSON document. `auto_rest` streams to REST APIs as well, for integrations with
+    responseTransferMode STREAM, whose events look like any other REST API's.
     """
-    if mode == "auto":
-        return is_function_url(event) and environ.get("AWS_SAM_LOCAL") != "true"
+    if mode in ("auto", "auto_rest"):
+        to = is_function_url(event) or (mode == "auto_rest" and _is_rest_api(event))
+        return to and environ.get("AWS_SAM_LOCAL") != "true"
     return mode == "response_stream"
+
+
+def _is_rest_api(event: Mapping[str, Any]) -> bool:
+    """By the resource that it names; an HTTP API's event of version 1.0 has a version, too."""
+    return "resource" in event and "version" not in event
+
+
+# An HTTP API gives up after 30 s and tells nobody; a second is for the way there and back.
+HTTP_API_S = 29.0
+_CANNED_S = 60.0  # an event whose time is older than that was kept and sent by hand
+
+
+def answer_by(event: Mapping[str, Any], deadline: float, environ: Mapping[str, str]) -> float:
+    """When the sender of an HTTP event stops waiting, if that is before `deadline` (both monotonic).
+
+    Without it an extraction that its client has been told 503 about would go on, and be paid for, to its end.
+    """
+    is_http_api = event.get("version") in ("1.0", "2.0") and not is_function_url(event)
+    if not is_http_api or environ.get("AWS_SAM_LOCAL") == "true":
+        return deadline
+    context = event["requestContext"]
+    epoch_ms = context.get("timeEpoch", context.get("requestTimeEpoch"))
+    waited = time.time() - epoch_ms / 1000 if isinstance(epoch_ms, int | float) else 0.0
+    if not 0 <= waited <= _CANNED_S:
+        waited = 0.0
+    return min(deadline, time.monotonic() + HTTP_API_S - waited)
 
 
 def _without_traps(event: dict[str, Any]) -> dict[str, Any]:

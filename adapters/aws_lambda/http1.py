@@ -7,6 +7,7 @@ is seen before the next write, without a task that waits for it. Knows no Lambda
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import cast
 
@@ -36,6 +37,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.used = False  # it has carried a reply before
+        self._rests_since = time.monotonic()
         self._transport: asyncio.WriteTransport | None = None
         self._buffer = bytearray()
         self._reply: asyncio.Future[Reply] | None = None
@@ -51,6 +53,10 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Open, and nothing under way."""
         return self._transport is not None and not self._transport.is_closing() and self._reply is None
+
+    def rested(self) -> float:
+        """Seconds since it was opened or carried its last reply."""
+        return time.monotonic() - self._rests_since
 
     def expect(self) -> asyncio.Future[Reply]:
         """Begin a request. The future ends with its Reply or ConnectionLost, perhaps before all is written."""
@@ -186,6 +192,7 @@ class Connection(asyncio.Protocol):
         reply, self._reply = self._reply, None
         over = self._until_eof or headers.get("connection", "").lower() == "close" or bool(self._buffer)
         self._head, self._chunks, self._until_eof, self._trailing, self.used = None, None, False, False, True
+        self._rests_since = time.monotonic()
         if reply is not None and not reply.done():
             reply.set_result(Reply(status, headers, body))
         if over:

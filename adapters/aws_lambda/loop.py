@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import signal
@@ -23,6 +24,8 @@ from handlers.trace import platform, request_id
 
 logger = logging.getLogger(__name__)
 
+# With several loops a failed /next is tried again after so many seconds each time: streams of the others are under way.
+RETRIES_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 INIT_S = 9.0  # of the 10 that Lambda gives; over them it starts the process again inside the first invocation
 LONG_INIT_S = 130.0  # or the function's timeout, if that is longer: init where no request waits for it
 MARGIN_S = 10.0  # before the end of a long init
@@ -86,7 +89,7 @@ class Runtime:
             if status == 0:
                 status = await self._serve(apis)
             await self._lifespan.shutdown()
-        except RuntimeGone as error:
+        except (RuntimeGone, StartupFailed) as error:
             logger.error("The runtime ends: %s.", error)
             status = 1
         finally:
@@ -121,16 +124,25 @@ class Runtime:
             await self._ready()
 
     async def _serve(self, apis: list[RuntimeAPI]) -> int:
+        """Return when every loop has ended. One that gets no more events does not stop the others' answers."""
         workers = {asyncio.ensure_future(self._work(api)) for api in apis}
+        running, gone = workers, None
         try:
-            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            for worker in done:
-                if not worker.cancelled():
-                    worker.result()
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for worker in done:
+                    try:
+                        if not worker.cancelled():
+                            worker.result()
+                    except RuntimeGone as error:
+                        logger.error("A loop ends: %s.", error)
+                        gone = error
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.wait(workers)
+        if gone is not None:
+            raise gone
         return 0
 
     async def _work(self, api: RuntimeAPI) -> None:
@@ -139,13 +151,17 @@ class Runtime:
         while not self._stopping:
             self._idle.add(me)
             try:
-                invocation = await api.next()
+                invocation = await self._next(api)
             finally:
                 self._idle.discard(me)
             try:
                 await self._handle(api, invocation)
-            except (RuntimeGone, StartupFailed):
+            except StartupFailed:
                 raise
+            except RuntimeGone as error:
+                if self._concurrency == 1:
+                    raise
+                logger.error("The answer to %s could not be sent: %s.", invocation.id, error)
             except Exception as error:  # a fault of this runtime: the event must be answered all the same
                 logger.error("The runtime failed.", exc_info=error)
                 text = f"An internal error occurred; the log has the reason under request {invocation.id}."
@@ -153,7 +169,17 @@ class Runtime:
             if self._afterwards is not None:
                 await asyncio.to_thread(self._afterwards, invocation.deadline)
             if self._startup is not None and self._startup.done() and self._startup.exception() is not None:
-                raise RuntimeGone("the application did not start")
+                raise StartupFailed("the application did not start")
+
+    async def _next(self, api: RuntimeAPI) -> Invocation:
+        """The next event. Raises RuntimeGone: at once with one loop, because Lambda then starts another process."""
+        for delay in RETRIES_S if self._concurrency > 1 else ():
+            try:
+                return await api.next()
+            except RuntimeGone as error:
+                logger.warning("No event: %s; asking again in %.1f s.", error, delay)
+                await asyncio.sleep(delay)
+        return await api.next()
 
     async def _handle(self, api: RuntimeAPI, invocation: Invocation) -> None:
         request_id.set(invocation.id)
@@ -170,10 +196,13 @@ class Runtime:
             logger.warning("An HTTP event could not be read: %s", error)
             await self._refuse(api, invocation, event)
             return
+        if request is not None:
+            by = events.answer_by(event, invocation.deadline, self._environ)
+            invocation = dataclasses.replace(invocation, deadline=by)
         if request is None:
             await self._direct(api, invocation, event, aws)
         elif events.streamed(event, self._mode, self._environ):
-            stream = await api.stream(invocation)
+            stream = api.stream(invocation)
             answer = StreamedAnswer(stream, request.method)
             await self._cycle(invocation, answer, request.scope, request.body)
             await stream.confirmed()
@@ -205,9 +234,9 @@ class Runtime:
     async def _refuse(self, api: RuntimeAPI, invocation: Invocation, event: dict[str, Any]) -> None:
         body = envelope("The event holds no HTTP request that can be read.", "bad_request", status=400)
         if events.streamed(event, self._mode, self._environ):
-            stream = await api.stream(invocation)
+            stream = api.stream(invocation)
             answer = StreamedAnswer(stream, "GET")
-            answer.start(400, _JSON_HEADERS)
+            await answer.start(400, _JSON_HEADERS)
             await answer.body(body, last=True)
             await stream.confirmed()
         else:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.aws_lambda.failure import Failure
 from adapters.aws_lambda.http1 import Connection, ConnectionLost, Reply
 from adapters.aws_lambda.prelude import CONTENT_TYPE
+from core.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 _VERSION = "/2018-06-01/runtime"
+_USER_AGENT = f"slm-api-server/{VERSION} python/{sys.version_info[0]}.{sys.version_info[1]}"
+_REST_S = 1.0  # a connection that has rested longer is not used for an answer: the peer may be about to close it
+REPLY_GRACE_S = 5.0  # after the deadline, for Lambda's reply: a reader that is slow is still reading
 _PIECE = 256 * 1024  # most bytes of one chunk: bounds what is copied and buffered of a large body
 
 
@@ -94,26 +100,26 @@ class RuntimeAPI:
     async def respond(self, invocation: Invocation, body: bytes, content_type: str = "application/json") -> int:
         """A whole answer; its status: 202, or what is logged, for there is nothing else to do about it."""
         head = self._head(f"invocation/{invocation.id}/response", content_type, invocation)
-        return await self._post(head + f"Content-Length: {len(body)}\r\n\r\n", body, invocation.id)
+        return await self._post(head + f"Content-Length: {len(body)}\r\n\r\n", body, invocation)
 
-    async def stream(self, invocation: Invocation) -> ResponseStream:
-        """An answer to be streamed. Nothing is sent before its first byte."""
+    def stream(self, invocation: Invocation) -> ResponseStream:
+        """An answer to be streamed. It takes its connection when it is opened, for minutes may pass until then."""
         head = self._head(f"invocation/{invocation.id}/response", CONTENT_TYPE, invocation) + (
             "Lambda-Runtime-Function-Response-Mode: streaming\r\n"
             "Transfer-Encoding: chunked\r\n"
             # Trailers that are not declared here are dropped silently.
             "Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n\r\n"
         )
-        return ResponseStream(await self._to_answer(), head.encode(), invocation.id)
+        return ResponseStream(self._to_answer, head.encode(), invocation)
 
     async def error(self, invocation: Invocation, failure: Failure) -> int:
         """The event failed. For events that are not HTTP: a function URL makes a bare 502 of it."""
         head = self._head(f"invocation/{invocation.id}/error", "application/json", invocation)
-        return await self._failed(head, failure, invocation.id)
+        return await self._failed(head, failure, invocation)
 
     async def init_error(self, failure: Failure) -> None:
         """The start failed; the process must end now."""
-        await self._failed(self._head("init/error", "application/json"), failure, "init")
+        await self._failed(self._head("init/error", "application/json"), failure)
 
     async def restore_next(self) -> None:
         """SnapStart: returns in the process that was restored from the snapshot. Raises RuntimeGone."""
@@ -122,7 +128,7 @@ class RuntimeAPI:
             raise RuntimeGone(f"the Runtime API answered {reply.status} to /restore/next")
 
     async def restore_error(self, failure: Failure) -> None:
-        await self._failed(self._head("restore/error", "application/json"), failure, "restore")
+        await self._failed(self._head("restore/error", "application/json"), failure)
 
     def close(self) -> None:
         for connection in (self._polling, self._answering):
@@ -131,13 +137,18 @@ class RuntimeAPI:
         self._polling = self._answering = None
 
     def _head(self, path: str, content_type: str, invocation: Invocation | None = None) -> str:
-        head = f"POST {_VERSION}/{path} HTTP/1.1\r\nHost: {self._address}\r\nContent-Type: {content_type}\r\n"
+        head = (
+            f"POST {_VERSION}/{path} HTTP/1.1\r\nHost: {self._address}\r\n"
+            f"User-Agent: {_USER_AGENT}\r\nContent-Type: {content_type}\r\n"
+        )
         if invocation is not None and invocation.invocation_id:
             head += f"Lambda-Runtime-Invocation-Id: {invocation.invocation_id}\r\n"
         return head
 
     async def _get(self, path: str) -> Reply:
-        request = f"GET {_VERSION}/{path} HTTP/1.1\r\nHost: {self._address}\r\n\r\n".encode()
+        request = (
+            f"GET {_VERSION}/{path} HTTP/1.1\r\nHost: {self._address}\r\nUser-Agent: {_USER_AGENT}\r\n\r\n"
+        ).encode()
         while True:
             if self._polling is None or not self._polling.usable:
                 self._polling = await self._open()
@@ -152,28 +163,33 @@ class RuntimeAPI:
                 if not (kept and error.untouched):
                     raise RuntimeGone(f"the Runtime API is gone: {error}") from error
 
-    async def _failed(self, head: str, failure: Failure, of: str) -> int:
+    async def _failed(self, head: str, failure: Failure, invocation: Invocation | None = None) -> int:
         body = failure.body()
         head += f"Lambda-Runtime-Function-Error-Type: {failure.type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        return await self._post(head, body, of)
+        return await self._post(head, body, invocation)
 
-    async def _post(self, head: str, body: bytes, of: str) -> int:
+    async def _post(self, head: str, body: bytes, invocation: Invocation | None) -> int:
+        """Send it and return the reply's status; 0, and a line in the log, where none comes by the deadline."""
+        of = invocation.id if invocation is not None else "init or restore"
         while True:
             connection = await self._to_answer()
             kept = connection.used
             reply = connection.expect()
             connection.write(head.encode() + body)
             try:
-                return _judged(await reply, of)
+                return _judged(await _reply_by_deadline(connection, reply, invocation), of)
             except ConnectionLost as error:
                 if not (kept and error.untouched):
                     logger.warning("The Runtime API did not confirm the answer to %s: %s", of, error)
                     return 0
 
     async def _to_answer(self) -> Connection:
-        if self._answering is None or not self._answering.usable:
-            self._answering = await self._open()
-        return self._answering
+        connection = self._answering
+        if connection is None or not connection.usable or connection.rested() > _REST_S:
+            if connection is not None:
+                connection.close()
+            self._answering = connection = await self._open()
+        return connection
 
     async def _open(self) -> Connection:
         try:
@@ -184,15 +200,21 @@ class RuntimeAPI:
 
 
 class ResponseStream:
-    """A streamed answer: a chunk for each `write`, out at once, then `end`, then `confirmed`."""
+    """A streamed answer: `open`, then a chunk for each `write`, out at once, then `end`, then `confirmed`."""
 
-    def __init__(self, connection: Connection, head: bytes, of: str) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], head: bytes, invocation: Invocation) -> None:
         self.begun = False
         self.ended = False
-        self._connection = connection
+        self._connect = connect
+        self._connection: Connection | None = None
         self._head = head
-        self._of = of
+        self._invocation = invocation
         self._reply: asyncio.Future[Reply] | None = None
+
+    async def open(self) -> None:
+        """Take a connection that works; call it when the first byte is there, not before. Raises RuntimeGone."""
+        if not self.begun:
+            self._connection = await self._connect()
 
     @property
     def broken(self) -> bool:
@@ -225,14 +247,16 @@ class ResponseStream:
     async def confirmed(self) -> int:
         """Wait for Lambda's reply; its status, 0 for none. A reply before the end leaves the connection unusable."""
         assert self._reply is not None
+        assert self._connection is not None
         if not self.ended:
             # Between chunks, so an end is due first: the emulator panics at a body that is cut inside.
             self._connection.write(b"0\r\n\r\n")
             self._connection.close()
+        of = self._invocation.id
         try:
-            return _judged(await self._reply, self._of)
+            return _judged(await _reply_by_deadline(self._connection, self._reply, self._invocation), of)
         except ConnectionLost as error:
-            logger.warning("The Runtime API did not take the whole answer to %s: %s", self._of, error)
+            logger.warning("The Runtime API did not take the whole answer to %s: %s", of, error)
             return 0
 
     async def _chunk(self, data: bytes | bytearray | memoryview, end: bytes) -> None:
@@ -241,16 +265,32 @@ class ResponseStream:
         self.ended = bool(end)
         if chunk or end:
             self._send(chunk + end)
+        assert self._connection is not None
         await self._connection.drained()
         if self.broken:
             raise Disconnected("Lambda takes no more of this answer")
 
     def _send(self, data: bytes) -> None:
+        assert self._connection is not None
         if not self.begun:
             self.begun = True
             self._reply = self._connection.expect()
             data = self._head + data
         self._connection.write(data)
+
+
+async def _reply_by_deadline(
+    connection: Connection, reply: asyncio.Future[Reply], invocation: Invocation | None
+) -> Reply:
+    """Raises ConnectionLost also when the reply does not come: nothing may wait for it beyond the invocation's end."""
+    if invocation is None:
+        return await reply
+    left = max(0.0, invocation.deadline - time.monotonic()) + REPLY_GRACE_S
+    try:
+        return await asyncio.wait_for(asyncio.shield(reply), left)
+    except TimeoutError:
+        connection.close()
+        raise ConnectionLost("no reply came before the deadline") from None
 
 
 def _judged(reply: Reply, of: str) -> int:

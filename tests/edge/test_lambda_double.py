@@ -17,6 +17,7 @@ STREAM = (
     "Content-Type: application/vnd.awslambda.http-integration-response\r\n"
     "Lambda-Runtime-Function-Response-Mode: streaming\r\nTransfer-Encoding: chunked\r\n"
 )
+AGENT = "User-Agent: slm-api-server/1.2.3 python/3.13\r\n"
 BUFFERED = b'{"statusCode":200,"body":""}'
 
 
@@ -30,7 +31,7 @@ class Peer:
         """One request on a connection of its own; the status line of the reply, b"" for none."""
         host, _, port = self.server.address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        head = f"{method} /2018-06-01/runtime/{path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
+        head = f"{method} /2018-06-01/runtime/{path} HTTP/1.1\r\nHost: x\r\n{AGENT}{headers}\r\n"
         writer.write(head.encode() + body)
         line = await reader.readline()
         writer.close()

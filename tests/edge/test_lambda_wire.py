@@ -255,3 +255,95 @@ def test_a_kept_connection_that_dies_under_a_request_is_replaced() -> None:
 
     # /next and /response each: one connection that died at its second request, one that took that request's place.
     assert served == [2, 2, 1, 1, 1]
+
+
+async def finish(send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": b"done"})
+
+
+def test_an_answer_takes_its_connection_at_its_first_byte() -> None:
+    """A whole completion may take minutes before it; a peer with an idle limit has hung up by then."""
+    server: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await server[0].close_resting()
+        await finish(send)
+
+    async def go() -> None:
+        async with runtime(app) as bench:
+            server.append(bench.server)
+            await bench.is_well()  # there is a connection to hang up
+            for _ in range(2):
+                exchange = await bench.get("/slow")
+                assert (exchange.error, exchange.kind, bytes(exchange.body)) == (None, "stream", b"done")
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("mode", ["response_stream", "buffered"])
+def test_a_reply_that_never_comes_is_not_awaited_for_ever(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lambda's reply to an answer is lost: after the deadline the next event is served."""
+    from adapters.aws_lambda import runtime_api
+
+    monkeypatch.setattr(runtime_api, "REPLY_GRACE_S", 0.0)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await finish(send)
+
+    async def go() -> None:
+        async with runtime(app, mode=mode) as bench:
+            await bench.get("/lost", behaviour=Behaviour(silent=True), timeout_s=0.5)
+            await bench.is_well()
+
+    asyncio.run(go())
+
+
+def test_a_hiccup_of_next_ends_no_other_answer() -> None:
+    """With several loops one failed /next is asked again; streams under way go on."""
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await released.wait()
+        await finish(send)
+
+    async def go() -> None:
+        async with runtime(app, concurrency=2) as bench:
+            streaming = asyncio.ensure_future(bench.get("/slow"))
+            await begun.wait()
+            refused = await bench.get("/", behaviour=Behaviour(next_status=500))
+            assert refused.error is not None
+            await bench.is_well()  # by the loop that was refused: the other one is busy
+            released.set()
+            assert bytes((await streaming).body) == b"done"
+
+    asyncio.run(go())
+
+
+def test_loops_that_get_no_more_events_let_the_others_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its retries a loop ends; the process ends when the last answer is out, with status 1."""
+    from adapters.aws_lambda import loop
+
+    monkeypatch.setattr(loop, "RETRIES_S", (0.0,))
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await released.wait()
+        await finish(send)
+
+    async def go() -> None:
+        async with runtime(app, concurrency=2) as bench:
+            streaming = asyncio.ensure_future(bench.get("/slow"))
+            await begun.wait()
+            for _ in range(2):
+                await bench.get("/", behaviour=Behaviour(next_status=500))
+            for _ in range(2):  # for the loop that is busy now
+                bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(next_status=500))
+            released.set()
+            assert bytes((await streaming).body) == b"done"
+            assert await bench.ended() == 1
+
+    asyncio.run(go())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.aws_lambda.context import LambdaContext, of
-from adapters.aws_lambda.events import BadEvent, HTTPEvent, streamed
+from adapters.aws_lambda.events import BadEvent, HTTPEvent, answer_by, streamed
 from adapters.aws_lambda.runtime_api import Invocation
 from infra.function_url_event import from_buffered, to_event
 
@@ -198,6 +198,12 @@ def test_unreadable_events_are_bad_events(event: dict[str, Any]) -> None:
         ("http_api_v1", "auto", None, False),
         ("rest_api", "auto", None, False),
         ("rest_api", "response_stream", None, True),
+        ("rest_api", "auto_rest", None, True),
+        ("rest_api", "auto_rest", "true", False),
+        ("function_url", "auto_rest", None, True),
+        ("http_api_v1", "auto_rest", None, False),
+        ("http_api_v2", "auto_rest", None, False),
+        ("alb", "auto_rest", None, False),
         ("alb", "auto", None, False),
         ("sam_start_api", "auto", "true", False),
         ("sam_start_api", "auto", None, False),
@@ -208,6 +214,33 @@ def test_which_events_are_streamed(name: str, mode: Any, sam: str | None, expect
     environ = {"AWS_SAM_LOCAL": sam} if sam else {}
 
     assert streamed(load(name), mode, environ) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "waited", "left"),
+    [
+        ("http_api_v2", 0, 29),
+        ("http_api_v2", 12, 17),
+        ("http_api_v2", 86400, 29),  # an event that was kept
+        ("http_api_v2", -5, 29),  # clocks differ
+        ("http_api_v2", None, 29),
+        ("http_api_v1", 3, 26),
+        ("function_url", 12, 300),
+        ("rest_api", 12, 300),
+        ("alb", None, 300),
+    ],
+)
+def test_an_http_apis_thirty_seconds_are_the_deadline(name: str, waited: float | None, left: float) -> None:
+    """Counted from when the gateway got the request; other senders wait as long as the function may take."""
+    event, now = load(name), time.monotonic()
+    key = "requestTimeEpoch" if name == "http_api_v1" else "timeEpoch"
+    event["requestContext"].pop(key, None)
+    if waited is not None:
+        event["requestContext"][key] = (time.time() - waited) * 1000
+
+    assert answer_by(event, now + 300, {}) - now == pytest.approx(left, abs=0.5)
+    assert answer_by(event, now + 5, {}) == now + 5
+    assert answer_by(event, now + 300, {"AWS_SAM_LOCAL": "true"}) == now + 300
 
 
 JSON = [(b"content-type", b"application/json")]
