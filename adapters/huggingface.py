@@ -105,9 +105,10 @@ class Hub:
         from adapters.ranged import Transfer
 
         file = found.files[0]
-        if len(found.files) != 1 or file.sha256 is None or not memory.is_supported():
+        expected = next(iter(found.reference.sha256), file.sha256)
+        if len(found.files) != 1 or expected is None or not memory.is_supported():
             return None
-        origin, checksum = _Origin(self, found, file), Sha256(file.sha256)
+        origin, checksum = _Origin(self, found, file), Sha256(expected)
 
         def begin(fd: int) -> Transfer:
             return Transfer(

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +22,14 @@ from typing import Protocol
 from adapters.blocks import OVERTAKE_S, Blocks, Part
 from adapters.checksum import Checksum
 from adapters.connection import Broken, Connection
+from adapters.refusal import Refused, WrongBytes, refusal
 from core.errors import ModelUnavailable
+from core.store.source import Damaged, DownloadCancelled
 
 BLOCK_BYTES = 2 << 20
 MAX_BLOCK_BYTES = 16 << 20
 ATTEMPTS = 8  # failures in a row, without one new block, after which a part gives up
+WRONG_ATTEMPTS = 3  # the same for a block whose bytes are wrong: they did not change on their way under TLS
 STALL_S = 10.0  # a read that brings nothing for so long is given up
 SLOW_S = 30.0  # a block that takes longer is asked for again: it drips
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -46,14 +48,6 @@ class Origin(Protocol):
         `renew`: the last one was refused, so fetch new credentials or a new address first.
         """
         ...
-
-
-class _Refused(Exception):
-    """401, 403 or a redirect: worth one try with new credentials or a new address."""
-
-
-class _Wrong(Broken):
-    """A block that is not what the manifest says."""
 
 
 class Transfer:
@@ -137,7 +131,7 @@ class Transfer:
 
     def cancel(self) -> None:
         """Give up; waiting then raises. On return no thread touches the target any more."""
-        self._fail(ModelUnavailable(f"The download of {self._origin.name} was cancelled.", retry_after=None))
+        self._fail(DownloadCancelled(f"The download of {self._origin.name} was cancelled."))
         with self._changed:
             self._changed.wait_for(lambda: self._using == 0)
 
@@ -186,7 +180,7 @@ class Transfer:
     def _land(self, block: int, data: memoryview) -> None:
         """Verify a block and write it, unless another thread was faster."""
         if not self._is_right(block, data):
-            raise _Wrong(f"block {block} is not what the manifest says")
+            raise WrongBytes(f"block {block} is not what the manifest says")
         with self._changed:
             if self._stopped.is_set() or not self._blocks.claim(block):
                 return
@@ -229,9 +223,7 @@ class Transfer:
                     self._using -= 1
                     self._changed.notify_all()
         if not checksum.matches():
-            raise ModelUnavailable(
-                f"{self._origin.name} arrived with another checksum than its source names; try again."
-            )
+            raise Damaged(f"{self._origin.name} arrived with another checksum than it should have; try again.")
         with self._changed:
             self._checked = True
             self._stop()
@@ -268,21 +260,25 @@ class Transfer:
             try:
                 self._request(connection, buffer, part, renew=refused)
                 return
-            except (_Refused, Broken) as error:
+            except (Refused, Broken) as error:
                 reason = error
             if self._stopped.is_set():
                 return
             moved = part.next > before
-            if isinstance(reason, _Refused) and refused and not moved:
+            if isinstance(reason, Refused) and refused and not moved:
                 raise ModelUnavailable(
                     f"{self._origin.name} may not be read ({reason}); check the credentials and their rights."
                 ) from reason
-            refused = isinstance(reason, _Refused)
+            refused = isinstance(reason, Refused)
             failures = 1 if moved else failures + 1
-            if failures >= ATTEMPTS:
-                what = "wrong bytes came" if isinstance(reason, _Wrong) else "reads failed"
+            if failures >= (WRONG_ATTEMPTS if isinstance(reason, WrongBytes) else ATTEMPTS):
+                if isinstance(reason, WrongBytes):
+                    raise Damaged(
+                        f"{self._origin.name} is damaged: wrong bytes came {failures} times in a row."
+                    ) from reason
                 raise ModelUnavailable(
-                    f"{self._origin.name} could not be downloaded: {what} {failures} times in a row. Try again later."
+                    f"{self._origin.name} could not be downloaded: reads failed {failures} times in a row. "
+                    "Try again later."
                 ) from reason
             log.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, reason)
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1))
@@ -296,7 +292,7 @@ class Transfer:
         response = connection.send("GET", url, headers)
         whole = response.status == 200 and response.length == self._size == last + 1 - first
         if response.status != 206 and not whole:
-            self._refuse(response.status, connection)
+            raise refusal(response.status, connection.read(65536) if response.status >= 300 else b"", self._origin.name)
         ranged = f"bytes {first}-{last}/{self._size}"
         if not whole and (response.getheader("Content-Range") != ranged or response.length != last + 1 - first):
             raise Broken(f"asked for {ranged}, got {response.getheader('Content-Range')}")
@@ -318,24 +314,6 @@ class Transfer:
                 raise Broken("stopped")
             self._connections[connection] = now
         return now
-
-    def _refuse(self, status: int, connection: Connection) -> None:
-        """Say what an answer other than the bytes means."""
-        match = re.search(rb"<Code>(\w{1,64})</Code>", connection.read(65536)) if status >= 300 else None
-        reason = f"HTTP {status}" + (f" {match[1].decode()}" if match else "")
-        if status == 200:
-            raise ModelUnavailable(
-                f"{self._origin.name} cannot be read in ranges: the server ignores the Range header."
-            )
-        if status in (401, 403) or 300 <= status < 400 or (status == 400 and "Token" in reason):
-            raise _Refused(reason)
-        if status in (404, 410):
-            raise ModelUnavailable(f"{self._origin.name} is not there any more ({reason}).")
-        if status in (412, 416):
-            raise ModelUnavailable(f"{self._origin.name} was replaced while it was read ({reason}); try again.")
-        if status in (408, 425, 429) or status >= 500:
-            raise Broken(reason)
-        raise ModelUnavailable(f"{self._origin.name} could not be read ({reason}).")
 
     def _watch(self) -> None:
         """Cut connections whose block takes too long: no single read of theirs need time out for that."""

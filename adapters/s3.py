@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from adapters import memory
 from adapters.bucket import Bucket, Denied, Reply
-from adapters.checksum import s3_values, strongest
+from adapters.checksum import Checksum, Sha256, s3_values, strongest
 from adapters.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.ranged import BLOCK_BYTES, Transfer
 from core.errors import ModelNotFound, ModelUnavailable
@@ -128,20 +128,30 @@ class S3Storage:
         assert isinstance(file, S3File)
         whole = file.manifest is None  # nothing to verify the header by until the end
         return memory.receive(
-            found, lambda fd: self._transfer(file, fd, resume=0), name, progress, cancelled, whole=whole
+            found,
+            lambda fd: self._transfer(file, fd, pinned=found.reference.sha256),
+            name,
+            progress,
+            cancelled,
+            whole=whole,
         )
 
-    def _transfer(self, file: S3File, fd: int, *, resume: int) -> Transfer:
+    def _transfer(self, file: S3File, fd: int, *, resume: int = 0, pinned: tuple[str, ...] = ()) -> Transfer:
         assert file.bucket is not None
         assert file.etag is not None
         manifest = file.manifest
+        checksum: Checksum | None = None
+        if pinned:  # a manifest's word for the whole is no proof
+            checksum = Sha256(pinned[0])
+        elif manifest is None:
+            checksum = strongest(file.checksums or {})
         return Transfer(
             file.bucket.origin(file.key, file.etag),
             fd,
             file.size_bytes,
             block_bytes=manifest.block_bytes if manifest else BLOCK_BYTES,
             digests=manifest.digests() if manifest else None,
-            checksum=None if manifest else strongest(file.checksums or {}),
+            checksum=checksum,
             first_bytes=manifest.header_bytes if manifest else 0,
             resume=resume,
             threads=self._threads,

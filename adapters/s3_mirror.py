@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.lease import Lease, LeaseLost, code
-from adapters.manifest import SUFFIX
-from adapters.s3 import Layout, S3Storage
+from adapters.manifest import SUFFIX, MalformedManifest, Manifest
+from adapters.s3 import Layout, S3File, S3Storage
 from adapters.upload import Upload, UploadFailed
 from core.errors import ModelUnavailable
 from core.store.reference import HuggingFace, is_commit
@@ -81,6 +81,7 @@ class S3Mirror:
         self._wake = threading.Condition()  # guards _jobs and _thread
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
+        self._wrong: set[tuple[str, str | None]] = set()  # (key, ETag) of objects whose bytes a reader found wrong
 
     def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
         """Upload once, later, and note what the branch in `reference` means. Returns at once, raises nothing."""
@@ -98,6 +99,10 @@ class S3Mirror:
                 self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
                 self._thread.start()
             self._wake.notify_all()
+
+    def distrust(self, found: Found) -> None:
+        """An offer of the same model replaces these objects, if they are still the ones that were read."""
+        self._wrong.update((file.key, file.etag) for file in found.files if isinstance(file, S3File))
 
     def run_pending(self, deadline: float | None) -> bool:
         """Work on what was offered until `deadline` (monotonic). True: nothing is left to do. Raises nothing."""
@@ -225,7 +230,7 @@ class S3Mirror:
             return False
         file, descriptor = job.files[0]
         key = self._layout.model(job.reference, job.commit, file.path)
-        if self._reader.get(key + SUFFIX) is not None:
+        if self._is_mirrored(key):
             return True
         client = self._boto()
         lease = Lease(client, self._reader.name, key + ".lease", ttl=self._lease_ttl)
@@ -244,11 +249,21 @@ class S3Mirror:
             progress=job.progress,
             stopped=self._closed.is_set,
         )
-        if self._reader.get(key + SUFFIX) is not None:  # the holder finished between our look and our lease
+        if self._is_mirrored(key):  # the holder finished between our look and our lease
             self._drop_upload(job)
             return True
         job.upload.begin(left)
         return True
+
+    def _is_mirrored(self, key: str) -> bool:
+        reply = self._reader.get(key + SUFFIX)
+        if reply is None:
+            return False
+        try:
+            manifest = Manifest.from_json(reply.body)
+        except MalformedManifest:
+            return False
+        return (key, manifest.etag) not in self._wrong
 
     def _note_ref(self, job: _Job, deadline: float | None) -> bool:
         if is_commit(job.reference.revision):

@@ -61,6 +61,9 @@ class Offered:
     def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
         self.offer_made = (reference, found, paths)
 
+    def distrust(self, found: Found) -> None:
+        return None
+
     def run_pending(self, deadline: float | None) -> bool:
         return True
 

@@ -18,7 +18,7 @@ from core.store.directory import parts, real_path
 from core.store.partial import PartialFile, read_note, sha256_of
 from core.store.reference import S3, HuggingFace
 from core.store.sidecar import Sidecar
-from core.store.source import Cancelled, Found, Progress, RemoteFile, Source
+from core.store.source import Cancelled, Damaged, Found, Progress, RemoteFile, Source
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Download:
 
     def run(self) -> Landed:
         """Raises InvalidRequest (wrong sha256, not a GGUF), ModelUnavailable (network, disk), DownloadCancelled."""
-        self._check_pins()
+        check_pins(self._found)
         candidates = places(self._found.reference)
         for place in candidates:
             targets = parts(self._root / place)
@@ -130,7 +130,7 @@ class Download:
         digest = file.sha256 if hashed and file.sha256 else partial.sha256(self._cancelled)
         if file.sha256 is not None and digest != file.sha256:
             partial.discard()
-            raise ModelUnavailable(
+            raise Damaged(
                 f"{file.path!r} arrived damaged from {self._source.name}: sha256 {digest}, expected {file.sha256}. "
                 "Nothing of it was kept; try again."
             )
@@ -228,12 +228,6 @@ class Download:
     def _waiting(self, note: str) -> None:
         self._progress(min(read_note(note)[1], self._found.size_bytes), self._found.size_bytes)
 
-    def _check_pins(self) -> None:
-        """Raise InvalidRequest if the source itself names another sha256, before a byte is read."""
-        for file, pinned in zip(self._found.files, self._pins, strict=True):
-            if pinned is not None and file.sha256 is not None and file.sha256 != pinned:
-                raise _wrong_pin(file, file.sha256, pinned)
-
     def _explain(self, error: OSError) -> ModelUnavailable:
         if error.errno in _NO_ROOM:
             return ModelUnavailable(
@@ -246,6 +240,13 @@ class Download:
             )
         log.error("writing the model failed", exc_info=error)
         return ModelUnavailable("Writing the model into MODELS_DIR failed; the log has the reason.")
+
+
+def check_pins(found: Found) -> None:
+    """Raise InvalidRequest if the source itself names another sha256 than the pinned one, before a byte is read."""
+    for file, pinned in zip(found.files, found.reference.sha256, strict=False):
+        if file.sha256 not in (None, pinned):
+            raise _wrong_pin(file, file.sha256 or "", pinned)
 
 
 def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:

@@ -26,6 +26,10 @@ class DownloadCancelled(ModelUnavailable):
         super().__init__(message, retry_after=None)
 
 
+class Damaged(ModelUnavailable):
+    """A source holds bytes that are not what they should be. Asking it again brings the same bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """One file of a model. `path` is its name there (folders included); size and sha256 are the source's word."""
@@ -91,7 +95,11 @@ class Source(Protocol):
 
     def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
         """The model in a memfd, verified (size, sha256, GGUF header), perhaps with `arrival` set. None: not possible
-        here (split model, no memfd, no room); the store then uses the disk."""
+        here (split model, no memfd, no room); the store then uses the disk.
+
+        A sha256 in `found.reference` is computed from the bytes, whatever the source says of them: `arrival.wait`
+        returns once it is right.
+        """
         ...
 
 
@@ -103,6 +111,10 @@ class Mirror(Protocol):
 
         Called after each fetch of a hub reference, whichever source brought it; `paths` are the published files.
         """
+        ...
+
+    def distrust(self, found: Found) -> None:
+        """Replace what the mirror holds of `found` at the next offer: its bytes were wrong. Never raises."""
         ...
 
     def run_pending(self, deadline: float | None) -> bool:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.directory import Directory, LocalModel, is_file, parts
-from core.store.download import Download, Landed, is_sound, origin, places
+from core.store.download import Download, Landed, check_pins, is_sound, origin, places
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
 from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
 from core.store.source import Cancelled, DownloadCancelled, Found, Mirror, Progress, Source
+from core.store.sources import FAILURES, Failure, Sources
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Store:
         prefer_memory: bool = False,
     ) -> None:
         self._directory = Directory(models_dir, allowed)
-        self._sources = sources
+        self._sources = Sources(sources, mirror)
         self._mirror = mirror
         self._target = target
         self._prefer_memory = prefer_memory
@@ -106,16 +107,13 @@ class Store:
         stop = cancelled or _never
         if not refresh and (path := self._find(reference)) is not None:
             return self._present(reference, path, stop)
-        failure: ModelUnavailable | None = None
+        failure: Failure | None = None
         try:
-            for source, found in self._found(reference, refresh=refresh):
-                try:
-                    landed = Download(self._directory.root, source, found, report, stop).run()
-                except DownloadCancelled:
-                    raise
-                except ModelUnavailable as error:
-                    log.warning("%s could not deliver %s: %s", source.name, reference, error.message)
-                    failure = failure or error
+            for source, found in self._sources.find(reference, refresh=refresh):
+                download = Download(self._directory.root, source, found, report, stop)
+                landed = self._sources.attempt(source, found, download.run)
+                if isinstance(landed, FAILURES):
+                    failure = failure or landed
                     continue
                 if isinstance(reference, HuggingFace) and self._mirror is not None:
                     self._mirror.offer(reference, found, landed.paths)
@@ -154,58 +152,21 @@ class Store:
         """None: the model goes to the disk, because it is to, or because no source can bring it into memory."""
         if self._target == "disk":
             return None
-        for source, found in self._found(reference, refresh=False):
+        for source, found in self._sources.find(reference, refresh=False):
             where = target.choose(
                 self._target, self._directory.root, found.size_bytes, prefer_memory=self._prefer_memory
             )
             if where == "disk" or len(found.files) > 1:  # the parts of a split model are found by their names
                 return None
             target.need_memory(found.size_bytes)
-            name = model_name(found.files[0].path)
-            try:
-                model = source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
-            except DownloadCancelled:
-                raise
-            except ModelUnavailable as error:
-                log.warning("%s could not deliver %s into memory: %s", source.name, reference, error.message)
-                continue
-            if model is not None:
+            model = self._sources.attempt(source, found, partial(_open_memory, source, found, progress, cancelled))
+            if isinstance(model, ModelFile):
+                if model.arrival is not None:
+                    model = replace(model, arrival=self._sources.watch(model.arrival, source, found))
                 if isinstance(reference, HuggingFace) and self._mirror is not None:
                     self._mirror.offer(reference, found, (model.path,))
                 return model
         return None
-
-    def _found(self, reference: HuggingFace | S3, *, refresh: bool) -> Iterator[tuple[Source, Found]]:
-        """The sources that have the model, in their order, each with what it has.
-
-        With `refresh`, the authority is asked first what the branch means now; the others must then have that very
-        commit. Raises what the authority says (InvalidRequest), or ModelUnavailable if no source could answer.
-        """
-        failure: ModelUnavailable | None = None
-        told: Found | None = None
-        asked = reference
-        authority = next((source for source in self._sources if source.authority), None)
-        if refresh and authority is not None and isinstance(reference, HuggingFace):
-            try:
-                told = authority.resolve(reference, refresh=True)
-            except ModelUnavailable as error:
-                failure = error
-            if told is not None and told.commit is not None:
-                asked = replace(reference, revision=told.commit)
-        answered = False
-        for source in self._sources:
-            try:
-                found = told if source is authority and refresh else source.resolve(asked, refresh=refresh)
-            except ModelUnavailable as error:
-                log.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
-                failure = failure or error
-                continue
-            if found is None or not _agree(found, told):
-                continue
-            answered = True
-            yield source, replace(found, reference=reference)
-        if not answered and failure is not None:
-            raise failure
 
     def _find(self, reference: HuggingFace | S3) -> Path | None:
         """The file that a fetch of `reference` left, or that was put by hand where a fetch would."""
@@ -297,16 +258,10 @@ def _matches(known: sidecar.Sidecar, reference: HuggingFace | S3, path: Path) ->
     return not isinstance(reference, HuggingFace) or known.names(reference.revision)
 
 
-def _agree(found: Found, told: Found | None) -> bool:
-    """Whether a source has the files that the hub speaks of, as far as both say."""
-    if told is None or found is told:
-        return True
-    if len(found.files) != len(told.files):
-        return False
-    return all(
-        ours.size_bytes == theirs.size_bytes and (None in (ours.sha256, theirs.sha256) or ours.sha256 == theirs.sha256)
-        for ours, theirs in zip(found.files, told.files, strict=True)
-    )
+def _open_memory(source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    check_pins(found)
+    name = model_name(found.files[0].path)
+    return source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
 
 
 def _ignore(_done: int, _total: int) -> None:

@@ -471,9 +471,13 @@ class _Rubbish:
 class _Mirror:
     def __init__(self) -> None:
         self.offered: list[object] = []
+        self.distrusted: list[Found] = []
 
     def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
         self.offered.append((reference, found.commit, paths))
+
+    def distrust(self, found: Found) -> None:
+        self.distrusted.append(found)
 
 
 FETCH = """
