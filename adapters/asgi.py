@@ -4,7 +4,8 @@ It routes nothing and decides nothing: `handlers.dispatch` does. What is its own
 while they arrive, a client that hangs up ends the work done for it, and every Response is closed.
 
 An embedding adapter may say more than a scope can, in `scope["extensions"]["slm.request"]`:
-`{"deadline": seconds on time.monotonic()'s clock or None, "id": str or None, "trusted": bool}`.
+`{"deadline": seconds on time.monotonic()'s clock or None, "id": str or None, "direct": bool, "principal": str or None}`
+(see `handlers.message.Request`).
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def to_request(scope: Scope) -> Request:
         query=dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)),
         client=client[0] if client else None,
         deadline=known.get("deadline"),
-        trusted=bool(known.get("trusted", False)),
+        http_version=scope.get("http_version", "1.1"),
+        direct=bool(known.get("direct", False)),
+        principal=known.get("principal"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import ipaddress
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from core.settings import Settings, SettingsError
+from adapters.admin_key import admin_key
+from core.settings import Settings, SettingsError, keys
 from core.timeline import Timeline
 from core.version import VERSION
 
@@ -58,6 +60,16 @@ def configured(options: argparse.Namespace, environ: Mapping[str, str]) -> Setti
     return settings
 
 
+def with_admin_key(settings: Settings) -> tuple[Settings, str | None]:
+    """Without ADMIN_API_KEYS, a key of the server's own and the line that shows it; nothing where LOCAL_ADMIN replaces
+    it."""
+    if settings.admin_api_keys or (settings.local_admin and not settings.api_keys):
+        return settings, None
+    key, file = admin_key(settings.models_dir)
+    where = f"kept in {file}" if file else "for this run; set ADMIN_API_KEYS for one that stays"
+    return dataclasses.replace(settings, admin_api_keys=keys(key)), f"admin key for /load and /reload: {key} ({where})"
+
+
 def serve(settings: Settings, timeline: Timeline) -> int:
     """Bind, say so, serve until SIGTERM or Ctrl-C, and let running answers finish within SHUTDOWN_GRACE_S."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -66,6 +78,7 @@ def serve(settings: Settings, timeline: Timeline) -> int:
         from adapters.wiring import build
 
     logs.configure(settings)
+    settings, key_line = with_admin_key(settings)
     service = build(settings, timeline)
     service.host.start()  # llama.cpp loads while Python imports the server
     with timeline.phase("import server"):
@@ -78,7 +91,8 @@ def serve(settings: Settings, timeline: Timeline) -> int:
         reason = error.strerror or "no such address"
         print(f"slm-api-server: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)  # noqa: T201
         return 1
-    print(banner(address_of(listener), settings, service.host.state(), VERSION), flush=True)  # noqa: T201
+    first_lines = banner(address_of(listener), settings, service.host.state(), VERSION)
+    print("\n".join(filter(None, (first_lines, key_line))), flush=True)  # noqa: T201
     progress = ProgressLine(service.host.state) if sys.stderr.isatty() else None
     if progress is not None:
         progress.start()

@@ -188,7 +188,7 @@ class Settings:
         "ALLOWED_HOSTS", "", "Host names accepted without keys, besides loopback's; comma-separated.", names
     )
     cors_origins: tuple[str, ...] = setting(
-        "CORS_ORIGINS", "", "Origins browsers may call from; * for any. Empty: no CORS.", names
+        "CORS_ORIGINS", "", "Origins browsers may call from; * for any (needs keys). Empty: no CORS.", names
     )
     max_body_bytes: int = setting("MAX_BODY_BYTES", "6291456", "Largest request body.", whole(1024, 1 << 30))
     request_timeout_s: float = setting(
@@ -220,8 +220,25 @@ class Settings:
     api_keys_secret: str | None = setting(
         "API_KEYS_SECRET", "", "ARN of a Secrets Manager secret that holds further API keys (Lambda).", optional_text
     )
+    local_admin: bool = setting(
+        "LOCAL_ADMIN",
+        "false",
+        "true: without any keys, this machine may /load and /reload; false: the local server makes an admin key.",
+        flag,
+    )
     allow_anonymous: bool = setting("ALLOW_ANONYMOUS", "false", "Serve beyond loopback without keys.", flag)
-    iam_auth: bool = setting("IAM_AUTH", "false", "Set by the template when IAM guards the function URL.", flag)
+    iam_auth: bool = setting(
+        "IAM_AUTH",
+        "false",
+        "true: IAM guards the function URL, and requests without its identity are refused. Set by the template.",
+        flag,
+    )
+    direct_admin: bool = setting(
+        "DIRECT_ADMIN",
+        "false",
+        "true: direct invokes may load and reload; false: they may use the model (Lambda).",
+        flag,
+    )
 
     # Hugging Face and S3
     hf_home: Path | None = setting(
@@ -278,4 +295,10 @@ class Settings:
             except ValueError as error:
                 given = "" if meta["secret"] else f", got {raw!r}"
                 raise SettingsError(f"{meta['name']} {error}{given}") from None
-        return cls(**values)
+        settings = cls(**values)
+        if "*" in settings.cors_origins and not (settings.api_keys or settings.api_keys_secret or settings.iam_auth):
+            raise SettingsError(
+                "CORS_ORIGINS must name the origins where there are no API_KEYS: with * every page that a browser on "
+                "this network opens could use the model"
+            )
+        return settings

@@ -19,49 +19,104 @@ from handlers.message import Request
 Access = Literal["open", "user", "admin"]
 Level = Literal["stranger", "user", "admin"]
 
-_FORWARDED = ("x-forwarded-for", "forwarded", "x-real-ip")
+_PROXIES = frozenset(("forwarded", "via", "x-real-ip", "cf-connecting-ip", "true-client-ip"))
+_ADMIN_KEY = "an admin key: one of ADMIN_API_KEYS, or the one that the server printed at its start"
 
 
 def authorize(service: Service, request: Request, access: Access) -> None:
     """Let the request pass or raise Unauthorized (no or wrong key) or Forbidden (not with this key, not from here)."""
     settings = service.settings
     digest = _known_digest(settings, request)
-    if digest is None and not request.trusted and not settings.api_keys and not settings.iam_auth:
+    if digest is None and not request.direct and not settings.api_keys and not settings.iam_auth:
         _check_host(settings, request)
     if access == "open":
         return
+    if _lacks_identity(settings, request):
+        raise Forbidden(
+            "IAM_AUTH=true, and this request carries no IAM identity: set the function URL's AuthType to AWS_IAM and "
+            "sign the request, or set API_KEYS and IAM_AUTH=false.",
+            code="no_iam_identity",
+        )
     granted = level(service, request)
     if access == "user" and granted == "stranger":
         raise Unauthorized(_key_problem(request))
     if access == "admin" and granted != "admin":
-        if settings.admin_api_keys:
-            if digest is None:
-                raise Unauthorized(_key_problem(request))
-            raise Forbidden(f"{request.path} needs an admin key (ADMIN_API_KEYS); the key given is for use only.")
-        if settings.iam_auth or settings.api_keys:
-            raise Forbidden(f"{request.path} is closed: set ADMIN_API_KEYS on the server and send one of them.")
-        raise Forbidden(
-            f"{request.path} without keys is for this machine only: call it from loopback, or set ADMIN_API_KEYS."
-        )
+        raise _not_an_admin(settings, request, digest)
 
 
 def level(service: Service, request: Request) -> Level:
-    """What the request may do. Without API_KEYS everyone is a user; without any key a loopback peer is an admin."""
+    """What the request may do. Without API_KEYS everyone is a user; nobody is an admin without a key, unless
+    LOCAL_ADMIN or DIRECT_ADMIN says so."""
     settings = service.settings
+    if _lacks_identity(settings, request):
+        return "stranger"
     digest = _known_digest(settings, request)
-    if request.trusted or (digest is not None and digest in settings.admin_api_keys):
+    if digest is not None and digest in settings.admin_api_keys:
         return "admin"
-    keyless = not settings.api_keys and not settings.admin_api_keys and not settings.iam_auth
-    if keyless and _from_loopback(request):
+    if request.direct:
+        return "admin" if settings.direct_admin else "user"
+    if settings.local_admin and not _guarded(settings) and _is_local(request):
         return "admin"
     return "stranger" if settings.api_keys and digest is None else "user"
 
 
 def tenant(service: Service, request: Request) -> str:
-    """Whose prefix cache this request may share: the digest of its key; "" for everyone without one."""
-    if request.trusted:
-        return "trusted"
-    return _known_digest(service.settings, request) or ""
+    """Whose prefix cache this request may share: the IAM identity's ARN, else the digest of the key; "" for all who
+    have neither."""
+    if request.direct:
+        return "direct"
+    return request.principal or _known_digest(service.settings, request) or ""
+
+
+def check_site(service: Service, request: Request) -> None:
+    """Raise Forbidden if a page of another site sent this by itself: an image's address is fetched without asking.
+
+    A key or an IAM signature is given on purpose, and CORS_ORIGINS names the sites that may call.
+    """
+    settings = service.settings
+    deliberate = request.direct or request.principal is not None or _known_digest(settings, request) is not None
+    if not deliberate and cross_site(request) and request.headers.get("origin") not in settings.cors_origins:
+        raise Forbidden(
+            f"A page of another site may not call {request.path} with these parameters: send an API key, or add the "
+            "page's origin to CORS_ORIGINS.",
+            code="cross_site",
+        )
+
+
+def cross_site(request: Request) -> bool:
+    """Whether a browser says that a page of another origin made this request."""
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        return True
+    origin = request.headers.get("origin")
+    if origin is None:
+        return False
+    scheme, _, place = origin.lower().partition("://")
+    return scheme not in ("http", "https") or place != request.headers.get("host", "").lower()
+
+
+def _guarded(settings: Settings) -> bool:
+    return bool(settings.api_keys or settings.admin_api_keys or settings.iam_auth)
+
+
+def _lacks_identity(settings: Settings, request: Request) -> bool:
+    """IAM_AUTH=true means that IAM stands before the URL. Where no identity comes with the event, it does not."""
+    return settings.iam_auth and not request.direct and request.principal is None
+
+
+def _not_an_admin(settings: Settings, request: Request, digest: str | None) -> Unauthorized | Forbidden:
+    path = request.path
+    if request.direct:
+        return Forbidden(f"{path} by a direct invoke needs DIRECT_ADMIN=true on the function.")
+    if settings.admin_api_keys:
+        if digest is None:
+            return Unauthorized(f"{_key_problem(request)} {path} needs {_ADMIN_KEY}.")
+        return Forbidden(f"{path} needs {_ADMIN_KEY}; the key given is for use only.")
+    if settings.local_admin and not _guarded(settings):
+        return Forbidden(
+            f"{path} without keys is for this machine only (LOCAL_ADMIN): call it from loopback, through no proxy and "
+            "from no other site's page, or set ADMIN_API_KEYS."
+        )
+    return Forbidden(f"{path} is closed: set ADMIN_API_KEYS on the server and send one of them.")
 
 
 def _keys_given(request: Request) -> list[str]:
@@ -115,11 +170,17 @@ def _host_known(settings: Settings, host: str) -> bool:
     return True
 
 
-def _from_loopback(request: Request) -> bool:
-    """A proxy on this machine makes the whole world look like loopback; it says so in a header."""
-    if request.client is None or any(name in request.headers for name in _FORWARDED):
+def _is_local(request: Request) -> bool:
+    """From this machine, by its own user. A proxy on this machine and a page in the user's browser have its address,
+    too: most proxies add a header of their own or speak HTTP/1.0, and a browser names the page's site."""
+    if request.client is None or _is_proxied(request) or cross_site(request):
         return False
     try:
         return ipaddress.ip_address(request.client).is_loopback
     except ValueError:
         return False
+
+
+def _is_proxied(request: Request) -> bool:
+    named = any(name in _PROXIES or name.startswith("x-forwarded-") for name in request.headers)
+    return named or request.http_version == "1.0"

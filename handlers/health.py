@@ -15,11 +15,13 @@ LONGEST_WAIT_S = 3600.0
 
 
 async def get_health(service: Service, request: Request) -> Response:
-    """Open to all; strangers are told little, and may not wait, for waiting loads the model."""
+    """Open to all. Strangers see little and may not wait, nor may another site's page: waiting loads the model."""
     wait = _wait(request)
     details = auth.level(service, request) != "stranger"
     if wait is not None and not details:
         raise Unauthorized("?wait loads the model and needs an API key; /health alone does not.")
+    if wait is not None:
+        auth.check_site(service, request)
     return json_response(await health(service, wait=wait, details=details))
 
 

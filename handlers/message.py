@@ -12,8 +12,8 @@ class Request:
 
     `headers` has lower-case names, repeated ones joined with ", ". `query` keeps the last of repeated keys.
     `deadline` is on `time.monotonic()`'s clock: the answer must be complete by then. `client` is the peer's address,
-    None where the platform hides it. `trusted` means that the platform has already authorised an administrator
-    (an IAM-guarded direct invoke).
+    None where the platform hides it. `direct` is a direct invoke of the function, which IAM has let through.
+    `principal` is the ARN of the IAM identity that signed an HTTP request, if the platform names one.
     """
 
     method: str
@@ -24,7 +24,9 @@ class Request:
     body: bytes = b""
     client: str | None = None
     deadline: float | None = None
-    trusted: bool = False
+    http_version: str = "1.1"
+    direct: bool = False
+    principal: str | None = None
 
 
 async def _nothing() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from infra.function_url_environment import Environment
-from infra.function_url_event import DOMAIN, from_buffered, to_event
+from infra.function_url_event import CALLER, DOMAIN, from_buffered, to_event
 from infra.runtime_api_exchange import Exchange
 
 MAX_REQUEST = 6 * 1024 * 1024  # bytes of an event, its envelope included
@@ -32,7 +32,10 @@ Send = Callable[[Message], Awaitable[None]]
 class FunctionURL:
     """The ASGI application. Requests that find every environment busy wait (on Lambda more would be started)."""
 
-    def __init__(self, environments: list[Environment], report: Callable[[str], None]) -> None:
+    def __init__(
+        self, environments: list[Environment], report: Callable[[str], None], *, caller: str | None = None
+    ) -> None:
+        self._caller = caller
         self._environments = environments
         self._free: asyncio.LifoQueue[Environment] = asyncio.LifoQueue()
         self._report = report
@@ -57,7 +60,7 @@ class FunctionURL:
 
     async def _http(self, scope: Any, receive: Receive, send: Send) -> None:
         body = await _body(receive)
-        event = None if body is None else json.dumps(_event(scope, body)).encode()
+        event = None if body is None else json.dumps(_event(scope, body, self._caller)).encode()
         if event is None or len(event) > MAX_REQUEST:
             await _plain(
                 send, 413, {"Message": "Request must be smaller than 6291456 bytes for the InvokeFunction operation"}
@@ -89,7 +92,7 @@ async def _body(receive: Receive) -> bytes | None:
             return bytes(body)
 
 
-def _event(scope: Any, body: bytes) -> dict[str, Any]:
+def _event(scope: Any, body: bytes, caller: str | None) -> dict[str, Any]:
     return to_event(
         scope["method"],
         scope["raw_path"].decode("latin-1"),
@@ -98,6 +101,7 @@ def _event(scope: Any, body: bytes) -> dict[str, Any]:
         body=body,
         source_ip=scope["client"][0] if scope["client"] else "127.0.0.1",
         domain=DOMAIN,
+        caller=caller,
     )
 
 
@@ -157,9 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
     import uvicorn
     from dotenv import dotenv_values
 
+    from core.settings import Settings
+
     environ = {**{name: value for name, value in dotenv_values(".env").items() if value}, **os.environ}
     if not any(environ.get(name) for name in ("API_KEYS", "API_KEYS_SECRET", "IAM_AUTH")):
-        environ["IAM_AUTH"] = "true"  # here loopback guards it
+        environ["IAM_AUTH"] = "true"  # each request then carries CALLER's identity; loopback guards the address
     environments = [
         Environment(
             given.command or [sys.executable, "-m", "adapters.aws_lambda"],
@@ -171,7 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         for _ in range(given.environments)
     ]
     print(f"function URL: http://{given.host}:{given.port}/", flush=True)
-    app = FunctionURL(environments, lambda line: print(line, flush=True))
+    caller = CALLER if Settings.from_env(environ).iam_auth else None
+    app = FunctionURL(environments, lambda line: print(line, flush=True), caller=caller)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning", access_log=False)
 
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+CALLER = "arn:aws:iam::000000000000:user/local"  # who calls where nobody signs and IAM_AUTH is on
 DOMAIN = "local.lambda-url.eu-central-1.on.aws"
 
 _TEXT = ("text/", "application/json", "application/javascript", "application/xml", "application/x-www-form-urlencoded")
@@ -25,8 +26,9 @@ def to_event(
     body: bytes = b"",
     source_ip: str = "127.0.0.1",
     domain: str = DOMAIN,
+    caller: str | None = None,
 ) -> dict[str, Any]:
-    """`raw_path` and `query` are percent-encoded, as they were sent."""
+    """`raw_path` and `query` are percent-encoded, as they were sent. `caller` is the ARN of an IAM identity."""
     joined: dict[str, str] = {}
     cookies: list[str] = []
     for given, value in headers:
@@ -64,6 +66,8 @@ def to_event(
         },
         "isBase64Encoded": False,
     }
+    if caller is not None:
+        event["requestContext"]["authorizer"] = {"iam": {"userArn": caller}}
     if cookies:
         event["cookies"] = cookies
     if body:

@@ -287,9 +287,9 @@ def fake_service(
     store: FakeStore | None = None,
     **settings: Any,
 ) -> FakeService:
-    """Settings by keyword, e.g. `fake_service(api_keys=keys("secret"))`."""
+    """Settings by keyword, e.g. `fake_service(api_keys=keys("secret"))`. LOCAL_ADMIN is on, as in `make dev`."""
     engine = engine or ScriptedEngine()
     host = host or FakeHost(engine)
     store = store or FakeStore()
-    service = Service(Settings(**settings), store, host, Timeline())  # type: ignore[arg-type]
+    service = Service(Settings(**{"local_admin": True, **settings}), store, host, Timeline())  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)

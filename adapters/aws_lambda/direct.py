@@ -1,7 +1,8 @@
 """Direct invokes, for Step Functions, the AWS CLI and SDKs: `{"operation": "extract", ...body}`, guarded by IAM.
 
-An operation is its route, called by an administrator; the answer is the plain JSON body. An error is a function error
-(`Function.ModelUnavailable`, ...) with the message a client would read, so that a state machine can retry or catch it.
+An operation is its route, called by a user, or by an administrator where DIRECT_ADMIN=true. The answer is plain JSON
+without an envelope. An error is a function error (`Function.ModelUnavailable`, ...) with a client's message, so that a
+state machine can retry or catch it.
 """
 
 from __future__ import annotations

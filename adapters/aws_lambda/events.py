@@ -44,6 +44,7 @@ class HTTPEvent:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadEvent(f"{kind.__name__}: {error!r}") from error
         self.body: bytes = body
+        self.principal = principal(event)
         self.method: str = self.scope["method"]
 
     @classmethod
@@ -88,6 +89,15 @@ class HTTPEvent:
             scope["raw_path"] = quote(scope["path"]).encode()
         scope["aws.event"], scope["aws.context"] = event, self._context
         return scope
+
+
+def principal(event: Mapping[str, Any]) -> str | None:
+    """The ARN of the IAM identity that signed the request; None unless IAM guards the URL. AWS writes it: what a client
+    sends is in `headers` and `body`."""
+    authorizer = event["requestContext"].get("authorizer")
+    iam = authorizer.get("iam") if isinstance(authorizer, dict) else None
+    arn = iam.get("userArn") if isinstance(iam, dict) else None
+    return arn if isinstance(arn, str) and arn else None
 
 
 def is_function_url(event: Mapping[str, Any]) -> bool:

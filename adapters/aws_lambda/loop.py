@@ -204,11 +204,11 @@ class Runtime:
         elif events.streamed(event, self._mode, self._environ):
             stream = api.stream(invocation)
             answer = StreamedAnswer(stream, request.method)
-            await self._cycle(invocation, answer, request.scope, request.body)
+            await self._cycle(invocation, answer, request.scope, request.body, principal=request.principal)
             await stream.confirmed()
         else:
             kept = BufferedAnswer()
-            await self._cycle(invocation, kept, request.scope, request.body)
+            await self._cycle(invocation, kept, request.scope, request.body, principal=request.principal)
             payload = _dump(request.format(kept.status, kept.headers, bytes(kept.content)))
             if len(payload) > MAX_BUFFERED:
                 body = envelope(_too_large(len(payload)), "response_too_large")
@@ -223,7 +223,7 @@ class Runtime:
             return
         scope["aws.event"], scope["aws.context"] = event, aws
         kept = BufferedAnswer()
-        await self._cycle(invocation, kept, scope, body, trusted=True)
+        await self._cycle(invocation, kept, scope, body, direct=True)
         if kept.status >= 400:
             await api.error(invocation, direct.failure(kept.status, bytes(kept.content)))
         elif len(kept.content) > MAX_BUFFERED:
@@ -251,9 +251,10 @@ class Runtime:
         scope: dict[str, Any],
         body: bytes,
         *,
-        trusted: bool = False,
+        direct: bool = False,
+        principal: str | None = None,
     ) -> None:
-        known = {"deadline": invocation.deadline, "id": invocation.id, "trusted": trusted}
+        known = {"deadline": invocation.deadline, "id": invocation.id, "direct": direct, "principal": principal}
         scope["extensions"] = {"slm.request": known}
         await Cycle(answer, body, invocation.id).run(self._started_app, scope, invocation.deadline)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapters.aws_lambda.boot import Boot
 from adapters.aws_lambda.cycle import App, Receive, Send
+from adapters.aws_lambda.events import principal
 
 
 def make_handler() -> Any:
@@ -24,12 +25,17 @@ def make_handler() -> Any:
 
 
 def with_deadline(app: App) -> App:
-    """Tell the application what our own runtime tells it: the deadline and the request's id."""
+    """Tell the application what our own runtime tells it: the deadline, the request's id and who signed it."""
 
     async def wrapped(scope: Any, receive: Receive, send: Send) -> None:
         context = scope["aws.context"]
         deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1000
-        known = {"deadline": deadline, "id": context.aws_request_id, "trusted": False}
+        known = {
+            "deadline": deadline,
+            "id": context.aws_request_id,
+            "direct": False,
+            "principal": principal(scope["aws.event"]),
+        }
         await app({**scope, "extensions": {"slm.request": known}}, receive, send)
 
     return wrapped

@@ -31,7 +31,7 @@ from infra.bench.contender import ROOT
 from infra.bench.model import embedded_model
 from infra.bench.process import environment
 from infra.bench.report import line, spread
-from infra.function_url_event import to_event
+from infra.function_url_event import CALLER, to_event
 from infra.runtime_api import RuntimeAPIServer
 from infra.timeline_svg import Start, draw
 
@@ -81,6 +81,7 @@ async def start(model: Path, server: Server, target: str) -> Run:
                 "/v1/chat/completions",
                 headers=[("content-type", "application/json")],
                 body=json.dumps(ask).encode(),
+                caller=CALLER,
             )
             chat = api.invoke(event, timeout_s=LIMIT_S)
             extra = {
@@ -98,7 +99,7 @@ async def start(model: Path, server: Server, target: str) -> Run:
                 first = _first_token(chat.chunks)
                 if first is None:
                     raise SystemExit(f"no token came: {chat.error or bytes(chat.body)!r}")
-                models = api.invoke(to_event("GET", "/models"), timeout_s=LIMIT_S)
+                models = api.invoke(to_event("GET", "/models", caller=CALLER), timeout_s=LIMIT_S)
                 await asyncio.wait_for(models.finished.wait(), LIMIT_S)
                 phases = _phases(json.loads(models.body))
             finally:

@@ -24,7 +24,7 @@ from statistics import median
 from core.store.embedded import embedded_model
 from infra.bench.process import environment, free_port
 from infra.bench.report import Goal, spread
-from infra.function_url_event import to_event
+from infra.function_url_event import CALLER, to_event
 from infra.runtime_api import RuntimeAPIServer
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,8 @@ def is_text(data: bytes) -> bool:
 async def by_lambda(model: Path, folder: str) -> float:
     """Seconds from the spawn to the first piece of text that leaves the runtime."""
     async with RuntimeAPIServer() as api:
-        event = to_event("POST", "/v1/chat/completions", headers=HEADERS.items(), body=json.dumps(ASK).encode())
+        body = json.dumps(ASK).encode()
+        event = to_event("POST", "/v1/chat/completions", headers=HEADERS.items(), body=body, caller=CALLER)
         chat = api.invoke(event, timeout_s=LIMIT_S)
         environ = settings(model, folder) | {"IAM_AUTH": "true", "AWS_LAMBDA_RUNTIME_API": api.address}
         spawned = time.monotonic()

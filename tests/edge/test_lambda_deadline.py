@@ -167,5 +167,5 @@ def test_the_application_knows_the_deadline() -> None:
     known = seen[0]["extensions"]["slm.request"]
     assert abs(known["deadline"] - exchange.deadline) < 0.1
     assert known["id"] == exchange.id
-    assert known["trusted"] is False
+    assert known["direct"] is False
     assert 0 < seen[0]["aws.context"].get_remaining_time_in_millis() <= 20_000

@@ -16,9 +16,9 @@ from tests.lambda_runtime import runtime
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
-def invoke(event: dict[str, Any], *, engine: ScriptedEngine | None = None) -> Exchange:
+def invoke(event: dict[str, Any], *, engine: ScriptedEngine | None = None, **settings: Any) -> Exchange:
     async def go() -> Exchange:
-        app = create_app(fake_service(engine, api_keys=keys("secret")).service)
+        app = create_app(fake_service(engine, api_keys=keys("secret"), **settings).service)
         async with runtime(app) as bench:
             exchange = await bench.invoke(event)
             await bench.is_well()
@@ -46,16 +46,22 @@ def test_chat_answers_with_the_completion() -> None:
     assert completion["choices"][0]["message"]["content"] == "Hello there, "
 
 
-def test_a_direct_invoke_is_an_administrator() -> None:
-    """IAM has let it in: no key is asked for, not even where HTTP needs an admin key."""
-    from adapters.aws_lambda import direct
+def test_a_direct_invoke_is_a_user() -> None:
+    """IAM has let it in, so no key is asked for; but callers of an IAM-guarded URL may invoke directly, too, so that
+    alone makes nobody an administrator."""
+    for operation in ("load", "reload"):
+        exchange = invoke({"operation": operation, "model_path": "nowhere.gguf"})
+        assert exchange.error is not None
+        assert exchange.error["errorType"] == "Function.Forbidden"
+        assert "DIRECT_ADMIN=true" in exchange.error["errorMessage"]
 
-    scope, _ = direct.to_request({"operation": "reload", "model_path": "x"})
-    assert scope["path"] == "/reload"
 
-    exchange = invoke({"operation": "reload", "model_path": "nowhere.gguf"})
+def test_direct_admin_makes_it_an_administrator() -> None:
+    """For a deployment whose direct callers are its operators."""
+    exchange = invoke({"operation": "reload", "model_path": "nowhere.gguf"}, direct_admin=True)
+
     assert exchange.error is not None
-    assert exchange.error["errorType"] == "Function.ModelNotFound"  # and not Unauthorized
+    assert exchange.error["errorType"] == "Function.ModelNotFound"
 
 
 def test_errors_are_typed_for_state_machines() -> None:
@@ -84,3 +90,21 @@ def test_query_parameters_of_reading_operations() -> None:
     scope, body = direct.to_request({"operation": "health", "wait": 1})
 
     assert (scope["method"], scope["query_string"], body) == ("GET", b"wait=1", b"")
+
+
+def test_an_iam_guarded_url_demands_the_identity_in_the_event() -> None:
+    """IAM_AUTH with a URL of AuthType NONE, or behind a load balancer, is closed instead of open to all."""
+
+    async def go() -> list[int | None]:
+        app = create_app(fake_service(iam_auth=True).service)
+        async with runtime(app) as bench:
+            exchanges = [
+                await bench.get("/v1/models"),
+                await bench.get("/v1/models", headers=[("x-amzn-iam", "arn"), ("authorization", "AWS4-HMAC-SHA256 x")]),
+                await bench.get("/v1/models", caller="arn:aws:iam::123456789012:user/ann"),
+                await bench.get("/health"),
+            ]
+            await bench.is_well()
+            return [exchange.status for exchange in exchanges]
+
+    assert asyncio.run(go()) == [403, 403, 200, 200]

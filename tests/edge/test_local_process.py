@@ -78,7 +78,39 @@ def test_without_a_model_it_serves_and_says_what_to_do(tmp_path: Path) -> None:
 
     assert code == 0
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("models"), Path("models/.admin-key")]
+
+
+def test_without_admin_keys_the_server_makes_one(tmp_path: Path) -> None:
+    """Printed at the start, kept for this user only, the same at the next start; loopback alone is no admin."""
+    printed = []
+    for _ in range(2):
+        with process(tmp_path) as (running, address, _):
+            assert running.stdout is not None
+            line = running.stdout.readline()
+            found = re.fullmatch(r"admin key for /load and /reload: (\S+) \(kept in models/\.admin-key\)\n", line)
+            assert found, line
+            printed.append(found[1])
+            body = {"model_path": "absent.gguf"}
+            assert httpx.post(f"{address}/reload", json=body).status_code == 401
+            given = httpx.post(f"{address}/reload", json=body, headers={"authorization": f"Bearer {printed[-1]}"})
+            assert given.json()["error"]["code"] == "model_not_found"
+            used = httpx.get(f"{address}/v1/models")
+            assert used.status_code == 200
+
+    file = tmp_path / "models" / ".admin-key"
+    assert printed[0] == printed[1] == file.read_text().strip()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_local_admin_replaces_the_key(tmp_path: Path) -> None:
+    """`make dev` sets it: this machine's own requests may reload, a proxy's and a page's may not."""
+    with process(tmp_path, LOCAL_ADMIN="true") as (_, address, _):
+        body = {"model_path": "absent.gguf"}
+        assert httpx.post(f"{address}/reload", json=body).json()["error"]["code"] == "model_not_found"
+        for header, value in (("via", "1.1 proxy"), ("origin", "https://evil.example")):
+            assert httpx.post(f"{address}/reload", json=body, headers={header: value}).status_code == 403
+    assert not (tmp_path / "models" / ".admin-key").exists()
 
 
 def test_env_is_read_and_the_environment_wins(tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "N_THREADS")
         if name in os.environ
     }
-    environ |= {"PYTHONPATH": str(ROOT), "MODELS_DIR": str(folder / "models"), "LOG_FORMAT": "text"}
+    environ |= {
+        "PYTHONPATH": str(ROOT),
+        "MODELS_DIR": str(folder / "models"),
+        "LOG_FORMAT": "text",
+        "LOCAL_ADMIN": "true",
+    }
     log = (folder / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "adapters.local", "--port", "0"],

@@ -25,7 +25,13 @@ def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
     shutil.copyfile(embedded, tmp_path / "smollm2.gguf")
     assemble(tmp_path / "gemma.gguf")
     service = build(
-        Settings(models_dir=tmp_path, model_path=str(tmp_path / "smollm2.gguf"), model_aliases=("*",), n_ctx=2048)
+        Settings(
+            models_dir=tmp_path,
+            model_path=str(tmp_path / "smollm2.gguf"),
+            model_aliases=("*",),
+            n_ctx=2048,
+            local_admin=True,
+        )
     )
 
     async def post(path: str, **body: object) -> tuple[int, dict[str, object]]:

@@ -273,3 +273,23 @@ def test_answers_without_a_body_have_no_type(name: str, status: int) -> None:
 
     assert answer["body"] == ""
     assert "content-type" not in answer["headers"]
+
+
+@pytest.mark.parametrize(
+    ("authorizer", "expected"),
+    [
+        ({"iam": {"userArn": "arn:aws:iam::1:user/ann"}}, "arn:aws:iam::1:user/ann"),
+        ({"iam": {"userArn": ""}}, None),
+        ({"iam": {"userArn": 5}}, None),
+        ({"iam": None}, None),
+        ({"jwt": {"claims": {"userArn": "arn:aws:iam::1:user/ann"}}}, None),
+        ("arn:aws:iam::1:user/ann", None),
+        (None, None),
+    ],
+)
+def test_the_principal_is_the_iam_authorizers(authorizer: Any, expected: str | None) -> None:
+    """Only what AWS writes into the event after it has checked a signature counts."""
+    event = to_event("GET", "/health", headers=[("authorizer", "arn:aws:iam::1:user/eve")])
+    event["requestContext"]["authorizer"] = authorizer
+
+    assert read(event).principal == expected

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.admin_key import admin_key
 from adapters.local import configured
 from adapters.terminal import ProgressLine, banner
 from core.host import HostState
@@ -63,6 +64,43 @@ def test_serving_strangers_has_to_be_meant(environ: dict[str, str], allowed: boo
     else:
         with pytest.raises(SettingsError, match="ALLOW_ANONYMOUS"):
             configured(options(), environ)
+
+
+def test_cors_for_all_needs_keys() -> None:
+    """With CORS_ORIGINS=* every page that a browser opens could use a server without keys."""
+    for environ in ({}, {"ADMIN_API_KEYS": "boss"}, {"ALLOW_ANONYMOUS": "true"}):
+        with pytest.raises(SettingsError, match="CORS_ORIGINS must name the origins"):
+            configured(options(), {"CORS_ORIGINS": "*", **environ})
+
+    assert configured(options(), {"CORS_ORIGINS": "*", "API_KEYS": "use"}).cors_origins == ("*",)
+    assert configured(options(), {"CORS_ORIGINS": "https://app.example"}).cors_origins == ("https://app.example",)
+
+
+def test_an_admin_key_that_others_could_know_is_replaced(tmp_path: Path) -> None:
+    """A file that others may read, a link, and what is no key are replaced; a folder that takes no file keeps none."""
+    file = tmp_path / ".admin-key"
+    first, kept_in = admin_key(tmp_path)
+    assert kept_in == file
+    assert admin_key(tmp_path) == (first, file)
+
+    file.chmod(0o644)
+    second, _ = admin_key(tmp_path)
+    assert second != first
+
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text(first)
+    third, _ = admin_key(tmp_path)
+    assert third != first
+    assert not file.is_symlink()
+
+    file.write_text("short\n")
+    assert len(admin_key(tmp_path)[0]) >= 32
+
+    (tmp_path / "file").write_text("")
+    fourth, kept_in = admin_key(tmp_path / "file")
+    assert (len(fourth) >= 32, kept_in) == (True, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".admin-key", "elsewhere", "file"]
 
 
 def run(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
