@@ -39,7 +39,7 @@ def _serve() -> int:
     with boot.timeline.phase("imports"):
         import asyncio
 
-        from adapters.asgi import create_app
+        from adapters.asgi import Endpoint
         from adapters.aws_lambda import loop, snapstart
         from adapters.logs import configure
     configure(boot.settings)
@@ -68,11 +68,11 @@ def _serve() -> int:
     async def after() -> None:
         found = await asyncio.to_thread(boot.read_secret)
         snapstart.reseed()
-        runtime.app = create_app(boot.with_keys(found))
+        runtime.app = Endpoint(boot.with_keys(found))
 
     init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ, boot.settings.function_timeout_s)
     runtime = loop.Runtime(
-        create_app(service),
+        Endpoint(service),
         os.environ,
         mode=service.settings.response_mode,
         ready=ready,

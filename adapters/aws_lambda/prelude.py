@@ -55,17 +55,23 @@ def has_body(method: str, status: int) -> bool:
 
 def prelude(status: int, headers: RawHeaders, *, body: bool = True) -> bytes:
     """The prelude of an answer with `checked` headers; `body` False: there is none, so it needs no type."""
-    joined: dict[str, str] = {}
+    named, cookies = joined(headers)
+    if body:
+        named.setdefault("content-type", DEFAULT_CONTENT_TYPE)
+    record: dict[str, Any] = {"statusCode": status, "headers": named}
+    if cookies:
+        record["cookies"] = cookies
+    return json.dumps(record, separators=(",", ":")).encode() + SEPARATOR
+
+
+def joined(headers: RawHeaders) -> tuple[dict[str, str], list[str]]:
+    """Headers by name, repeated ones joined by commas; cookies, which cannot be joined, apart."""
+    named: dict[str, str] = {}
     cookies: list[str] = []
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
         if name == "set-cookie":
             cookies.append(value)
         else:
-            joined[name] = f"{joined[name]}, {value}" if name in joined else value
-    if body:
-        joined.setdefault("content-type", DEFAULT_CONTENT_TYPE)
-    record: dict[str, Any] = {"statusCode": status, "headers": joined}
-    if cookies:
-        record["cookies"] = cookies
-    return json.dumps(record, separators=(",", ":")).encode() + SEPARATOR
+            named[name] = f"{named[name]}, {value}" if name in named else value
+    return named, cookies

@@ -39,6 +39,13 @@ def test_handlers_and_core_import_nothing_heavy() -> None:
     assert set() == imported_by(*handlers, *core) & {*HEAVY, "starlette", "anyio"}
 
 
+def test_a_function_urls_event_needs_no_framework() -> None:
+    """The Lambda runtime reads payload 2.0 and serves the endpoint by itself: neither Mangum nor Starlette."""
+    modules = ("adapters.aws_lambda.boot", "adapters.aws_lambda.loop", "adapters.asgi", "adapters.logs")
+
+    assert set() == imported_by(*modules) & {*HEAVY, "starlette", "anyio"}
+
+
 @pytest.mark.parametrize("module", ["adapters.asgi", "adapters.wiring", "adapters.logs"])
 def test_adapters_of_the_cold_path_import_nothing_heavy(module: str) -> None:
     """The application and its wiring load their sources' libraries when a source is used."""
