@@ -55,10 +55,10 @@ class ContextOverflow(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, n_ctx: int, *, param: str | None = "messages") -> None:
+    def __init__(self, prompt_tokens: int, n_ctx: int, remedy: str, *, param: str | None = "messages") -> None:
         super().__init__(
             f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, and at least one is for the answer. "
-            "Shorten the prompt or raise N_CTX.",
+            f"{remedy}",
             param=param,
         )
         self.prompt_tokens = prompt_tokens

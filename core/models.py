@@ -61,6 +61,7 @@ def active(service: Service, state: HostState) -> dict[str, Any]:
             "architecture": card.architecture,
             "n_params": card.n_params,
             "n_vocab": card.n_vocab,
+            "n_ctx": card.n_ctx,
             "n_ctx_train": card.n_ctx_train,
             "size_bytes": card.size_bytes,
             "chat_template": "gguf" if card.chat_template else "chatml (the model brings none)",

@@ -79,7 +79,7 @@ class ScriptedEngine:
 
     def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         if len(request.prompt) + 1 > self.card.n_ctx:
-            raise ContextOverflow(len(request.prompt), self.card.n_ctx)
+            raise ContextOverflow(len(request.prompt), self.card.n_ctx, self.card.remedy)
         if self.running >= self.config.n_parallel + self.config.max_queue:
             raise Busy("The queue is full.")
         self.requests.append(request)

@@ -22,7 +22,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
-    repeat_penalty: float = 1.0
+    repeat_penalty: float = 1.0  # of tokens in prompt and answer; the next two look at the answer only
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  # None: drawn from the system
@@ -30,7 +30,12 @@ class Sampling:
 
     @property
     def repeatable(self) -> bool:
-        """Whether the same request is expected to give the same text."""
+        """Whether the same request should give the same text.
+
+        It does on a server that does nothing else, with the prompt's prefix wholly cached or not at all. Beside other
+        sequences it is best effort, as with OpenAI's `seed`: another batch shape adds up floats in another order, and
+        a prompt that is half cached, or read in slices next to a running answer, has another shape.
+        """
         return self.seed is not None or self.temperature <= 0
 
 
@@ -109,6 +114,13 @@ class ModelCard:
     bos: str  # texts of the special tokens, "" where the model has none
     eos: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a prompt that does not fit."""
+        if 0 < self.n_ctx_train <= self.n_ctx:
+            return "The model was trained on no more, so N_CTX cannot raise it: shorten the prompt."
+        return "Shorten the prompt or raise N_CTX."
 
 
 @dataclass(frozen=True, slots=True)

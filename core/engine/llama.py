@@ -63,6 +63,14 @@ class Llama:
         self._vocabulary = Vocabulary(bindings, self._model)
         self.config = config
         self.card = self._describe()
+        if self.card.n_ctx < config.n_ctx:
+            log.warning(
+                "%s was trained on %s tokens: N_CTX %s is shared by all requests, and one may use %s",
+                file.name,
+                self.card.n_ctx_train,
+                config.n_ctx,
+                self.card.n_ctx,
+            )
         self._scheduler = Scheduler(
             bindings,
             self._context,
@@ -91,7 +99,7 @@ class Llama:
 
     def generate(self, request: GenerationRequest) -> PieceStream:
         if len(request.prompt) + 1 > self.card.n_ctx:
-            raise ContextOverflow(len(request.prompt), self.card.n_ctx)
+            raise ContextOverflow(len(request.prompt), self.card.n_ctx, self.card.remedy)
         if not request.prompt:
             raise InvalidRequest("The prompt has no tokens.", param="messages")
         n_vocab = self._vocabulary.n_tokens
@@ -103,16 +111,25 @@ class Llama:
             )
         matcher = None if request.grammar is None else self._vocabulary.matcher(request.grammar)
         stream = PieceStream(request, self._scheduler.interrupt)
+        samplers: list[Sampler] = []
         sequences: list[Sequence] = []
-        for index in range(request.n):
-            sampler = Sampler(self._bindings, request.sampling, n_vocab=n_vocab, n_ctx=self.card.n_ctx, index=index)
-            own = matcher if matcher is None or index == 0 else matcher.deep_copy()
-            sequences.append(Sequence(request, index, stream, sampler, own, sequences[0] if sequences else None))
         try:
+            for index in range(request.n):
+                sampler = Sampler(
+                    self._bindings,
+                    request.sampling,
+                    prompt=request.prompt,
+                    n_vocab=n_vocab,
+                    n_ctx=self.card.n_ctx,
+                    index=index,
+                )
+                samplers.append(sampler)
+                own = matcher if matcher is None or index == 0 else matcher.deep_copy()
+                sequences.append(Sequence(request, index, stream, sampler, own, sequences[0] if sequences else None))
             self._scheduler.submit(sequences)
         except BaseException:
-            for sequence in sequences:
-                sequence.sampler.free()
+            for sampler in samplers:
+                sampler.free()
             stream.cancel()
             raise
         return stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ def draw_seed() -> int:
 class Sampler:
     """One chain: logit bias, penalties, top-k, top-p, min-p, temperature, draw. Built once a sequence; `free` it."""
 
-    def __init__(self, bindings: Any, sampling: Sampling, *, n_vocab: int, n_ctx: int, index: int) -> None:
+    def __init__(
+        self, bindings: Any, sampling: Sampling, *, prompt: Iterable[int] = (), n_vocab: int, n_ctx: int, index: int
+    ) -> None:
+        """`index` of the sequence is added to the seed. `prompt` counts for `repeat_penalty`."""
         self._sample = bindings.llama_sampler_sample
         self._accept = bindings.llama_sampler_accept
         self._free = bindings.llama_sampler_free
@@ -31,17 +35,7 @@ class Sampler:
         if sampling.logit_bias:
             biases = (bindings.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias.items())
             links.append(bindings.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
-        if self.penalised:
-            # OpenAI's penalties look at the whole answer, so the window is the context.
-            links.append(
-                bindings.llama_sampler_init_penalties(
-                    n_vocab,
-                    n_ctx,
-                    sampling.repeat_penalty,
-                    sampling.frequency_penalty,
-                    sampling.presence_penalty,
-                )
-            )
+        links += _penalties(bindings, sampling, prompt, n_vocab, n_ctx)
         if sampling.temperature <= 0:
             links.append(bindings.llama_sampler_init_greedy())
         else:
@@ -72,6 +66,25 @@ class Sampler:
         if self._chain is not None:
             self._free(self._chain)
             self._chain = None
+
+
+def _penalties(bindings: Any, sampling: Sampling, prompt: Iterable[int], n_vocab: int, n_ctx: int) -> list[Any]:
+    """The links for the penalties that are set. Their window is the context, so that they look at the whole answer."""
+    links = []
+    if sampling.repeat_penalty != 1.0:
+        repeat = bindings.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repeat_penalty, 0.0, 0.0)
+        # As in transformers and llama-server the prompt counts, too. How often a token occurs makes no difference.
+        for token in set(prompt):
+            bindings.llama_sampler_accept(repeat, token)
+        links.append(repeat)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        # OpenAI's two penalties look at the answer alone.
+        links.append(
+            bindings.llama_sampler_init_penalties(
+                n_vocab, n_ctx, 1.0, sampling.frequency_penalty, sampling.presence_penalty
+            )
+        )
+    return links
 
 
 def logits_of(bindings: Any, context: Any, row: int, n_vocab: int) -> Any:

@@ -61,8 +61,10 @@ class Step:
         """Sample a token that the grammar, if there is one, allows.
 
         The free draw is tried first: a token that is allowed stands, else the row is masked and drawn from again. That
-        gives exactly the masked distribution (p + (1 - P) p / P = p / P for P the allowed mass), and most draws need no
-        mask, which costs 0.2-0.4 ms. Not with penalties: a draw that is thrown away would count for them.
+        gives the masked distribution (p + (1 - P) p / P = p / P for P the allowed mass), and most draws need no mask,
+        which costs 0.2-0.4 ms. With top_k, top_p or min_p it is not exactly that one: the first draw cuts off the
+        unmasked row's tail, as llama.cpp's own grammar sampling does. Not with penalties: a draw that is thrown away
+        would count for them.
         """
         sampler, matcher = sequence.sampler, sequence.matcher
         if matcher is None:

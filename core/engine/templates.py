@@ -50,7 +50,7 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
     if characters > card.n_ctx * _TOKEN:
         raise InvalidRequest(
             f"The messages have {characters} characters; the context holds {card.n_ctx} tokens, which is at most "
-            f"{card.n_ctx * _TOKEN} characters. Shorten the prompt or raise N_CTX.",
+            f"{card.n_ctx * _TOKEN} characters. {card.remedy}",
             param="messages",
             code="context_length_exceeded",
         )
@@ -61,7 +61,7 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
     if guard.count * 2 > card.n_ctx:  # a name that is cut is two tokens at least; tokenizing them all takes seconds
         raise InvalidRequest(
             f"The messages name control tokens {guard.count} times; the context holds {card.n_ctx} tokens. "
-            "Shorten the prompt or raise N_CTX.",
+            f"{card.remedy}",
             param="messages",
             code="context_length_exceeded",
         )

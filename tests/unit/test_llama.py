@@ -1,0 +1,111 @@
+"""Llama on tiny models: limits, penalties, and what a request that fails half-way leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.engine import llama
+from core.engine.generation import GenerationRequest, Sampling
+from core.engine.llama import Llama
+from core.engine.stream import PieceStream
+from core.errors import ContextOverflow
+
+LoadTiny = Callable[..., Llama]
+
+
+def _generate(engine: Llama, request: GenerationRequest) -> list[bytes]:
+    """The tokens of the answer."""
+
+    async def run() -> list[bytes]:
+        return [entry.token async for piece in engine.generate(request) for entry in piece.logprobs]
+
+    return asyncio.run(run())
+
+
+def test_a_context_beyond_the_training_is_cut_and_said(tiny_engine: LoadTiny, caplog: pytest.LogCaptureFixture) -> None:
+    """The error does not advise what cannot help."""
+    with caplog.at_level(logging.WARNING, logger="slm.engine"):
+        engine = tiny_engine("llama", n_ctx=16384)
+    assert "was trained on 8192 tokens" in caplog.text
+
+    async def ask() -> None:
+        engine.generate(GenerationRequest((3,) * 8192))
+
+    assert engine.card.n_ctx == 8192
+    with pytest.raises(ContextOverflow, match=r"holds 8192.*N_CTX cannot raise it: shorten the prompt"):
+        asyncio.run(ask())
+
+
+def test_a_context_below_the_training_may_be_raised(tiny_engine: LoadTiny, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="slm.engine"):
+        engine = tiny_engine("llama", n_ctx=256)
+    assert "was trained on" not in caplog.text
+
+    async def ask() -> None:
+        engine.generate(GenerationRequest((3,) * 256))
+
+    with pytest.raises(ContextOverflow, match="Shorten the prompt or raise N_CTX"):
+        asyncio.run(ask())
+
+
+def test_repeat_penalty_counts_the_prompt_and_openais_penalties_do_not(tiny_engine: LoadTiny) -> None:
+    """Of 60 prompts some are answered first by a token that they hold. Only `repeat_penalty` drives it out."""
+    engine = tiny_engine("llama")
+    repeated = changed = 0
+    for code in range(33, 93):
+        words = f"{chr(code)} and {chr(code + 1)}".encode() + bytes(range(128, 250))
+        prompt = tuple(3 + byte for byte in words)
+
+        def first(prompt: tuple[int, ...] = prompt, **penalty: float) -> bytes:
+            sampling = Sampling(temperature=0, logit_bias={1: -100.0, 2: -100.0}, **penalty)
+            return _generate(engine, GenerationRequest(prompt, sampling, max_tokens=1, top_logprobs=0))[0]
+
+        plain = first()
+        if plain not in words:
+            continue
+        repeated += 1
+        changed += first(repeat_penalty=2.0) != plain
+        assert first(presence_penalty=2.0, frequency_penalty=2.0) == plain
+    assert repeated > 10
+    assert changed > repeated // 2
+
+
+def test_a_request_that_fails_half_way_frees_what_it_made(
+    tiny_engine: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samplers are C memory, and the stream's timer would wake the engine for a request that never was."""
+    freed: list[int] = []
+    streams: list[PieceStream] = []
+
+    class Sampler(llama.Sampler):
+        def __init__(self, *args: Any, index: int, **kwargs: Any) -> None:
+            if index == 2:
+                raise MemoryError
+            super().__init__(*args, index=index, **kwargs)
+            self.index = index
+
+        def free(self) -> None:
+            freed.append(self.index)
+            super().free()
+
+    class Stream(PieceStream):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(llama, "Sampler", Sampler)
+    monkeypatch.setattr(llama, "PieceStream", Stream)
+    engine = tiny_engine("llama")
+
+    async def ask() -> None:
+        with pytest.raises(MemoryError):
+            engine.generate(GenerationRequest((3, 4, 5), n=3, deadline=1e12))
+
+    asyncio.run(ask())
+    assert freed == [0, 1]
+    assert [stream.cancelled for stream in streams] == [True]
