@@ -66,6 +66,7 @@ class ScriptedEngine:
         self.running = 0
         self.closed = False
         self.warmed = False
+        self.failed: ApiError | None = None
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return list(text.encode())

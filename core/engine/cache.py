@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.engine.sequence import Sequence, Slot, common_prefix
+from core.engine.sequence import Sequence, Slot, common_prefix, count_cells
 
 
 class Cache:
@@ -24,21 +24,26 @@ class Cache:
     def free_slots(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.sequence is None]
 
+    def used(self) -> int:
+        """Cells of the sequences that run. Idle prefixes do not count: they give way."""
+        return count_cells(slot.spans() for slot in self.slots if slot.sequence is not None)
+
+    def needed(self, sequence: Sequence) -> int:
+        """Cells that `sequence` needs beyond `used`, if it is admitted now."""
+        source, shared = self._find(sequence)
+        places = [slot.spans() for slot in self.slots if slot.sequence is not None]
+        before = count_cells(places)
+        if source is not None:
+            places.append(source.spans(shared))
+        return count_cells(places) - before + len(sequence.tokens) - shared
+
     def take(self, sequence: Sequence) -> int:
         """Give `sequence` a free slot with as much of its tokens as the tenant's slots hold. Returns that many.
 
         At least one token is left to decode, or there would be no logits.
         """
         free = self.free_slots()
-        tenant, tokens = sequence.request.tenant, sequence.tokens
-        source, shared = None, 0
-        for slot in (*self.slots, self.opening):
-            if slot.tokens and (slot.tenant == tenant or slot is self.opening):
-                length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
-                if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
-                    continue
-                if length > shared:
-                    source, shared = slot, length
+        source, shared = self._find(sequence)
         if source in free and self._superseded(source, shared):
             target = source
         else:
@@ -49,15 +54,29 @@ class Cache:
                 if source is not None and shared:
                     self._bindings.llama_memory_seq_cp(self._memory, source.id, target.id, 0, shared)
                     target.tokens = source.tokens[:shared]
+                    target.copied = source.spans(shared)
         if len(target.tokens) > shared:
             self.trim(target, shared)
         self._clock += 1
         target.used = self._clock
         target.n_prompt = sequence.n_prompt
-        target.tenant = tenant
+        target.tenant = sequence.request.tenant
         target.sequence = sequence
         sequence.slot = target
         return len(target.tokens)
+
+    def _find(self, sequence: Sequence) -> tuple[Slot | None, int]:
+        """The slot that holds the longest beginning of `sequence`, and how long that is."""
+        tenant, tokens = sequence.request.tenant, sequence.tokens
+        source, shared = None, 0
+        for slot in (*self.slots, self.opening):
+            if slot.tokens and (slot.tenant == tenant or slot is self.opening):
+                length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
+                if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
+                    continue
+                if length > shared:
+                    source, shared = slot, length
+        return source, shared
 
     @staticmethod
     def _superseded(slot: Slot, shared: int) -> bool:
@@ -77,23 +96,24 @@ class Cache:
     def trim(self, slot: Slot, length: int) -> None:
         """Forget all beyond `length` tokens, also what an aborted decode left there."""
         if self._bindings.llama_memory_seq_rm(self._memory, slot.id, length, -1):
-            del slot.tokens[length:]
+            if length < len(slot.tokens):
+                # What comes next lies in other cells than what another slot may have copied from here.
+                slot.copied, slot.origin = slot.spans(length), object()
+                del slot.tokens[length:]
         else:
             self.clear(slot)
 
     def clear(self, slot: Slot) -> None:
         self._bindings.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
-        slot.tokens = []
+        slot.tokens, slot.copied, slot.origin = [], [], object()
 
-    def evict(self) -> bool:
-        """Forget the prefix that was not used for longest. False if no free slot holds any."""
-        idle = [slot for slot in (*self.free_slots(), self.opening) if slot.tokens]
-        if not idle:
-            return False
-        self.clear(min(idle, key=lambda slot: slot.used))
-        return True
+    def holds_idle(self) -> bool:
+        """Whether a prefix is held that no sequence runs on."""
+        return bool(self._idle())
 
-    def clear_all(self) -> None:
-        self._bindings.llama_memory_clear(self._memory, True)
-        for slot in (*self.slots, self.opening):
-            slot.tokens = []
+    def evict(self) -> None:
+        """Forget the idle prefix that was not used for longest."""
+        self.clear(min(self._idle(), key=lambda slot: slot.used))
+
+    def _idle(self) -> list[Slot]:
+        return [slot for slot in (*self.free_slots(), self.opening) if slot.tokens]

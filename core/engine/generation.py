@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from core.errors import ApiError
+
 Finish = Literal["stop", "length"]
 
 
@@ -45,8 +47,8 @@ class GenerationRequest:
 
     `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (`core.engine.constraints`).
     `top_logprobs` None means no logprobs, 0 the chosen token's only. `tenant` separates prefix caches: a prefix is
-    never shared between tenants. `deadline` is on `time.monotonic()`'s clock: the sequence ends before it with
-    finish "length".
+    never shared between tenants. `deadline` is on `time.monotonic()`'s clock: then the sequence ends with finish
+    "length", or with ModelUnavailable if no token has come yet.
     """
 
     prompt: tuple[int, ...]
@@ -142,6 +144,11 @@ class Engine(Protocol):
 
     card: ModelCard
     config: EngineConfig
+
+    @property
+    def failed(self) -> ApiError | None:
+        """Why this engine serves no more though it was not stopped; None while it serves."""
+        ...
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         """Token ids of `text`, no BOS added; `special` lets "<|im_start|>" and the like become their tokens.

@@ -31,8 +31,10 @@ class Inbox:
         return len(self._sequences)
 
     def put(self, sequences: list[Sequence]) -> None:
-        """Raises ModelUnavailable after `close`."""
+        """Raises ModelUnavailable after `close`, and after a failure that."""
         with self._change:
+            if self._failure is not None:
+                raise self._failure
             if self._closed:
                 raise ModelUnavailable("The model is being released; try again.", retry_after=1)
             self._sequences.extend(sequences)
@@ -81,10 +83,10 @@ class Inbox:
             opening, self._opening = self._opening, []
             return opening
 
-    def drain(self) -> list[Sequence]:
-        """Close, and hand over what nobody will take any more."""
+    def drain(self, failure: ApiError | None) -> list[Sequence]:
+        """Close, and return what nobody will take any more. Later calls of `put` raise `failure`, if there is one."""
         with self._change:
-            self._closed = True
+            self._closed, self._failure = True, failure
             return self._drain()
 
     def _drain(self) -> list[Sequence]:

@@ -71,20 +71,25 @@ class Llama:
                 config.n_ctx,
                 self.card.n_ctx,
             )
+        recurrent = bool(bindings.llama_model_is_recurrent(self._model))
         self._scheduler = Scheduler(
             bindings,
             self._context,
             Step(bindings, self._context, self._vocabulary, self.card.n_ctx),
             n_batch=int(bindings.llama_n_batch(self._context)),
             n_parallel=config.n_parallel,
+            n_limit=self.card.n_ctx,
+            n_cells=None if recurrent else int(bindings.llama_n_ctx(self._context)),
             max_queue=config.max_queue,
-            trimmable=not (
-                bindings.llama_model_is_recurrent(self._model) or bindings.llama_model_is_hybrid(self._model)
-            ),
+            trimmable=not (recurrent or bindings.llama_model_is_hybrid(self._model)),
             arrival=None if file.arrival is None else file.arrival.wait,
         )
         self._preparing = threading.Thread(target=self._prepare, name="prepare", daemon=True)
         self._preparing.start()
+
+    @property
+    def failed(self) -> ApiError | None:
+        return self._scheduler.failed
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return self._vocabulary.tokenize(text, special=special, continued=continued)

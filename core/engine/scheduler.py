@@ -2,7 +2,7 @@
 
 Every step decodes one batch: the next token of each running sequence, the tokens a grammar forced, and a slice of any
 prompt still to be read. When cells run out, idle prefixes go first, then the youngest sequence is paused and computed
-again later: a client never sees a failed decode.
+again later: a client never sees a failed decode. What a step does is decided in `core.engine.schedule`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
+from core.engine import schedule
 from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
+from core.engine.counters import Counters
 from core.engine.generation import Piece
 from core.engine.inbox import Inbox
 from core.engine.pace import Pace
@@ -29,20 +31,12 @@ from core.errors import ApiError, Busy, ModelUnavailable
 log = logging.getLogger("slm.engine")
 
 
-@dataclass(slots=True)
-class Counters:
-    """Since the load."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    decode_calls: int = 0
-    paused: int = 0
-
-
 class Scheduler:
-    """`submit`, `interrupt`, `stats` and `close` are called from any thread; the rest runs in the engine thread."""
+    """The first group of methods is for any thread; the rest runs in the engine thread.
+
+    A sequence has at most `n_limit` tokens; all of them share `n_cells` (None: recurrent models, whose states do not
+    grow). `failed` is the error that ended the engine thread, if one did.
+    """
 
     def __init__(
         self,
@@ -52,6 +46,8 @@ class Scheduler:
         *,
         n_batch: int,
         n_parallel: int,
+        n_limit: int,
+        n_cells: int | None,
         max_queue: int,
         trimmable: bool,
         arrival: Callable[[], None] | None = None,
@@ -59,6 +55,8 @@ class Scheduler:
         self._bindings = bindings
         self._context = context
         self._step = step
+        self._n_limit = n_limit
+        self._n_cells = n_cells
         self._max_queue = max_queue
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable)
         self._batch = Batch(bindings, n_batch, n_parallel + 1)
@@ -66,12 +64,11 @@ class Scheduler:
         self._inbox = Inbox(arrival)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._reading: set[PieceStream] = set()  # streams whose prompts the current decode call reads
         self._out: list[tuple[PieceStream, Piece | Exception]] = []
-        self._crowded = False  # one was paused for want of cells: nobody is admitted until another has ended
         self._pace = Pace()
         self._admissions = 0
         self.counters = Counters()
+        self.failed: ApiError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -90,14 +87,13 @@ class Scheduler:
         self._inbox.prime(opening[: self._batch.size])
 
     def interrupt(self, stream: PieceStream) -> None:
-        """A stream was cancelled or ran out of time: look now, even in the middle of its prompt."""
-        if stream in self._reading:
-            self._abort.set()
+        """A stream was cancelled or its deadline has passed: look now, even in the middle of its prompt."""
+        self._abort.look()
         self._inbox.interrupt()
 
     def stats(self) -> dict[str, Any]:
         total = len(self._cache.slots)
-        return {field.name: getattr(self.counters, field.name) for field in fields(Counters)} | {
+        return asdict(self.counters) | {
             "sequences": {"running": total - len(self._cache.free_slots()), "total": total},
             "queued": len(self._inbox) + len(self._waiting),
         }
@@ -105,7 +101,7 @@ class Scheduler:
     def close(self) -> None:
         """End all that runs with ModelUnavailable and stop the thread. Blocks until it has stopped."""
         self._inbox.close()
-        self._abort.set()
+        self._abort.stop()
         self._thread.join()
 
     # In the engine thread
@@ -120,13 +116,14 @@ class Scheduler:
                     self._read_opening()
                 self._flush()
         except ApiError as error:  # the weights will not come
-            self._fail_all(error)
+            self.failed = error
         except BaseException:
-            log.exception("the engine thread failed")
-            self._fail_all(ModelUnavailable("The engine failed; the model has to be loaded again."))
-            raise
+            log.exception("The engine thread failed; the model has to be loaded again.")
+            self.failed = ModelUnavailable("The engine failed; the model is loaded again by the next request.")
         finally:
-            self._fail_all(ModelUnavailable("The model was released before the answer was finished; try again."))
+            self._fail_all(
+                self.failed or ModelUnavailable("The model was released before the answer was finished; try again.")
+            )
 
     def _next_work(self) -> bool:
         """Wait for something to do, take in what came, drop what was cancelled or is late. False: closed."""
@@ -138,51 +135,79 @@ class Scheduler:
         for sequence in [*self._running, *self._waiting]:
             if sequence.stream.cancelled:
                 self._retire(sequence)
-            elif sequence.request.deadline is not None and now >= sequence.request.deadline:
+            elif sequence.stream.expired or (
+                sequence.request.deadline is not None and now >= sequence.request.deadline
+            ):
                 self._finish_late(sequence)
         return True
 
     def _finish_late(self, sequence: Sequence) -> None:
-        if sequence.begun:
+        if sequence.stream.begun:
             self._emit(sequence, sequence.text.finish(), finish="length")
-        else:
-            self._out.append(
-                (sequence.stream, ModelUnavailable("No slot was free before the deadline.", retry_after=1))
+            self._retire(sequence)
+            return
+        # An empty answer would look like one that the model gave.
+        if sequence.begun:
+            message = (
+                f"The deadline passed before the first token: the prompt has {sequence.n_prompt} tokens. "
+                "Send a shorter one, or allow more time."
             )
-        self._retire(sequence)
+        else:
+            message = "The deadline passed before a slot was free."
+        self._fail(sequence, ModelUnavailable(message, retry_after=1))
 
     def _admit(self) -> None:
-        """Give free slots to those who wait, oldest first. A follower waits until its leader has read their prompt."""
-        if not (self._inbox.arrived and self._waiting) or (self._crowded and self._running):
-            return
-        for sequence in list(self._waiting):
-            if not self._cache.free_slots():
+        """Give slots to those who wait, as the schedule says."""
+        while self._inbox.arrived and self._waiting and self._cache.free_slots():
+            running = [self._describe(sequence) for sequence in self._running]
+            place = schedule.admit(self._queue(), running, self._cache.used(), self._n_cells)
+            if place is None:
                 return
-            leader = sequence.leader
-            if leader is not None and leader.slot is not None and not leader.prompt_read:
-                continue
-            self._waiting.remove(sequence)
+            sequence = self._waiting[place]
+            del self._waiting[place]
             cached = self._cache.take(sequence)
             self._admissions += 1
             sequence.admitted = self._admissions
+            sequence.prefill = len(sequence.tokens)
             if not sequence.begun:
                 sequence.begun = True
-                if leader is None:
+                if sequence.leader is None:
                     sequence.stream.cached_tokens = cached
                     self.counters.prompt_tokens += sequence.n_prompt
                     self.counters.cached_tokens += cached
             self._running.append(sequence)
 
+    def _queue(self) -> Iterator[schedule.Waiting]:
+        """Those who wait, as the schedule sees them. Lazy: it looks at few, and each costs a search for a prefix."""
+        for sequence in self._waiting:
+            leader = sequence.leader
+            if leader is not None and leader.slot is not None and leader.reading:
+                yield schedule.Waiting(0, 0, blocked=True)
+            else:
+                yield schedule.Waiting(self._cache.needed(sequence), sequence.growth(self._n_limit))
+
+    def _describe(self, sequence: Sequence) -> schedule.Running:
+        return schedule.Running(
+            sequence.pending,
+            sequence.reading,
+            sequence.request.sampling.repeatable,
+            sequence.growth(self._n_limit),
+        )
+
     def _decode(self) -> None:
         """One step: fill the batch, decode it, sample from every sequence whose last token was in it."""
+        # 1) The batch.
         rows = self._fill()
+        # 2) llama.cpp.
+        self._abort.begin({sequence.stream for sequence, _, _ in rows})
         started = time.monotonic()
         code = self._bindings.llama_decode(self._context, self._batch.native)
+        elapsed = time.monotonic() - started
+        self._abort.end()
         self.counters.decode_calls += 1
-        self._reading = set()
-        self._abort.clear()
+        # 3) What came of it.
         if code == 0:
-            self._pace.note(self._batch.length, time.monotonic() - started)
+            self._pace.note(self._batch.length, elapsed)
             for sequence, count, row in rows:
                 slot = sequence.slot
                 assert slot is not None
@@ -191,6 +216,7 @@ class Scheduler:
                 if row is not None:
                     self._advance(sequence, row)
         elif code == 2:  # aborted: some of the batch may be in the memory
+            self.counters.aborted += 1
             self._forget(rows)
         elif code == 1:  # no cells
             self._make_room()
@@ -205,74 +231,72 @@ class Scheduler:
         tokens = self._inbox.take_opening() if self._inbox.arrived else []
         if not tokens:
             return
+        opening = self._cache.opening
+        self._cache.clear(opening)
         self._batch.clear()
-        self._batch.add(self._cache.opening.id, tokens, 0, logits=False)
+        self._batch.add(opening.id, tokens, 0, logits=False)
+        self._abort.begin(())
         code = self._bindings.llama_decode(self._context, self._batch.native)
-        self._cache.opening.tokens = tokens if code == 0 else []
+        self._abort.end()
+        if code == 0:
+            opening.tokens = tokens
+        else:
+            self._cache.clear(opening)  # a decode that was aborted or failed may have left some of it
 
     def _fill(self) -> list[tuple[Sequence, int, int | None]]:
         """Put tokens into the batch. Returns (sequence, how many of its tokens, index of the row to sample from)."""
         batch = self._batch
         batch.clear()
+        plan = schedule.fill(
+            [self._describe(sequence) for sequence in self._running], batch.size, self._pace.slice(batch.size)
+        )
         rows: list[tuple[Sequence, int, int | None]] = []
-        decoding = [sequence for sequence in self._running if sequence.produced]
-        reading = [sequence for sequence in self._running if not sequence.produced]
-        budget = batch.size if not decoding else self._pace.slice(batch.size)
-        streams = set()
-        for sequence in (*decoding, *reading):
-            count = min(sequence.pending, batch.room)
-            if not sequence.produced:
-                count = min(count, budget)
-                if sequence.request.sampling.repeatable and 1 < sequence.pending <= count:
-                    # The prompt's last token goes alone, as it does when all before it is cached: another batch shape
-                    # adds up floats in another order, and the same request would give another text.
-                    count = sequence.pending - 1
-                budget -= count
-                streams.add(sequence.stream)
-            if count <= 0:
-                continue
+        for part in plan:
+            sequence = self._running[part.index]
             slot = sequence.slot
             assert slot is not None
             done = len(slot.tokens)
-            last = count == sequence.pending
-            row = batch.add(slot.id, sequence.tokens[done : done + count], done, logits=last)
-            rows.append((sequence, count, row if last else None))
-        self._reading = streams
-        if any(stream.cancelled for stream in streams):  # `interrupt` came before it could see them here
-            self._abort.set()
+            row = batch.add(slot.id, sequence.tokens[done : done + part.count], done, logits=part.sample)
+            rows.append((sequence, part.count, row if part.sample else None))
         return rows
 
     def _advance(self, sequence: Sequence, row: int) -> None:
-        """Sample, turn into text, and end the sequence if it is time."""
+        """Sample, turn into text, and end the sequence if it is time. An exception ends this sequence only."""
         try:
             text, tokens, logprobs, finish = self._step.advance(sequence, row)
         except ApiError as error:
             self._fail(sequence, error)
             return
+        except Exception as error:
+            log.exception("a sequence failed after %s tokens", len(sequence.tokens))
+            self._fail(sequence, ApiError(f"the next token could not be made: {type(error).__name__}"))
+            return
         self.counters.completion_tokens += tokens
+        sequence.stream.begun = True
         self._emit(sequence, text, tokens, logprobs, finish)
         if finish is not None:
             self._retire(sequence)
 
     def _make_room(self) -> None:
         """No cells for the batch: forget an idle prefix, else pause the youngest, else the context is full."""
-        if self._cache.evict():
-            return
-        youngest = max(self._running, key=lambda sequence: sequence.admitted)
-        if len(self._running) > 1:
-            assert youngest.slot is not None
-            self._cache.clear(youngest.slot)
-            self._cache.release(youngest)
-            self._running.remove(youngest)
-            self._waiting.appendleft(youngest)
-            self._crowded = True
-            self.counters.paused += 1
-        else:
-            self._emit(youngest, youngest.text.finish(), finish="length")
-            self._retire(youngest)
+        admitted = [sequence.admitted for sequence in self._running]
+        match schedule.make_room(admitted, idle=self._cache.holds_idle()):
+            case "evict":
+                self._cache.evict()
+            case "end":
+                last = self._running[0]
+                self._emit(last, last.text.finish(), finish="length")
+                self._retire(last)
+            case index:
+                paused = self._running.pop(index)
+                assert paused.slot is not None
+                self._cache.clear(paused.slot)
+                self._cache.release(paused)
+                self._waiting.appendleft(paused)
+                self.counters.paused += 1
 
     def _forget(self, rows: list[tuple[Sequence, int, int | None]]) -> None:
-        """Take back what a decode that failed or was aborted left in the memory."""
+        """Remove from the memory what a decode that failed or was aborted left there."""
         for sequence, _, _ in rows:
             if sequence.slot is not None:
                 self._cache.trim(sequence.slot, len(sequence.slot.tokens))
@@ -289,12 +313,11 @@ class Scheduler:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        self._crowded = False
         self._cache.release(sequence)
         sequence.sampler.free()
 
     def _fail_all(self, error: Exception) -> None:
-        self._waiting.extend(self._inbox.drain())
+        self._waiting.extend(self._inbox.drain(self.failed))
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, error)
         self._flush()

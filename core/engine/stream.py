@@ -17,6 +17,8 @@ class PieceStream:
         self.loop = asyncio.get_running_loop()
         self.cached_tokens = 0
         self.cancelled = False
+        self.expired = False  # the deadline has passed
+        self.begun = False  # a token has come, for one of the n sequences; the engine thread's
         self._interrupt = interrupt
         self._items: deque[Piece | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -24,7 +26,12 @@ class PieceStream:
         self._timer: asyncio.TimerHandle | None = None
         if request.deadline is not None:
             # Wakes a scheduler that is deep in a long prefill; between steps it looks at the clock itself.
-            self._timer = self.loop.call_later(max(0.0, request.deadline - time.monotonic()), interrupt, self)
+            self._timer = self.loop.call_later(max(0.0, request.deadline - time.monotonic()), self._expire)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody wants more of it."""
+        return self.cancelled or self.expired
 
     def __aiter__(self) -> PieceStream:
         return self
@@ -59,6 +66,10 @@ class PieceStream:
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._interrupt(self)
 
     def _end(self) -> None:
         if self._timer is not None:

@@ -113,7 +113,7 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
 
 
 def test_evict_takes_idle_prefixes_only() -> None:
-    """A running sequence is never evicted; once nothing idle is left, evict says so."""
+    """A running sequence is never evicted."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 1, 1], [])
     running = sequence([2, 2])
@@ -121,8 +121,9 @@ def test_evict_takes_idle_prefixes_only() -> None:
     assert running.slot is not None
     running.slot.tokens = [2, 2]
 
-    assert cache.evict()
-    assert not cache.evict()
+    assert cache.holds_idle()
+    cache.evict()
+    assert not cache.holds_idle()
     assert running.slot.tokens == [2, 2]
 
 
@@ -133,3 +134,41 @@ def test_a_recurrent_model_only_goes_on_from_its_end(following: list[int], cache
     serve(cache, [1, 2, 3], [])
 
     assert cached == serve(cache, following, [])
+
+
+def test_cells_are_counted_once() -> None:
+    """A copied prefix takes no cells, whoever holds it; what follows it does, also when its source was cut back."""
+    cache = Cache(Memory(), None, 3, trimmable=True)
+    first, second, third = sequence([*range(10)]), sequence([0, 1, 2, 3, 50, 51]), sequence([0, 1, 2, 3, 50, 60])
+    assert cache.needed(first) == 10
+    cache.take(first)
+    assert first.slot is not None
+    first.slot.tokens = [*range(10)]
+
+    assert cache.needed(second) == 2
+    cache.take(second)
+    assert second.slot is not None
+    second.slot.tokens += [50, 51]
+    assert cache.used() == 12
+
+    assert cache.needed(third) == 1  # four tokens of the first, one of the second
+    cache.take(third)
+    assert third.slot is not None
+    third.slot.tokens += [60]
+    assert cache.used() == 13
+
+    cache.trim(first.slot, 2)
+    first.slot.tokens += [70, 71]
+    assert cache.used() == 9  # 0 1 2 3 50 51, 60, 70 71
+
+    cache.clear(first.slot)
+    assert cache.used() == 7
+
+
+def test_an_idle_prefix_needs_its_cells_when_it_is_used() -> None:
+    """Until then it gives way, so it is not counted as used."""
+    cache = Cache(Memory(), None, 2, trimmable=True)
+    serve(cache, [1, 2, 3], [4])
+
+    assert cache.used() == 0
+    assert cache.needed(sequence([1, 2, 3, 4, 5])) == 5

@@ -1,0 +1,300 @@
+"""The engine thread on tiny models: one sequence's end, failure or pause does no harm to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.engine import llama, schedule
+from core.engine.generation import GenerationRequest, Sampling
+from core.engine.llama import Llama
+from core.engine.sampling import Sampler
+from core.engine.stream import PieceStream
+from core.errors import ApiError, ModelUnavailable
+
+Load = Callable[..., Llama]
+
+CLOSE = 0.1  # logprobs: another batch shape adds up floats in another order
+GREEDY = Sampling(temperature=0, logit_bias={2: -100.0})  # never ends by itself
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return (1, *(3 + (seed * 31 + index * 7) % 250 for index in range(length - 1)))
+
+
+def request(seed: int, length: int, max_tokens: int, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(prompt(seed, length), GREEDY, max_tokens=max_tokens, tenant=str(seed), **fields)
+
+
+def dictated(seed: int, length: int, tokens: int) -> GenerationRequest:
+    """The grammar leaves no choice, so that no near tie can fall the other way: what is compared is logprobs."""
+    text = "".join(chr(97 + (seed * 5 + index * index) % 26) for index in range(tokens))
+    return request(seed, length, tokens, grammar=f'start: "{text}"', top_logprobs=0)
+
+
+async def opinions(stream: PieceStream) -> list[float]:
+    """The logprobs of all tokens, before the grammar's mask: they depend on everything that was read before."""
+    return [entry.logprob async for piece in stream for entry in piece.logprobs]
+
+
+async def weigh(engine: Llama, *requests: GenerationRequest) -> list[list[float]]:
+    return list(await asyncio.gather(*[opinions(engine.generate(one)) for one in requests]))
+
+
+async def read(stream: PieceStream) -> tuple[str, int, str | None]:
+    text, tokens, finish = "", 0, None
+    async for piece in stream:
+        text, tokens, finish = text + piece.text, tokens + piece.tokens, piece.finish
+    return text, tokens, finish
+
+
+async def ask(engine: Llama, *requests: GenerationRequest) -> list[tuple[str, int, str | None]]:
+    return list(await asyncio.gather(*[read(engine.generate(one)) for one in requests]))
+
+
+class Watched:
+    """The bindings, with a hook that runs in the engine thread right before each decode call."""
+
+    def __init__(self, engine: Llama, before: Callable[[int], None]) -> None:
+        scheduler = engine._scheduler
+        self._real = scheduler._bindings
+        self._before = before
+        self.lengths: list[int] = []  # of the batches
+        scheduler._bindings = self
+
+    def llama_decode(self, context: Any, batch: Any) -> int:
+        self.lengths.append(batch.n_tokens)
+        self._before(batch.n_tokens)
+        return int(self._real.llama_decode(context, batch))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2", "mamba"])
+def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: Load) -> None:
+    """Their tokens are those of an undisturbed run, and none of them is read a second time."""
+    engine = tiny_engine(kind, n_ctx=4096, n_batch=64)
+    others = [dictated(seed, 40, 60) for seed in range(3)]
+    undisturbed = asyncio.run(weigh(engine, *others))
+    fourth: list[PieceStream] = []
+
+    def before(length: int) -> None:
+        if length > 3 and fourth and not fourth[0].cancelled:
+            watched.lengths.clear()
+            fourth[0].cancel()
+
+    watched = Watched(engine, before)
+
+    async def main() -> list[list[float]]:
+        streams = [engine.generate(one) for one in others]
+        firsts = [await anext(stream) for stream in streams]
+        fourth.append(engine.generate(request(4, 1000, 60)))
+        rest = await asyncio.gather(*map(opinions, streams))
+        assert await read(fourth[0]) == ("", 0, None)
+        return [[first.logprobs[0].logprob, *more] for first, more in zip(firsts, rest, strict=True)]
+
+    disturbed = asyncio.run(main())
+    assert [len(logprobs) for logprobs in disturbed] == [60] * 3
+    for one, other in zip(undisturbed, disturbed, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+    assert fourth[0].cancelled
+    assert engine.stats()["aborted"] == 0
+    assert watched.lengths
+    assert max(watched.lengths) <= 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "mamba"])
+def test_a_prompt_that_nobody_waits_for_is_aborted(kind: str, tiny_engine: Load) -> None:
+    """Alone in its batch a cancelled prompt stops at once, and the next request is not touched."""
+    engine = tiny_engine(kind, n_batch=64)
+    expected = asyncio.run(ask(engine, request(1, 40, 20)))
+    streams: list[PieceStream] = []
+    Watched(engine, lambda length: streams[0].cancel())
+
+    async def main() -> None:
+        streams.append(engine.generate(request(2, 500, 20)))
+        assert await read(streams[0]) == ("", 0, None)
+
+    asyncio.run(main())
+    assert asyncio.run(ask(engine, request(1, 40, 20))) == expected
+    assert engine.stats()["aborted"] == 1
+
+
+def test_a_deadline_in_the_prompt_is_not_an_empty_answer(tiny_engine: Load) -> None:
+    """No token has come, so there is no answer that could have ended with "length"."""
+    engine = tiny_engine("llama", n_batch=64)
+    deadline = time.monotonic() + 0.2
+
+    def before(length: int) -> None:
+        while time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    Watched(engine, before)
+    with pytest.raises(ModelUnavailable, match="before the first token: the prompt has 500 tokens"):
+        asyncio.run(ask(engine, request(1, 500, 20, deadline=deadline)))
+
+
+def test_an_exception_ends_one_sequence(
+    tiny_engine: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its neighbours and later requests are answered; the log has the traceback."""
+    engine = tiny_engine("llama")
+    draw = engine._scheduler._step._draw
+
+    def broken(sequence: Any, row: int) -> int:
+        if sequence.request.tenant == "1":
+            raise MemoryError
+        return draw(sequence, row)
+
+    monkeypatch.setattr(engine._scheduler._step, "_draw", broken)
+
+    async def main() -> list[Any]:
+        streams = [engine.generate(request(seed, 20, 10)) for seed in range(3)]
+        return await asyncio.gather(*map(read, streams), return_exceptions=True)
+
+    with caplog.at_level(logging.ERROR, "slm.engine"):
+        first, failed, third = asyncio.run(main())
+
+    assert (first[1], third[1]) == (10, 10)
+    assert isinstance(failed, ApiError)
+    assert failed.status == 500
+    assert "MemoryError" in caplog.text
+    assert engine.failed is None
+    assert asyncio.run(ask(engine, request(5, 20, 10)))[0][1] == 10
+
+
+def test_what_ends_the_engine_thread_can_be_seen(tiny_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs gets a 503, and `failed` says that this engine will not serve again."""
+    engine = tiny_engine("llama")
+
+    def broken() -> int:
+        raise RuntimeError("cannot count")
+
+    async def main() -> None:
+        stream = engine.generate(request(1, 20, 1000))
+        await anext(stream)
+        monkeypatch.setattr(engine._scheduler._cache, "used", broken)
+        with pytest.raises(ModelUnavailable, match="engine failed"):
+            await ask(engine, request(2, 20, 10))
+        with pytest.raises(ModelUnavailable, match="engine failed"):
+            await read(stream)
+        with pytest.raises(ModelUnavailable, match="engine failed"):
+            engine.generate(request(3, 20, 10))
+
+    asyncio.run(main())
+    assert engine.failed is not None
+
+
+def test_a_stopped_engine_has_not_failed(tiny_engine: Load) -> None:
+    engine = tiny_engine("llama")
+    engine.stop()
+
+    assert engine.failed is None
+    with pytest.raises(ModelUnavailable, match="released"):
+        asyncio.run(ask(engine, request(1, 20, 10)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2"])
+def test_a_paused_sequence_comes_back_within_the_prefill_budget(
+    kind: str, tiny_engine: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are read in slices beside those who decode, and its answer is what it would have been."""
+    engine = tiny_engine(kind, n_ctx=512)
+    requests = [dictated(seed, 100, 120) for seed in range(4)]
+    alone = [asyncio.run(weigh(engine, one))[0] for one in requests]
+    steps: list[tuple[list[schedule.Running], list[schedule.Rows]]] = []
+    real = schedule.fill
+
+    def recorded(running: Any, size: int, prefill: int) -> list[schedule.Rows]:
+        rows = real(running, size, 20)  # as on a slow machine
+        steps.append((running, rows))
+        return rows
+
+    monkeypatch.setattr(schedule, "fill", recorded)
+    before = engine.stats()["paused"]
+    together = asyncio.run(weigh(engine, *requests))
+
+    assert engine.stats()["paused"] > before
+    for one, other in zip(alone, together, strict=True):
+        assert len(one) == 120
+        assert one == pytest.approx(other, abs=CLOSE)
+    for running, rows in steps:
+        if any(not sequence.reading for sequence in running):
+            assert sum(row.count for row in rows if running[row.index].reading) <= 20
+    assert engine.stats()["sequences"]["running"] == 0
+
+
+def test_prompts_wait_for_room(tiny_engine: Load) -> None:
+    """Four prompts that do not fit together are read one after the other, and none is thrown away half-read."""
+    engine = tiny_engine("llama", n_ctx=256)
+    answers = asyncio.run(ask(engine, *[request(seed, 100, 20) for seed in range(4)]))
+
+    assert [(tokens, finish) for _, tokens, finish in answers] == [(20, "length")] * 4
+    assert engine.stats()["paused"] == 0
+
+
+def test_forks_share_their_prompts_cells(tiny_engine: Load) -> None:
+    """Four answers to one prompt of more than a third of the context run side by side."""
+    engine = tiny_engine("llama", n_ctx=256)
+    widths: list[int] = []
+    Watched(engine, widths.append)
+    stream_request = GenerationRequest(prompt(1, 100), Sampling(seed=1, logit_bias={2: -100.0}), max_tokens=20, n=4)
+
+    async def main() -> int:
+        return sum([piece.tokens async for piece in engine.generate(stream_request)])
+
+    assert asyncio.run(main()) == 80
+    assert 4 in widths
+    assert engine.stats()["paused"] == 0
+
+
+def test_a_recurrent_model_has_no_cells_to_run_out_of(tiny_engine: Load) -> None:
+    """Its states have one size: sequences that are longer than the context together run side by side."""
+    engine = tiny_engine("mamba", n_ctx=256)
+    widths: list[int] = []
+    Watched(engine, widths.append)
+    answers = asyncio.run(ask(engine, *[request(seed, 150, 20) for seed in range(4)]))
+
+    assert [tokens for _, tokens, _ in answers] == [20] * 4
+    assert 4 in widths
+
+
+def test_a_request_that_cannot_be_built_leaves_nothing_behind(
+    tiny_engine: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sampler fails: the first is freed, and the deadline's timer is cancelled."""
+    engine = tiny_engine("llama")
+    made: list[Sampler] = []
+    streams: list[PieceStream] = []
+
+    class Second(Sampler):
+        def __init__(self, *args: Any, **fields: Any) -> None:
+            if made:
+                raise MemoryError
+            super().__init__(*args, **fields)
+            made.append(self)
+
+    class Stream(PieceStream):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(llama, "Sampler", Second)
+    monkeypatch.setattr(llama, "PieceStream", Stream)
+
+    async def main() -> None:
+        with pytest.raises(MemoryError):
+            engine.generate(request(1, 20, 10, n=2, deadline=time.monotonic() + 100))
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert made[0]._chain is None
+    timer = streams[0]._timer
+    assert timer is not None
+    assert timer.cancelled()
