@@ -43,7 +43,7 @@ class HostState:
     status: Status
     model: str | None
     loading: Loading | None
-    error: str | None  # of the last load that failed, in our words
+    error: str | None  # of the last load or engine that failed, in our words
     engine: Engine | None
     path: str | None = None  # of `model`, where it is on this machine
     leases: int = 0  # requests that hold an engine now, a swapped-out one included
@@ -80,6 +80,7 @@ class Host:
         return self._chosen().report()
 
     def state(self) -> HostState:
+        self._served.drop_failed()
         choice, _ = self._wanted()
         served, loading = self._served, self._loader.progress()
         error = None if served.error is None else served.error.message

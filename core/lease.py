@@ -62,8 +62,10 @@ class Lender:
         return Lease(self, loaded)
 
     def retire(self, loaded: Loaded) -> None:
-        """Free the engine now, or when its last lease is back. Lend it no more."""
+        """Free the engine now, or when its last lease is back. Lend it no more. Idempotent."""
         with self._change:
+            if loaded.retired:
+                return
             loaded.retired = True
             self._retired.add(loaded)
             free = loaded.leases == 0

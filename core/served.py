@@ -68,13 +68,26 @@ class Served:
 
     @property
     def error(self) -> ApiError | None:
-        """Why the last load failed."""
+        """Why the last load failed, or the engine that was served."""
         return self._error
+
+    def drop_failed(self) -> None:
+        """Serve a model no more whose engine has failed; the next request loads it again, without delay."""
+        with self._change:
+            held = self._held
+            if held is None or held.engine.failed is None:
+                return
+            self._held, self._error, self._failed_at = None, held.engine.failed, float("-inf")
+            lease = self._lender.lend(held)
+        log.error("%s is dropped: its engine has failed", held.engine.card.name)
+        self._lender.retire(held)
+        lease.release()  # an engine without leases would be freed in this thread, perhaps an event loop's
 
     # Requests
 
     def lend(self) -> Lease | None:
         """A lease of the served model; None if there is none. Raises ModelUnavailable once closed."""
+        self.drop_failed()
         with self._change:
             self._check_open()
             return None if self._held is None else self._lender.lend(self._held)
@@ -122,7 +135,8 @@ class Served:
         with self._change:
             self._change.wait_for(lambda: not self._busy)
             self._check_open()
-            return self._held
+        self.drop_failed()
+        return self._held
 
     def withdraw(self) -> None:
         """Take the served model out of service for a swap in place: requests wait for the work that begins here."""

@@ -142,6 +142,33 @@ def test_swap_lets_running_answers_finish_on_the_old_engine(models: Path) -> Non
     assert [engine.closed for engine in loader.engines] == [True, True]
 
 
+def test_an_engine_that_failed_is_dropped_and_loaded_again(models: Path) -> None:
+    """The state names the error; the next request loads the model that was served, however it came to be."""
+    loader = Loader()
+    host = make(models, loader)
+
+    async def main() -> None:
+        await host.swap(File(str(models / "b.gguf")), EngineConfig(n_ctx=128))
+        lease = await host.lease()
+        loader.engines[0].failed = ModelUnavailable("The engine failed.")
+
+        state = host.state()
+        assert (state.status, state.model, state.error, state.engine) == ("available", "b", "The engine failed.", None)
+        assert not loader.engines[0].closed
+
+        again = await host.lease()
+        assert (host.state().status, host.state().error) == ("ready", None)
+        assert again.engine is loader.engines[1]
+        assert again.engine.config.n_ctx == 128
+        lease.release()
+        again.release()
+        await host.close(1)
+
+    asyncio.run(main())
+    assert loader.loads == ["b", "b"]
+    assert [engine.closed for engine in loader.engines] == [True, True]
+
+
 def test_a_swap_that_fails_changes_nothing(models: Path) -> None:
     """The old model goes on serving, and the caller is told why."""
     loader = Loader()
