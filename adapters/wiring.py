@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.huggingface import Hub
+from core.downloads import Downloads
 from core.host import Host
 from core.service import Service
 from core.settings import Settings
@@ -38,7 +39,7 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
         prefer_memory=on_lambda,
     )
     host = Host(settings, store, timeline)
-    return Service(settings, store, host, timeline)
+    return Service(settings, store, host, timeline, Downloads(store))
 
 
 def sources(settings: Settings) -> tuple[Source, ...]:

@@ -21,6 +21,7 @@ async def health(service: Service, *, wait: float | None = None, details: bool =
         "loading": progress(state.loading),
         "error": state.error,
         "hint": hint(state),
+        "leases": state.leases,
         "uptime_s": round(service.timeline.now(), 1),
     }
     if state.engine is not None:

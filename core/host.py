@@ -13,12 +13,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from core import background
 from core.boot import Choice, choose
 from core.engine.generation import Engine, EngineConfig
-from core.errors import ApiError, ModelUnavailable
+from core.errors import ApiError, Busy, ModelUnavailable
 from core.lease import Lease, Loaded
 from core.loader import LoadEngine, Loader, Loading, load_llama
 from core.served import Served
@@ -33,6 +35,7 @@ log = logging.getLogger("slm.host")
 
 Status = Literal["unloaded", "available", "ready"]
 
+MOST_SWAPS = 4  # one at a time, the others wait
 KV_BYTES_PER_TOKEN = 64 << 10  # between SmolLM2's 23 KiB and Llama 3 8B's 128 KiB; only to guess what a swap needs
 
 
@@ -73,6 +76,7 @@ class Host:
         self._lock = threading.Lock()
         self._choice: Choice | None = None  # under the lock
         self._swapping = threading.Lock()
+        self._swaps: set[Future[None]] = set()
 
     @property
     def boot(self) -> dict[str, str | None]:
@@ -135,15 +139,22 @@ class Host:
 
     async def swap(self, reference: Reference | None, config: EngineConfig) -> HostState:
         """Load `reference`, or with None the model served now anew, and serve it; running answers finish on the old
-        engine. Raises what the store or the engine say of the new model; the old one then still serves.
+        engine. Raises what the store or the engine say of the new model; the old one then still serves. Raises Busy if
+        MOST_SWAPS are under way or wait for their turn.
         """
-        await asyncio.to_thread(self._swap, reference, config)
+        with self._lock:
+            if len(self._swaps) >= MOST_SWAPS:
+                raise Busy(f"{MOST_SWAPS} reloads are under way already; try again later.", retry_after=10)
+            swap = background.start("swap", lambda: self._swap(reference, config))
+            self._swaps.add(swap)
+        swap.add_done_callback(self._swaps.discard)
+        await asyncio.wrap_future(swap)
         return self.state()
 
     async def close(self, grace: float) -> None:
         """No new leases; wait up to `grace` seconds for the running ones, then cancel and free."""
         self._loader.cancel()
-        await asyncio.to_thread(self._served.close, grace)
+        await asyncio.wrap_future(background.start("close", lambda: self._served.close(grace)))
 
     # Loading
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -63,18 +61,12 @@ def to_sha256(request: LoadRequest) -> str | None:
 
 
 async def load(service: Service, request: LoadRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Fetch into MODELS_DIR and say what was done. `progress` is called in a worker thread.
+    """Fetch into MODELS_DIR and say what was done. `progress` is called in the download's thread.
 
-    Cancelling this stops the download; what can be resumed stays. Raises what `Store.fetch` raises.
+    Cancelling this stops the download unless another request waits for it. Raises what `Downloads.fetch` raises.
     """
     reference, sha256 = to_reference(request), to_sha256(request)
-    stop = threading.Event()
-    try:
-        fetched = await asyncio.to_thread(
-            service.store.fetch, reference, sha256=sha256, progress=progress, cancelled=stop.is_set
-        )
-    finally:
-        stop.set()
+    fetched = await service.downloads.fetch(reference, sha256=sha256, progress=progress)
     described: dict[str, Any] = (
         {"repo_id": reference.repo_id, "filename": reference.filename, "revision": reference.revision}
         if isinstance(reference, HuggingFace)

@@ -12,32 +12,37 @@ from core.service import Service
 from core.turn import check_model
 
 
-async def models(service: Service) -> dict[str, Any]:
-    """The active model with its state and config, every model in MODELS_DIR, and the phases of the start.
+async def models(service: Service, *, paths: bool = False) -> dict[str, Any]:
+    """The active model with its state and config, every model in MODELS_DIR, and the phases of the start. Where they
+    lie on this machine is said with `paths` only: a name is what a user needs.
 
     `data` is what `GET /v1/models` lists, so that a client whose base_url lacks /v1 understands this too.
     """
     available = await asyncio.to_thread(service.store.list)
     state = service.host.state()
+    boot = service.host.boot
+    if not paths:
+        boot = {name: boot[name] for name in ("chosen_by", "reason")}
     return {
         "object": "list",
         "data": listing(service)["data"],
-        "active": active(service, state),
+        "active": active(service, state, paths=paths),
         "available": [
-            {"name": model.name, "path": str(model.path), "size_bytes": model.size_bytes} for model in available
+            {"name": model.name, **({"path": str(model.path)} if paths else {}), "size_bytes": model.size_bytes}
+            for model in available
         ],
         "hint": hint(state),
-        "boot_info": {**service.host.boot, "phases": service.timeline.report()},
+        "boot_info": {**boot, "phases": service.timeline.report()},
     }
 
 
-def active(service: Service, state: HostState) -> dict[str, Any]:
+def active(service: Service, state: HostState, *, paths: bool) -> dict[str, Any]:
     """The model that answers or would be loaded."""
-    path = _path(service, state)
+    path = state.path
     config = state.engine.config if state.engine is not None else config_of(service.settings)
     answer: dict[str, Any] = {
         "name": state.model,
-        "path": path,
+        **({"path": path} if paths else {}),
         "basename": Path(path).name if path else None,
         "exists": path is not None and Path(path).exists(),
         "loaded": state.engine is not None,
@@ -45,7 +50,7 @@ def active(service: Service, state: HostState) -> dict[str, Any]:
         "loading": progress(state.loading),
         "error": state.error,
         "config": {
-            "model_path": path,
+            **({"model_path": path} if paths else {}),
             "n_ctx": config.n_ctx,
             "n_batch": config.n_batch,
             "n_threads": config.n_threads,
@@ -93,16 +98,9 @@ def _entry(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "slm-api-server"}
 
 
-def _path(service: Service, state: HostState) -> str | None:
-    if state.engine is not None:
-        return state.engine.card.path
-    path = service.host.boot.get("path")
-    return None if path is None else str(path)
-
-
 def _created(service: Service) -> int:
     """When the model's file was written, the closest thing to "created" that a GGUF has; 0 if it is not here."""
-    path = _path(service, service.host.state())
+    path = service.host.state().path
     try:
         return 0 if path is None else int(Path(path).stat().st_mtime)
     except OSError:

@@ -41,7 +41,7 @@ async def reload(service: Service, request: ReloadRequest) -> dict[str, Any]:
     return {
         "status": state.status,
         "model": state.model,
-        "active": active(service, state),
+        "active": active(service, state, paths=True),
         "hint": "POST /v1/chat/completions.",
     }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from core.downloads import Downloads
     from core.host import Host
     from core.settings import Settings
     from core.store.store import Store
@@ -18,3 +19,4 @@ class Service:
     store: Store
     host: Host
     timeline: Timeline
+    downloads: Downloads

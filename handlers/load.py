@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -38,7 +39,8 @@ async def _streamed(service: Service, wanted: LoadRequest) -> Response:
         reached = (done, total)
         if time.monotonic() - told > 0.1:
             told = time.monotonic()
-            loop.call_soon_threadsafe(begun.set)
+            with contextlib.suppress(RuntimeError):  # the loop is closed; another request may share the download
+                loop.call_soon_threadsafe(begun.set)
 
     task = asyncio.create_task(load(service, wanted, progress))
     waiter = asyncio.create_task(begun.wait())

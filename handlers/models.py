@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import core.models
 from core.service import Service
+from handlers import auth
 from handlers.body import json_response
 from handlers.message import Request, Response
 
 
 async def get_models(service: Service, request: Request) -> Response:
-    return json_response(await core.models.models(service))
+    """Where the models lie is told to administrators only."""
+    return json_response(await core.models.models(service, paths=auth.level(service, request) == "admin"))
 
 
 async def get_v1_models(service: Service, request: Request) -> Response:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.boot import Choice
+from core.downloads import Downloads
 from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
@@ -292,5 +293,6 @@ def fake_service(
     engine = engine or ScriptedEngine()
     host = host or FakeHost(engine)
     store = store or FakeStore()
-    service = Service(Settings(**{"local_admin": True, **settings}), store, host, Timeline())  # type: ignore[arg-type]
+    chosen = Settings(**{"local_admin": True, **settings})
+    service = Service(chosen, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)

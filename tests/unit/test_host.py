@@ -546,3 +546,24 @@ def test_without_a_gpu_in_the_build_nothing_waits_for_the_weights(
         await host.close(1)
 
     asyncio.run(main())
+
+
+def test_reloads_queue_up_but_not_without_end(models: Path) -> None:
+    """One at a time; a few wait, and the one too many is told to come back. None holds a thread that prompts need."""
+    loader = Loader()
+    host = make(models, loader)
+
+    async def main() -> None:
+        (await host.lease()).release()
+        loader.gate.clear()
+        swaps = [asyncio.create_task(host.swap(File("b.gguf"), EngineConfig())) for _ in range(core.host.MOST_SWAPS)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy) as caught:
+            await host.swap(File("b.gguf"), EngineConfig())
+        assert caught.value.retry_after
+        loader.gate.set()
+        await asyncio.gather(*swaps)
+        assert (await host.swap(File("a.gguf"), EngineConfig())).model == "a"
+        await host.close(1)
+
+    asyncio.run(main())

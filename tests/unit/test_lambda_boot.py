@@ -12,6 +12,7 @@ import pytest
 
 from adapters.aws_lambda import boot
 from adapters.aws_lambda.boot import Boot, read_settings, set_defaults
+from core.downloads import Downloads
 from core.service import Service
 from core.settings import SettingsError, keys
 from tests.fakes import FakeHost, FakeStore, ScriptedEngine
@@ -97,7 +98,8 @@ def wiring(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
 
     def build(settings: Any, timeline: Any, *, on_lambda: bool) -> Service:
         assert on_lambda
-        return Service(settings, FakeStore(), host, timeline)  # type: ignore[arg-type]
+        store = FakeStore()
+        return Service(settings, store, host, timeline, Downloads(store))  # type: ignore[arg-type]
 
     module.build = build  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "adapters.wiring", module)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,20 @@ def test_models_has_the_active_one_those_on_disk_and_the_start(tmp_path: Path) -
     assert "load" in phases
 
 
+def test_only_administrators_see_where_models_lie(tmp_path: Path) -> None:
+    """A user needs names. Folders say how the machine is set up."""
+    store = FakeStore((LocalModel("b.gguf", tmp_path / "b.gguf", 7),))
+    fake = fake_service(store=store, api_keys=keys("use"), admin_api_keys=keys("admin"))
+    _, seen = call(fake, "GET", "/models", headers={"x-api-key": "use"})
+    _, whole = call(fake, "GET", "/models", headers={"x-api-key": "admin"})
+
+    assert "/models/fake-1b.gguf" not in json.dumps(seen)
+    assert str(tmp_path) not in json.dumps(seen)
+    assert (seen["active"]["basename"], seen["available"]) == ("fake-1b.gguf", [{"name": "b.gguf", "size_bytes": 7}])
+    assert whole["available"][0]["path"] == str(tmp_path / "b.gguf")
+    assert whole["active"]["path"] == whole["boot_info"]["path"] == "/models/fake-1b.gguf"
+
+
 def test_models_of_an_empty_server() -> None:
     """Nothing configured: no path, not loaded, and a hint."""
     fake = fake_service(host=FakeHost())
@@ -228,7 +243,7 @@ def test_a_load_that_fails_late_tells_in_the_stream() -> None:
 def test_closing_a_streamed_load_stops_the_download() -> None:
     """The thread that downloads is told, and ends."""
     fake = fake_service()
-    ended = []
+    ended = threading.Event()
 
     def fetch(progress: Any, cancelled: Any) -> None:
         import time
@@ -236,7 +251,7 @@ def test_closing_a_streamed_load_stops_the_download() -> None:
         progress(1, 100)
         while not cancelled():
             time.sleep(0.01)
-        ended.append(True)
+        ended.set()
 
     fake.store.on_fetch = fetch
 
@@ -248,7 +263,7 @@ def test_closing_a_streamed_load_stops_the_download() -> None:
         await answer.aclose()
 
     asyncio.run(hang_up())
-    assert ended == [True]
+    assert ended.wait(10)
 
 
 def test_reload_swaps_to_a_local_model(tmp_path: Path) -> None:
