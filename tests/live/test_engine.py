@@ -139,9 +139,17 @@ def test_limits_end_with_length(engine: Llama) -> None:
 def test_a_prompt_that_is_too_long_is_refused(engine: Llama) -> None:
     """With both numbers, before anything runs."""
     with pytest.raises(ContextOverflow) as caught:
-        asyncio.run(collect(engine, GenerationRequest((5,) * engine.card.n_ctx)))
+        asyncio.run(collect(engine, GenerationRequest((5,) * 1029)))
 
-    assert (engine.card.n_ctx, engine.card.n_ctx) == (caught.value.prompt_tokens, caught.value.n_ctx)
+    assert (caught.value.prompt_tokens, caught.value.n_ctx) == (1029, 1024)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(engine: Llama) -> None:
+    """One that fills the context exactly, too."""
+    with pytest.raises(ContextOverflow) as caught:
+        asyncio.run(collect(engine, GenerationRequest((5,) * 1024)))
+
+    assert (caught.value.prompt_tokens, caught.value.n_ctx) == (1024, 1024)
 
 
 def test_a_stop_string_ends_the_answer_and_does_not_show(engine: Llama) -> None:
