@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, quote
 from core.errors import InvalidRequest, TooLarge
 from core.service import Service
 from core.settings import Settings
-from handlers.dispatch import dispatch, finished, refusal
+from handlers.dispatch import admit, dispatch, finished, refusal
 from handlers.message import Request, Response
 from handlers.trace import identify, open_facts, request_id
 
@@ -139,6 +139,7 @@ class _Gone(Exception):
 async def _serve(service: Service, request: Request, receive: Receive, send: Send) -> int:
     """Answer, unless the client goes first: then the work for it is cancelled at once. Returns the status."""
     try:
+        admit(service, request)
         request = await _with_body(request, receive, service.settings.max_body_bytes)
     except _Gone:
         return GONE

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import resource
 import socket
+from typing import Any
 
 import uvicorn
 
 from adapters.asgi import create_app
+from adapters.protocol import BoundedProtocol, Connections, Limits
 from core.service import Service
 
 SLOW_READER_S = 5  # after the last answer has ended, for its bytes to be taken
@@ -17,14 +21,18 @@ SLOW_READER_S = 5  # after the last answer has ended, for its bytes to be taken
 class Server(uvicorn.Server):
     """One worker over one Service. Signals as uvicorn has them: the first drains, a second Ctrl-C does not wait."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, limits: Limits | None = None) -> None:
         settings = service.settings
+        limits = limits or Limits()
         self._service = service
+        needed = limits.connections or max(2048, settings.n_parallel + settings.max_queue + 64)
+        protocol: Any = functools.partial(BoundedProtocol, limits=limits, connections=Connections(_room(needed)))
         config = uvicorn.Config(
             lambda: create_app(service),
             factory=True,
             host=settings.host,
             port=settings.port,
+            http=protocol,
             lifespan="on",
             ws="none",
             log_config=None,
@@ -54,6 +62,18 @@ class Server(uvicorn.Server):
         if self.force_exit:
             await host.close(0)
         await closing
+
+
+def _room(connections: int) -> int:
+    """How many connections the process can have open, with a higher limit on file descriptors if it may set one."""
+    spare = 256  # for the model's files, downloads and pipes
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    if soft < connections + spare:
+        soft = connections + spare if hard == resource.RLIM_INFINITY else min(hard, connections + spare)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(connections, max(16, soft - spare))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -31,6 +31,17 @@ async def dispatch(service: Service, request: Request) -> Response:
     return finished(service, request, response)
 
 
+def admit(service: Service, request: Request) -> None:
+    """Raise what the head alone says against the request: no such route, no right to it, not JSON. The body need not be
+    there; an adapter that is still to read it asks first."""
+    if request.method == "OPTIONS":
+        return
+    route = routes.find(request.method, request.path)
+    auth.authorize(service, request, route.access)
+    if route.method == "POST":
+        _check_content_type(request)
+
+
 def refusal(error: Exception) -> Response:
     """An error as an answer; for adapters that must refuse before there is a request to dispatch, too."""
     known = problem.told(error)
@@ -53,10 +64,8 @@ def finished(service: Service, request: Request, response: Response) -> Response
 async def _answer(service: Service, request: Request) -> Response:
     if request.method == "OPTIONS":
         return _options(request)
+    admit(service, request)
     route = routes.find(request.method, request.path)
-    auth.authorize(service, request, route.access)
-    if route.method == "POST":
-        _check_content_type(request)
     response = await route.resolve()(service, request)
     if request.method == "HEAD":
         await response.aclose()

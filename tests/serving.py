@@ -6,14 +6,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adapters.protocol import Limits
 from adapters.server import Server, address_of, listen
 from core.service import Service
 
 
 @contextmanager
-def serving(service: Service) -> Iterator[str]:
+def serving(service: Service, limits: Limits | None = None) -> Iterator[str]:
     """Serve in a thread; gives the address, e.g. "http://127.0.0.1:40123". Runs and stops as `adapters.local` does."""
-    server = Server(service)
+    server = Server(service, limits)
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

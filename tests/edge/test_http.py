@@ -204,8 +204,8 @@ def test_a_client_that_asks_first_is_told_before_it_sends(open_server: tuple[Fak
     """Expect: 100-continue with too large a length gets the 413, not the invitation."""
     place = urlsplit(open_server[1])
     with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
-        head = "POST /load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999\r\nexpect: 100-continue\r\n\r\n"
-        connection.sendall(head.encode())
+        head = "POST /load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999\r\nexpect: 100-continue\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode())
 
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 

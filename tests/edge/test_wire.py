@@ -1,0 +1,235 @@
+"""The wire before any key is looked at: heads and bodies that are too large, too slow or too many."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from adapters.protocol import Limits
+from core.settings import keys
+from infra.bench.wire import KEY, attack
+from tests.fakes import ScriptedEngine, fake_service
+from tests.serving import serving
+
+PATIENCE_S = 30.0
+SHORT = Limits(head_s=0.5, body_window_s=0.5)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[socket.socket]:
+    url = urlsplit(address)
+    with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as connection:
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """One answer with a content-length."""
+    stream = connection.makefile("rb")
+    status = int(stream.readline().split()[1])
+    headers = {}
+    while (line := stream.readline().strip()) != b"":
+        name, _, value = line.decode().partition(":")
+        headers[name.lower()] = value.strip()
+    return status, headers, stream.read(int(headers["content-length"]))
+
+
+def head(*lines: str, method: str = "GET", path: str = "/health") -> bytes:
+    return "\r\n".join((f"{method} {path} HTTP/1.1", "host: localhost", *lines, "", "")).encode()
+
+
+def refused(answered: tuple[int, dict[str, str], bytes]) -> tuple[int, str]:
+    status, headers, body = answered
+    assert headers["content-type"] == "application/json"
+    return status, json.loads(body)["error"]["code"]
+
+
+def test_a_head_has_a_size() -> None:
+    """64 KiB pass, one byte more is 431; and one that never ends is not collected."""
+    with serving(fake_service().service) as address:
+        rest = len(head("x-a: ")) - len("GET  HTTP/1.1\r\n") - len("\r\n")
+        with connected(address) as connection:
+            connection.sendall(head(f"x-a: {'a' * (65536 - rest)}"))
+            assert answer(connection)[0] == 200
+        with connected(address) as connection:
+            connection.sendall(head(f"x-a: {'a' * (65536 - rest + 1)}"))
+            assert refused(answer(connection)) == (431, "request_header_fields_too_large")
+            assert received(connection) == b""
+        with connected(address) as connection:
+            assert sent(connection, b"GET /health HTTP/1.1\r\nx-a: ", 50_000_000) < 50_000_000
+
+
+def sent(connection: socket.socket, opening: bytes, most: int) -> int:
+    """How much of an endless head the server took before it closed."""
+    connection.sendall(opening)
+    total = 0
+    try:
+        while total < most:
+            total += connection.send(b"a" * 100_000)
+    except ConnectionError:
+        pass
+    return total
+
+
+def test_a_head_has_a_hundred_headers() -> None:
+    """One more is 431."""
+    with serving(fake_service().service) as address:
+        for count, status in ((99, 200), (100, 431)):  # and the host
+            with connected(address) as connection:
+                connection.sendall(head(*(f"x-{number}: a" for number in range(count))))
+                assert answer(connection)[0] == status
+
+
+def test_a_head_has_a_time() -> None:
+    """A half-open one is 408, also the second of a connection; an idle connection is closed without a word."""
+    with serving(fake_service().service, SHORT) as address:
+        with connected(address) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+            assert refused(answer(connection)) == (408, "request_timeout")
+            assert received(connection) == b""
+        with connected(address) as connection:
+            connection.sendall(head())
+            assert answer(connection)[0] == 200
+            connection.sendall(b"GET /hea")
+            assert refused(answer(connection)) == (408, "request_timeout")
+        with connected(address) as connection:
+            assert received(connection) == b""
+        with connected(address) as connection:
+            connection.sendall(head() + b"\r\n")  # line ends before a request are allowed, and are none
+            assert answer(connection)[0] == 200
+            connection.sendall(b"\r\n")
+            assert received(connection) == b""
+
+
+def test_a_body_has_a_least_rate() -> None:
+    """A slow one is 408; one that keeps the rate may take longer than the window."""
+    with serving(
+        fake_service(api_keys=keys("use")).service, Limits(body_bytes_per_s=100, body_window_s=1.5)
+    ) as address:
+        opening = head(
+            *("content-type: application/json", "content-length: 100000", "x-api-key: use"),
+            method="POST",
+            path="/v1/chat/completions",
+        )
+        with connected(address) as connection:
+            connection.sendall(opening + b" ")
+            assert refused(answer(connection)) == (408, "request_timeout")
+        with connected(address) as connection:
+            body = b'{"messages": [{"role": "user", "content": "hi"}]}'
+            connection.sendall(opening)
+            rest = b" " * (100_000 - len(body)) + body
+            waited = connection.gettimeout()
+            for at in range(0, len(rest), 4000):  # over 2.5 s, which is more than a window
+                connection.sendall(rest[at : at + 4000])
+                connection.settimeout(0.1)
+                with pytest.raises(TimeoutError):
+                    connection.recv(1, socket.MSG_PEEK)
+                connection.settimeout(waited)
+                if at + 8000 >= len(rest):
+                    connection.sendall(rest[at + 4000 :])
+                    break
+            assert answer(connection)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("lines", "path", "expected"),
+    [
+        (("content-type: application/json",), "/v1/chat/completions", (401, "invalid_api_key")),
+        (("content-type: text/plain", "x-api-key: use"), "/v1/chat/completions", (415, "unsupported_media_type")),
+        (("content-type: application/json", "x-api-key: use"), "/load", (403, "forbidden")),
+        (("content-type: application/json", "x-api-key: use"), "/nowhere", (404, "not_found")),
+        (("content-type: application/json", "x-api-key: use"), "/health", (405, "method_not_allowed")),
+    ],
+)
+def test_what_the_head_decides_is_answered_before_the_body(
+    lines: tuple[str, ...], path: str, expected: tuple[int, str]
+) -> None:
+    """No byte of the body is there, and none is needed; the connection stays good for the next request."""
+    with serving(fake_service(api_keys=keys("use")).service) as address, connected(address) as connection:
+        connection.sendall(head("content-length: 5", *lines, method="POST", path=path))
+        assert refused(answer(connection)) == expected
+        connection.sendall(b"12345" + head())
+        assert answer(connection)[0] == 200
+
+
+def test_a_client_that_asks_first_is_refused_without_its_body() -> None:
+    """With Expect: 100-continue the refusal comes instead of "100 Continue", and the connection ends there."""
+    with serving(fake_service(api_keys=keys("use")).service) as address, connected(address) as connection:
+        lines = ("content-type: application/json", "content-length: 5", "expect: 100-continue")
+        connection.sendall(head(*lines, method="POST", path="/v1/extract"))
+        assert refused(answer(connection))[0] == 401
+        assert received(connection) == b""
+
+
+def test_a_refused_body_drips_no_longer_than_any_other() -> None:
+    """After the 401 the rest of its request is still bounded."""
+    with serving(fake_service(api_keys=keys("use")).service, SHORT) as address, connected(address) as connection:
+        lines = ("content-type: application/json", "content-length: 5")
+        connection.sendall(head(*lines, method="POST", path="/v1/extract"))
+        assert answer(connection)[0] == 401
+        assert received(connection) == b""
+    with serving(fake_service(api_keys=keys("use")).service, SHORT) as address, connected(address) as connection:
+        connection.sendall(head(*lines, method="POST", path="/v1/extract") + b"123")
+        assert answer(connection)[0] == 401
+        connection.sendall(b"45")  # whole now, and then nothing
+        assert received(connection) == b""
+
+
+def test_a_long_answer_outlasts_every_limit() -> None:
+    """The limits are on what is asked: an answer may take as long as it does, even with a stray line end behind it."""
+    fake = fake_service(ScriptedEngine(pieces=("a ",) * 20, delay=0.1))
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
+    with serving(fake.service, SHORT) as address, connected(address) as connection:
+        lines = ("content-type: application/json", f"content-length: {len(body)}", "connection: close")
+        connection.sendall(head(*lines, method="POST", path="/v1/chat/completions") + body)
+        connection.sendall(b"\r\n")
+        assert b"data: [DONE]" in received(connection)
+
+
+def test_the_longest_waiting_connection_makes_room() -> None:
+    """Over the bound, one that has asked nothing is closed for the new one; a running answer never is."""
+    fake = fake_service(ScriptedEngine(pieces=("a ",) * 10, delay=0.1))
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
+    lines = ("content-type: application/json", f"content-length: {len(body)}", "connection: close")
+    with serving(fake.service, Limits(connections=3)) as address, connected(address) as running:
+        running.sendall(head(*lines, method="POST", path="/v1/chat/completions") + body)
+        begun = running.recv(1)
+        with connected(address) as oldest, connected(address) as newer, connected(address) as newest:
+            assert ended(oldest)
+            for connection in (newer, newest):
+                connection.sendall(head())
+                assert answer(connection)[0] == 200
+            assert b"data: [DONE]" in begun + received(running)
+
+
+def ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_half_open_requests_are_closed_while_others_are_served() -> None:
+    """A small form of `python -m infra.bench.wire`: every one is closed with 408, a healthy client sees none of it."""
+    limits = Limits(head_s=1.0, body_window_s=1.0)
+    with serving(fake_service(api_keys=keys(KEY)).service, limits) as address:
+        result: Any = asyncio.run(attack(address, 40, 40, drip_s=0.2, limit_s=PATIENCE_S))
+
+    assert len(result.closed_s) == 80
+    assert set(result.statuses) == {b"HTTP/1.1 408 Request Timeout"}
+    assert len(result.healthy_s) > 2
+    assert max(result.closed_s) < PATIENCE_S
