@@ -13,6 +13,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from core.engine.variants import best, cpu_flags
+
 log = logging.getLogger("slm.llama")
 
 SPIN_COUNT = "1000"
@@ -58,11 +60,12 @@ def bindings() -> Any:
 
 
 def _load_backends(module: Any) -> None:
-    """Load the CPU variants of a `GGML_BACKEND_DL` build: the best one for this CPU is chosen by ggml.
+    """Load the CPU backend of a `GGML_BACKEND_DL` build: the best variant for this CPU.
 
-    They lie in site-packages/bin (or beside libllama). The call must go to the very libggml that libllama has loaded:
-    its registry is a static variable, and a twin under another name (libggml.so beside libggml.so.0) has its own.
-    An ordinary build has its backend linked in and nothing to load.
+    Only that one is opened where it is certain which it is; else ggml opens all and chooses. The variants lie in
+    site-packages/bin (or beside libllama). The call must go to the very libggml that libllama has loaded: its registry
+    is a static variable, and a twin under another name (libggml.so beside libggml.so.0) has its own. An ordinary build
+    has its backend linked in and nothing to load.
     """
     package = Path(module.__file__).parent
     folders = (package / "lib", package.parent / "bin", package.parent / "lib")
@@ -72,9 +75,30 @@ def _load_backends(module: Any) -> None:
     loaded = _mapped_library("libggml.so")
     if loaded is None:
         raise RuntimeError(f"libggml is not among the loaded libraries; cannot load the backends in {variants}")
-    load_all = ctypes.CDLL(loaded).ggml_backend_load_all_from_path
-    load_all.argtypes, load_all.restype = [ctypes.c_char_p], None
-    load_all(os.fsencode(variants))
+    ggml = ctypes.CDLL(loaded)
+    if not _load_best(ggml, variants):
+        load_all = ggml.ggml_backend_load_all_from_path
+        load_all.argtypes, load_all.restype = [ctypes.c_char_p], None
+        load_all(os.fsencode(variants))
+
+
+def _load_best(ggml: Any, folder: Path) -> bool:
+    """Open the one variant that suits this CPU. False if that is not certain, or ggml refuses it."""
+    files = sorted(path.name for path in folder.glob("libggml-*.so"))
+    others = {"libggml-base.so", "libggml-cpu.so"}
+    variants = [name for name in files if name not in others]
+    if not all(name.startswith("libggml-cpu-") for name in variants):
+        return False  # other backends (CUDA, Vulkan) are there to be found, too
+    try:
+        flags = cpu_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+    except OSError:
+        return False
+    name = best(variants, flags)
+    if name is None:
+        return False
+    load = ggml.ggml_backend_load
+    load.argtypes, load.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return load(os.fsencode(folder / name)) is not None
 
 
 def _mapped_library(name: str) -> str | None:
