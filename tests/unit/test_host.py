@@ -199,12 +199,12 @@ def test_without_room_for_two_the_old_one_goes_first(
     async def main() -> None:
         old = await host.lease()
         swap = asyncio.create_task(host.swap(File("b.gguf"), EngineConfig()))
-        await asyncio.sleep(0.1)
-        assert not swap.done()
+        while (loading := host.state().loading) is None or loading.phase != "swap":
+            await asyncio.sleep(0.005)
         waiting = asyncio.create_task(host.lease())
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        assert host.state().loading.phase == "swap"  # type: ignore[union-attr]
+        done, _ = await asyncio.wait({swap, waiting}, timeout=0.05)
+        assert not done
+        assert not loader.engines[0].closed
         old.release()
         lease = await waiting
         assert ("a" if fails else "b") == lease.engine.card.name

@@ -217,18 +217,18 @@ def test_a_load_that_fails_says_why_also_when_streamed() -> None:
 def test_a_load_that_fails_late_tells_in_the_stream() -> None:
     """After the first byte an error is an event; [DONE] still ends the stream."""
     fake = fake_service()
+    answered = threading.Event()
 
     def fetch(progress: Any, cancelled: Any) -> None:
         progress(1, 100)
-        import time
-
-        time.sleep(0.1)
+        assert answered.wait(10)
 
     fake.store.on_fetch = fetch
     fake.store.fetch_error = ModelUnavailable("The connection broke.")
 
     async def read() -> bytes:
         answer = await dispatch(fake.service, STREAMED_LOAD)
+        answered.set()
         assert not isinstance(answer.body, bytes)
         try:
             return b"".join([chunk async for chunk in answer.body])
