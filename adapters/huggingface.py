@@ -66,10 +66,11 @@ class Hub:
             return None
         files: list[RemoteFile] = []
         commit: str | None = None
+        resolved_at = time.time()
         for path in split_files(reference.filename):
             file, commit = self._head(reference, path, commit or reference.revision)
             files.append(file)
-        return Found(self.name, reference, tuple(files), commit)
+        return Found(self.name, reference, tuple(files), commit, resolved_at)
 
     def download(
         self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled

@@ -1,7 +1,7 @@
-"""Manifest: what the mirror knows of an object it holds, kept as JSON beside it and written last.
+"""Manifest: where the mirror holds the bytes of a model's file, and what they are. Small, JSON, written last.
 
-An object without a manifest is not in the mirror yet. The digests let each block be verified as it arrives; the ETag
-ties them to one version of the object.
+A file without a manifest is not in the mirror. The digests let each block be verified as it arrives; the ETag ties
+them to one version of the object.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from adapters.ranged import MAX_BLOCK_BYTES
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -23,6 +23,7 @@ class MalformedManifest(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    key: str  # of the object with the bytes, in the same bucket
     size_bytes: int
     sha256: str  # of the whole, in hex
     etag: str  # with its quotes, as S3 gives it
@@ -42,6 +43,7 @@ class Manifest:
             if fields["format"] != FORMAT:
                 raise MalformedManifest(f"format {fields['format']!r} is not known")
             manifest = cls(
+                key=fields["key"],
                 size_bytes=fields["size_bytes"],
                 sha256=fields["sha256"],
                 etag=fields["etag"],
@@ -60,7 +62,7 @@ class Manifest:
 
     def _check(self) -> None:
         numbers = (self.size_bytes, self.header_bytes, self.block_bytes)
-        texts = (self.sha256, self.etag, self.origin, *self.blocks)
+        texts = (self.key, self.sha256, self.etag, self.origin, *self.blocks)
         if not all(type(each) is int for each in numbers) or not all(isinstance(each, str) for each in texts):
             raise MalformedManifest("a field has the wrong type")
         if not (0 <= self.header_bytes <= self.size_bytes and 0 < self.block_bytes <= MAX_BLOCK_BYTES):

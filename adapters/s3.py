@@ -1,11 +1,11 @@
 """S3 as a Source: the mirror of Hugging Face in S3_BUCKET, and any s3://bucket/key. Reads only, without boto3.
 
-The mirror's layout is the hub's, keyed by commit:
+The mirror's layout: immutable bytes under their sha256, and small pointers to them.
 
-    <prefix>/org/repo/<commit>/file.gguf                  the model
-    <prefix>/org/repo/<commit>/file.gguf.manifest.json    its digests, written last (`adapters.manifest`)
-    <prefix>/org/repo/<commit>/file.gguf.lease            while somebody uploads it (`adapters.s3_mirror`)
-    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last
+    <prefix>/blobs/<sha256>                               the bytes of a file
+    <prefix>/blobs/<sha256>.lease                         while a process uploads them (`adapters.lease`)
+    <prefix>/org/repo/<commit>/file.gguf.manifest.json    which blob the file is, and its digests (`adapters.manifest`)
+    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.ref`)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from adapters.bucket import Bucket, Denied, Reply
 from adapters.checksum import Checksum, Sha256, s3_values, strongest
 from adapters.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.ranged import BLOCK_BYTES, Transfer
+from adapters.ref import Ref
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files
@@ -48,8 +49,11 @@ class Layout:
     def __init__(self, prefix: str) -> None:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
-    def model(self, reference: HuggingFace, commit: str, path: str) -> str:
-        return f"{self._prefix}{reference.repo_id}/{commit}/{path}"
+    def blob(self, sha256: str) -> str:
+        return f"{self._prefix}blobs/{sha256}"
+
+    def manifest(self, reference: HuggingFace, commit: str, path: str) -> str:
+        return f"{self._prefix}{reference.repo_id}/{commit}/{path}{SUFFIX}"
 
     def ref(self, reference: HuggingFace) -> str:
         return f"{self._prefix}{reference.repo_id}/refs/{reference.revision}"
@@ -168,35 +172,38 @@ class S3Storage:
             return None
         files = []
         for path in split_files(reference.filename):
-            file = self._with_manifest(bucket, self._layout.model(reference, commit, path), path)
-            if file is None:
+            file = self._with_manifest(bucket, self._layout.manifest(reference, commit, path), path)
+            if file is None or file.manifest is None:
+                return None
+            if file.manifest.origin != origin(reference, commit, path):
+                log.warning("the mirror's manifest of %s is passed over: it is of %s", path, file.manifest.origin)
                 return None
             files.append(file)
         return Found(self.name, reference, tuple(files), commit)
 
     def _ref(self, bucket: Bucket, reference: HuggingFace) -> str | None:
-        reply = bucket.get(self._layout.ref(reference), most=256)
-        commit = reply.body.decode("latin-1").strip() if reply else ""
-        if not is_commit(commit):
+        reply = bucket.get(self._layout.ref(reference), most=1024)
+        ref = Ref.from_json(reply.body) if reply else None
+        if ref is None:
             return None
         with self._lock:
-            self._refs[reference.repo_id, reference.revision] = commit
-        return commit
+            self._refs[reference.repo_id, reference.revision] = ref.commit
+        return ref.commit
 
     def _with_manifest(self, bucket: Bucket, key: str, path: str) -> S3File | None:
-        reply = bucket.get(key + SUFFIX)
+        reply = bucket.get(key)
         if reply is None:
             return None
         try:
             manifest = Manifest.from_json(reply.body)
         except MalformedManifest as error:
-            log.warning("s3://%s/%s%s is passed over: %s", bucket.name, key, SUFFIX, error)
+            log.warning("s3://%s/%s is passed over: %s", bucket.name, key, error)
             return None
-        return S3File(path, manifest.size_bytes, manifest.sha256, manifest.etag, bucket, key, manifest)
+        return S3File(path, manifest.size_bytes, manifest.sha256, manifest.etag, bucket, manifest.key, manifest)
 
     def _object(self, bucket: Bucket, key: str) -> S3File:
         try:
-            file = self._with_manifest(bucket, key, key)
+            file = self._with_manifest(bucket, key + SUFFIX, key)
         except Denied:
             file = None  # perhaps only the object itself may be read; the HEAD will tell
         if file is not None:
@@ -205,6 +212,11 @@ class S3Storage:
         if reply is None:
             raise ModelNotFound(f"There is no object s3://{bucket.name}/{key}; check bucket and key.")
         return _plain(bucket, key, reply)
+
+
+def origin(reference: HuggingFace, commit: str, path: str) -> str:
+    """What a manifest calls the file that it is of."""
+    return f"hf://{reference.repo_id}/{path}@{commit}"
 
 
 def default_threads() -> int:

@@ -12,15 +12,17 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.index import Index
 from adapters.lease import Lease, LeaseLost, code
-from adapters.manifest import SUFFIX, MalformedManifest, Manifest
+from adapters.ref import Ref
 from adapters.s3 import Layout, S3File, S3Storage
 from adapters.upload import Upload, UploadFailed
 from core.errors import ModelUnavailable
+from core.store.partial import sha256_of
 from core.store.reference import HuggingFace, is_commit
 from core.store.source import Found, RemoteFile
 
@@ -40,6 +42,7 @@ class _Job:
 
     reference: HuggingFace
     commit: str
+    resolved_at: float
     files: list[tuple[RemoteFile, int]]
     progress: Callable[[int, int], None] | None = None
     upload: Upload | None = None
@@ -71,8 +74,8 @@ class S3Mirror:
         background: bool,
         lease_ttl: float = 600.0,
     ) -> None:
-        self._storage, self._layout = storage, Layout(prefix)
-        self._reader = storage.bucket(bucket)
+        self._storage, self._bucket = storage, bucket
+        self._index = Index(storage.bucket(bucket), Layout(prefix))
         self._make_client = client
         self._client: S3Client | None = None
         self._background, self._lease_ttl = background, lease_ttl
@@ -81,7 +84,6 @@ class S3Mirror:
         self._wake = threading.Condition()  # guards _jobs and _thread
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
-        self._wrong: set[tuple[str, str | None]] = set()  # (key, ETag) of objects whose bytes a reader found wrong
 
     def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
         """Upload once, later, and note what the branch in `reference` means. Returns at once, raises nothing."""
@@ -102,7 +104,9 @@ class S3Mirror:
 
     def distrust(self, found: Found) -> None:
         """An offer of the same model replaces these objects, if they are still the ones that were read."""
-        self._wrong.update((file.key, file.etag) for file in found.files if isinstance(file, S3File))
+        for file in found.files:
+            if isinstance(file, S3File):
+                self._index.distrust(file.key, file.etag)
 
     def run_pending(self, deadline: float | None) -> bool:
         """Work on what was offered until `deadline` (monotonic). True: nothing is left to do. Raises nothing."""
@@ -166,7 +170,7 @@ class S3Mirror:
         mirrored = found.source == self._storage.name
         if mirrored and (is_commit(reference.revision) or self._storage.known_ref(reference) == found.commit):
             return None
-        job = _Job(reference, found.commit, [])
+        job = _Job(reference, found.commit, found.resolved_at or time.time(), [])
         try:
             for file, path in zip(found.files, paths, strict=True) if not mirrored else ():
                 job.files.append((file, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
@@ -177,39 +181,53 @@ class S3Mirror:
         return job
 
     def _run(self) -> None:
-        while not self._closed.is_set():
-            if self.run_pending(None):
-                with self._wake:
-                    if not self._jobs:
-                        self._thread = None
-                        return
-            self._closed.wait(1.0)
+        try:
+            while not self._closed.is_set():
+                if self.run_pending(None):
+                    with self._wake:
+                        if not self._jobs:
+                            self._thread = None
+                            return
+                self._closed.wait(1.0)
+        finally:
+            with self._wake:
+                if self._thread is threading.current_thread():  # the next offer starts another
+                    self._thread = None
 
     def _work(self, job: _Job, deadline: float | None) -> bool:
-        """One sitting. True: the job is over, done or given up."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
+        """One sitting. True: the job is over, done or given up. Raises nothing: it runs between two answers."""
         try:
             return self._sit(job, deadline)
         except LeaseLost:
-            log.info("%s: somebody else uploads it now", job.reference)
+            log.info("%s: another process uploads it now", job.reference)
             self._drop_upload(job)
             job.not_before = time.monotonic() + RETRY_S
             return False
-        except UploadFailed as error:
-            job.failure = str(error)
-        except ModelUnavailable as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the server
+            return self._give_up(job, error)
+
+    def _give_up(self, job: _Job, error: Exception) -> bool:
+        """False: not yet, the failure may pass."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        passing = False
+        if isinstance(error, ModelUnavailable):
             job.failure = error.message
-        except (ClientError, BotoCoreError, OSError) as error:
+        elif isinstance(error, UploadFailed):
+            job.failure = str(error)
+        else:
             job.failure = f"{type(error).__name__}: {error}"
-            job.tries += 1
-            if not (isinstance(error, ClientError) and code(error) == "AccessDenied") and job.tries < TRIES:
-                log.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
-                self._drop_upload(job)
-                job.failure, job.not_before = None, time.monotonic() + RETRY_S
-                return False
-        log.warning("%s is not mirrored: %s", job.reference, job.failure)
+            known = isinstance(error, (ClientError, BotoCoreError, OSError))
+            if not known:
+                log.error("mirroring %s failed", job.reference, exc_info=error)
+            passing = known and not (isinstance(error, ClientError) and code(error) == "AccessDenied")
         self._drop_upload(job)
+        job.tries += 1
+        if passing and job.tries < TRIES:
+            log.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
+            job.failure, job.not_before = None, time.monotonic() + RETRY_S
+            return False
+        log.warning("%s is not mirrored: %s", job.reference, job.failure)
         return True
 
     def _sit(self, job: _Job, deadline: float | None) -> bool:
@@ -229,52 +247,39 @@ class S3Mirror:
         if deadline is not None and deadline - time.monotonic() < START_S:
             return False
         file, descriptor = job.files[0]
-        key = self._layout.model(job.reference, job.commit, file.path)
-        if self._is_mirrored(key):
+        if file.sha256 is None:  # the hub's word for a file that is not in LFS is another
+            file = replace(file, sha256=sha256_of(descriptor, self._closed.is_set))
+        target = self._index.look(job.reference, job.commit, file)
+        if target is None:
             return True
         client = self._boto()
-        lease = Lease(client, self._reader.name, key + ".lease", ttl=self._lease_ttl)
+        lease = Lease(client, self._bucket, target.blob + ".lease", ttl=self._lease_ttl)
         left = lease.acquire()
         if left is None:
             job.not_before = time.monotonic() + RETRY_S
             return False
+        target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished meanwhile
+        if target is None:
+            lease.release()
+            return True
         job.upload = Upload(
             client,
-            self._reader.name,
-            key,
+            self._bucket,
+            target,
             descriptor,
-            sha256=file.sha256,
-            origin=f"hf://{job.reference.repo_id}/{file.path}@{job.commit}",
             lease=lease,
             progress=job.progress,
             stopped=self._closed.is_set,
         )
-        if self._is_mirrored(key):  # the holder finished between our look and our lease
-            self._drop_upload(job)
-            return True
         job.upload.begin(left)
         return True
-
-    def _is_mirrored(self, key: str) -> bool:
-        reply = self._reader.get(key + SUFFIX)
-        if reply is None:
-            return False
-        try:
-            manifest = Manifest.from_json(reply.body)
-        except MalformedManifest:
-            return False
-        return (key, manifest.etag) not in self._wrong
 
     def _note_ref(self, job: _Job, deadline: float | None) -> bool:
         if is_commit(job.reference.revision):
             return True
         if deadline is not None and deadline - time.monotonic() < START_S:
             return False
-        key = self._layout.ref(job.reference)
-        reply = self._reader.get(key, most=256)
-        if reply is None or reply.body.decode("latin-1").strip() != job.commit:
-            self._boto().put_object(Bucket=self._reader.name, Key=key, Body=job.commit.encode())
-            log.info("the mirror's %s of %s is %s", job.reference.revision, job.reference.repo_id, job.commit)
+        self._index.move_ref(self._boto, job.reference, Ref(job.commit, job.resolved_at))
         return True
 
     def _drop_upload(self, job: _Job) -> None:

@@ -1,21 +1,24 @@
-"""Upload: one model file into the mirror, in parts, in as many sittings as it takes. With boto3: nobody waits for it.
+"""Upload: the bytes of one file into the mirror, in parts, in as many sittings as it takes. With boto3: nobody waits.
 
-The file is read once: what goes up is what is hashed, and nothing is completed unless the whole sha256 is right. The
-completion is conditional, so an upload that lost its lease cannot overwrite another; the manifest is written last.
+The file is read once: what goes up is what is hashed, and nothing is completed unless the whole sha256, which is the
+blob's name, is right. The completion is conditional, so a blob is written once; the manifest is written last and only
+over the one that was read before the blob was looked at, so it never names a version that it has not seen.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters.lease import Lease, LeaseLost, code, refused
-from adapters.manifest import SUFFIX, Manifest
+from adapters.manifest import Manifest
 from adapters.ranged import BLOCK_BYTES
 from core.store import gguf
 
@@ -33,6 +36,19 @@ class UploadFailed(Exception):
     """The upload cannot succeed as it is. The message is for the log."""
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a file goes in the mirror, and what is there."""
+
+    blob: str  # the key of its bytes
+    sha256: str  # in hex; the blob's name
+    manifest: str  # the key of its manifest
+    origin: str
+    manifest_etag: str | None = None  # of the manifest to be replaced, read before the blob was looked at
+    etag: str | None = None  # of the blob, if it is there
+    whole: bool = False  # it has the right size, and no reader found it wrong: only the manifest is to be written
+
+
 class Upload:
     """`descriptor` is the open file; it stays the caller's. One thread uses it."""
 
@@ -40,18 +56,16 @@ class Upload:
         self,
         client: S3Client,
         bucket: str,
-        key: str,
+        target: Target,
         descriptor: int,
         *,
-        sha256: str | None,
-        origin: str,
         lease: Lease,
         progress: Callable[[int, int], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._client, self._bucket, self._key, self._lease = client, bucket, key, lease
+        self._client, self._bucket, self._target, self._lease = client, bucket, target, lease
+        self._key = target.blob
         self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
-        self._expected, self._origin = sha256, origin
         self._progress = progress or (lambda done, total: None)
         blocks = max(PART_BYTES, -(-self._size // MAX_PARTS)) / BLOCK_BYTES
         self._part_bytes = BLOCK_BYTES * -int(-blocks // 1)
@@ -60,7 +74,6 @@ class Upload:
         self._hash = hashlib.sha256()
         self._blocks: list[str] = []
         self._id: str | None = None
-        self._condition: Any = {}
         self._next = 0  # the first part that was not read yet
         self._tries: dict[int, int] = {}
         self._etags: dict[int, str] = {}
@@ -74,13 +87,8 @@ class Upload:
         if left:
             with suppress(ClientError):
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=left)
-        try:
-            # Complete, but without a manifest: its uploader died between the two. It is replaced, if still the same.
-            self._condition = {"IfMatch": self._client.head_object(Bucket=self._bucket, Key=self._key)["ETag"]}
-        except ClientError as error:
-            if code(error) not in ("404", "NoSuchKey", "NotFound", "403"):
-                raise
-            self._condition = {"IfNoneMatch": "*"}
+        if self._target.whole:
+            return
         self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
         self._lease.renew(self._id, always=True)
 
@@ -94,7 +102,11 @@ class Upload:
                 return False
             self._lease.renew(self._id or "")
             while len(self._flying) < IN_FLIGHT and self._next < self._count:
-                self._submit(self._next, self._read(self._next, hashed=True))
+                data = self._read(self._next, hashed=True)
+                if self._target.whole:
+                    self._etags[self._next] = ""
+                else:
+                    self._submit(self._next, data)
                 self._next += 1
             timeout = 0.5 if deadline is None else min(0.5, deadline - time.monotonic() - MARGIN_S)
             landed, _ = wait(self._flying, timeout, FIRST_COMPLETED)
@@ -139,8 +151,15 @@ class Upload:
 
     def _submit(self, part: int, data: bytes) -> None:
         def send() -> str:
+            # S3 refuses a part that arrives with another MD5. Every S3 knows this header; newer checksums not all do.
+            md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
             return self._client.upload_part(
-                Bucket=self._bucket, Key=self._key, UploadId=self._id or "", PartNumber=part + 1, Body=data
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._id or "",
+                PartNumber=part + 1,
+                Body=data,
+                ContentMD5=md5,
             )["ETag"]
 
         self._flying[self._pool.submit(send)] = part
@@ -159,41 +178,70 @@ class Upload:
             self._submit(part, self._read(part, hashed=False))
 
     def _finish(self) -> None:
+        if (digest := self._hash.hexdigest()) != self._target.sha256:
+            raise UploadFailed(f"the file has sha256 {digest}, its source said {self._target.sha256}")
+        try:
+            header = gguf.parse_header(lambda offset, length: os.pread(self._descriptor, length, offset), self._size)
+        except gguf.MalformedGGUF as error:
+            raise UploadFailed(f"the file {error}") from error
+        self._lease.renew(self._id or "", always=True)
+        etag = self._target.etag if self._target.whole else self._complete()
+        self._id = None
+        self._write_manifest(
+            Manifest(
+                key=self._key,
+                size_bytes=self._size,
+                sha256=digest,
+                etag=etag or "",
+                header_bytes=header.data_offset,
+                block_bytes=BLOCK_BYTES,
+                blocks=tuple(self._blocks),
+                origin=self._target.origin,
+            )
+        )
+        self._lease.release()
+        self.close()
+
+    def _complete(self) -> str:
+        """The ETag of the blob, which is there now: by this upload, or by another one's that was faster."""
         from botocore.exceptions import ClientError
 
-        digest = self._hash.hexdigest()
-        if self._expected is not None and digest != self._expected:
-            raise UploadFailed(f"the file has sha256 {digest}, its source said {self._expected}")
-        self._lease.renew(self._id or "", always=True)
         parts: Any = [{"PartNumber": part + 1, "ETag": self._etags[part]} for part in range(self._count)]
+        replaced = self._target.etag
+        condition: Any = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
         try:
             done = self._client.complete_multipart_upload(
                 Bucket=self._bucket,
                 Key=self._key,
                 UploadId=self._id or "",
                 MultipartUpload={"Parts": parts},
-                **self._condition,
+                **condition,
             )
         except ClientError as error:
-            if refused(error) or code(error) == "NoSuchUpload":
-                raise LeaseLost from error
+            if not refused(error) and code(error) != "NoSuchUpload":
+                raise
+            # Another was faster, or this is the answer to a repeated request. The same name means the same bytes.
+            with suppress(ClientError):
+                there = self._client.head_object(Bucket=self._bucket, Key=self._key)
+                if there["ContentLength"] == self._size and there["ETag"] != replaced:
+                    return there["ETag"]
+            raise LeaseLost from error
+        return done["ETag"]
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        from botocore.exceptions import ClientError
+
+        before = self._target.manifest_etag
+        condition: Any = {"IfNoneMatch": "*"} if before is None else {"IfMatch": before}
+        try:
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=self._target.manifest,
+                Body=manifest.to_json(),
+                ContentType="application/json",
+                **condition,
+            )
+        except ClientError as error:
+            if refused(error) or code(error) in ("NoSuchKey", "404"):
+                raise LeaseLost from error  # another wrote it meanwhile: what is there is looked at again
             raise
-        self._id = None
-        header = gguf.parse_header(lambda offset, length: os.pread(self._descriptor, length, offset), self._size)
-        manifest = Manifest(
-            size_bytes=self._size,
-            sha256=digest,
-            etag=done["ETag"],
-            header_bytes=header.data_offset,
-            block_bytes=BLOCK_BYTES,
-            blocks=tuple(self._blocks),
-            origin=self._origin,
-        )
-        self._client.put_object(
-            Bucket=self._bucket,
-            Key=self._key + SUFFIX,
-            Body=manifest.to_json(),
-            ContentType="application/json",
-        )
-        self._lease.release()
-        self.close()

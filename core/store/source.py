@@ -48,6 +48,7 @@ class Found:
     reference: HuggingFace | S3  # as asked, its revision perhaps a branch
     files: tuple[RemoteFile, ...]
     commit: str | None = None
+    resolved_at: float = 0.0  # when the hub said so, in seconds since 1970; 0: it was not asked
 
     @property
     def size_bytes(self) -> int:

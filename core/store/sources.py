@@ -59,7 +59,8 @@ class Sources:
             if found is None or not _agree(found, told):
                 continue
             answered = True
-            yield source, replace(found, reference=reference)
+            resolved_at = told.resolved_at if told is not None else found.resolved_at
+            yield source, replace(found, reference=reference, resolved_at=resolved_at)
         if not answered and failure is not None:
             raise failure
 

@@ -21,9 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapters.manifest import SUFFIX, Manifest
+from adapters.manifest import Manifest
 from adapters.ranged import BLOCK_BYTES
+from adapters.ref import Ref
+from adapters.s3 import Layout, origin
 from core.store import gguf
+from core.store.reference import HuggingFace
 from infra.bench.process import free_port
 
 BUCKET, PREFIX = "bench", "models"
@@ -45,30 +48,35 @@ http {{
 
 def lay_out(root: Path, model: Path, repo: str) -> str:
     """Put `model` into the mirror's layout under `root`, with manifest and ref. Returns its key."""
-    folder = root / BUCKET / PREFIX / repo / COMMIT
-    folder.mkdir(parents=True)
-    copy = folder / model.name
-    shutil.copyfile(model, copy)
-    stat = copy.stat()
+    reference, layout, bucket = HuggingFace(repo, model.name), Layout(PREFIX), root / BUCKET
     whole, blocks = hashlib.sha256(), []
-    with copy.open("rb") as file:
+    with model.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             whole.update(block)
             blocks.append(hashlib.sha256(block).hexdigest())
+    key = layout.blob(whole.hexdigest())
+    copy = bucket / key
+    copy.parent.mkdir(parents=True)
+    shutil.copyfile(model, copy)
+    stat = copy.stat()
     manifest = Manifest(
+        key=key,
         size_bytes=stat.st_size,
         sha256=whole.hexdigest(),
         etag=f'"{int(stat.st_mtime):x}-{stat.st_size:x}"',  # as nginx makes it
         header_bytes=gguf.read_header(copy).data_offset,
         block_bytes=BLOCK_BYTES,
         blocks=tuple(blocks),
-        origin=f"hf://{repo}/{model.name}@{COMMIT}",
+        origin=origin(reference, COMMIT, model.name),
     )
-    copy.with_name(model.name + SUFFIX).write_bytes(manifest.to_json())
-    refs = root / BUCKET / PREFIX / repo / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(COMMIT)
-    return f"{PREFIX}/{repo}/{COMMIT}/{model.name}"
+    pointers = {
+        layout.manifest(reference, COMMIT, model.name): manifest.to_json(),
+        layout.ref(reference): Ref(COMMIT, time.time()).to_json(),
+    }
+    for pointer, body in pointers.items():
+        (bucket / pointer).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / pointer).write_bytes(body)
+    return key
 
 
 class Server:

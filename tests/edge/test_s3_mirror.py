@@ -1,5 +1,7 @@
 """The mirror against moto's S3: what is uploaded, by whom, and what a cold start then reads of it."""
 
+import base64
+import dataclasses
 import hashlib
 import json
 import random
@@ -17,6 +19,7 @@ from botocore.exceptions import ClientError
 from adapters import s3_mirror as s3_mirror_module
 from adapters.lease import Lease, LeaseLost
 from adapters.manifest import Manifest
+from adapters.ref import Ref
 from adapters.s3 import S3Storage
 from adapters.s3_mirror import S3Mirror
 from core.errors import ModelUnavailable
@@ -33,7 +36,9 @@ MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 5000), TENSOR
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "folder/tiny.gguf")
 FOUND = Found("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
-KEY = f"models/org/repo/{COMMIT}/folder/tiny.gguf"
+KEY = f"models/blobs/{SHA256}"
+MANIFEST = f"models/org/repo/{COMMIT}/folder/tiny.gguf.manifest.json"
+REF = "models/org/repo/refs/main"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,14 @@ def keys(client):
     return sorted(each["Key"] for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []))
 
 
+def manifest(client):
+    return Manifest.from_json(client.get_object(Bucket=BUCKET, Key=MANIFEST)["Body"].read())
+
+
+def ref(client):
+    return Ref.from_json(client.get_object(Bucket=BUCKET, Key=REF)["Body"].read())
+
+
 def soon(deadline=20.0):
     return time.monotonic() + deadline
 
@@ -95,13 +108,13 @@ def test_upload(bench, client, path):
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     assert bench.mirror.run_pending(None)
 
-    assert keys(client) == [KEY, f"{KEY}.manifest.json", "models/org/repo/refs/main"]
+    assert keys(client) == sorted([KEY, MANIFEST, REF])
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
-    manifest = Manifest.from_json(client.get_object(Bucket=BUCKET, Key=f"{KEY}.manifest.json")["Body"].read())
-    assert manifest.sha256 == SHA256
-    assert manifest.header_bytes == gguf.read_header(path).data_offset
-    assert manifest.blocks[1] == hashlib.sha256(MODEL[2 << 20 : 4 << 20]).hexdigest()
-    assert manifest.origin == f"hf://org/repo/folder/tiny.gguf@{COMMIT}"
+    written = manifest(client)
+    assert (written.key, written.sha256) == (KEY, SHA256)
+    assert written.header_bytes == gguf.read_header(path).data_offset
+    assert written.blocks[1] == hashlib.sha256(MODEL[2 << 20 : 4 << 20]).hexdigest()
+    assert written.origin == f"hf://org/repo/folder/tiny.gguf@{COMMIT}"
     assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
@@ -133,19 +146,19 @@ def test_resolve_by_ref_and_by_commit(bench, client, path):
 
 def test_ref_follows_the_branch(bench, client, path):
     """When the hub says that a branch means another commit now, the ref moves, whichever source brought the file."""
-    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=OLD_COMMIT.encode())
+    client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(OLD_COMMIT, 1.0).to_json())
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
     mirrored = Found("s3", REFERENCE, FOUND.files, COMMIT)
     bench.mirror.offer(REFERENCE, mirrored, (path,))
     bench.mirror.run_pending(None)
 
-    assert client.get_object(Bucket=BUCKET, Key="models/org/repo/refs/main")["Body"].read().decode() == COMMIT
-    assert keys(client) == ["models/org/repo/refs/main"]
+    assert ref(client).commit == COMMIT
+    assert keys(client) == [REF]
 
 
 def test_cold_start_offers_nothing(bench, client, path):
     """What came from the mirror by its own ref is not looked at again."""
-    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
+    client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     bench.storage.resolve(REFERENCE, refresh=False)
     bench.mirror.offer(REFERENCE, Found("s3", REFERENCE, FOUND.files, COMMIT), (path,))
 
@@ -174,7 +187,7 @@ def test_background(port, client, path):
     bench = Bench(port, client, background=True)
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     end = soon(30)
-    while "models/org/repo/refs/main" not in keys(client) and time.monotonic() < end:
+    while REF not in keys(client) and time.monotonic() < end:
         time.sleep(0.05)
     bench.close()
 
@@ -252,44 +265,208 @@ def test_lease_takeover(port, client, path):
 
 
 def test_loser_never_overwrites(bench, client, path, monkeypatch):
-    """An uploader that lost its lease and does not know it is stopped by the conditional completion."""
+    """An uploader that lost its lease and does not know it is stopped by the conditional completion; what the other
+    uploaded has the same name and size, so it is the same bytes: only the manifest is written."""
     complete = client.complete_multipart_upload
 
     def late(**arguments):
-        client.put_object(Bucket=BUCKET, Key=KEY, Body=b"the other's")
+        client.put_object(Bucket=BUCKET, Key=KEY, Body=MODEL)
         return complete(**arguments)
 
     monkeypatch.setattr(client, "complete_multipart_upload", late)
     bench.mirror.offer(REFERENCE, FOUND, (path,))
 
-    assert not bench.mirror.run_pending(None)
-    assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == b"the other's"
-    assert f"{KEY}.manifest.json" not in keys(client)
+    assert bench.mirror.run_pending(None)
+    etag = client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
+    assert "-" not in etag
+    assert manifest(client).etag == etag
 
 
-def test_object_without_manifest(bench, client, path):
-    """An object whose uploader died before the manifest is not in the mirror, and is replaced."""
-    client.put_object(Bucket=BUCKET, Key=KEY, Body=b"half a thought")
-    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
+def test_blob_without_manifest(bench, client, path, monkeypatch):
+    """A blob whose uploader died before the manifest is not in the mirror; the next one uploads nothing again."""
+    client.put_object(Bucket=BUCKET, Key=KEY, Body=MODEL)
+    client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
+    monkeypatch.setattr(client, "create_multipart_upload", lambda **_: pytest.fail("uploaded again"))
     bench.mirror.offer(REFERENCE, FOUND, (path,))
-    bench.mirror.run_pending(None)
+
+    assert bench.mirror.run_pending(None)
+    assert bench.storage.resolve(REFERENCE, refresh=False).commit == COMMIT
+
+
+def test_another_commit_of_the_same_bytes(bench, client, path, monkeypatch):
+    """Where a new commit changes other files only, the model is not uploaded again."""
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    monkeypatch.setattr(client, "create_multipart_upload", lambda **_: pytest.fail("uploaded again"))
+    later = dataclasses.replace(FOUND, commit="e" * 40, resolved_at=time.time())
+    bench.mirror.upload(REFERENCE, later, (path,))
+
+    assert bench.storage.resolve(REFERENCE, refresh=False).commit == "e" * 40
+    assert len([key for key in keys(client) if "blobs" in key]) == 1
+
+
+DAMAGES = {
+    "blob deleted": lambda client: client.delete_object(Bucket=BUCKET, Key=KEY),
+    "blob cut short": lambda client: client.put_object(Bucket=BUCKET, Key=KEY, Body=MODEL[:-1]),
+    "blob written anew": lambda client: client.put_object(Bucket=BUCKET, Key=KEY, Body=MODEL),
+    "manifest empty": lambda client: client.put_object(Bucket=BUCKET, Key=MANIFEST, Body=b""),
+    "manifest of another format": lambda client: client.put_object(Bucket=BUCKET, Key=MANIFEST, Body=b'{"format": 1}'),
+    "manifest of another file": lambda client: client.put_object(
+        Bucket=BUCKET,
+        Key=MANIFEST,
+        Body=dataclasses.replace(manifest(client), origin="hf://org/other/tiny.gguf@" + COMMIT).to_json(),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_repairs_itself(bench, client, path, damage):
+    """Whatever does not fit together is not served, and whole again after the next offer."""
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    damage(client)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    assert bench.mirror.run_pending(None)
 
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
+    assert manifest(client).etag == client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
+    assert bench.storage.resolve(REFERENCE, refresh=False).files[0].sha256 == SHA256
+    assert f"{KEY}.lease" not in keys(client)
 
 
-@pytest.mark.parametrize("broken", [b"", b"{}", b"[1]", b'{"format": 2}', b"\xff", b"null"])
-def test_malformed_manifest(bench, client, broken):
-    """A manifest that cannot be read counts as none."""
-    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=COMMIT.encode())
-    client.put_object(Bucket=BUCKET, Key=f"{KEY}.manifest.json", Body=broken)
+def test_manifest_of_another_file_is_passed_over(bench, client, path):
+    """A manifest copied from elsewhere does not make its bytes this model's."""
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    DAMAGES["manifest of another file"](client)
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
 
 
-def test_malformed_ref(bench, client):
+def test_late_manifest_is_refused(bench, client, path, monkeypatch):
+    """An uploader that was suspended before its manifest does not write over the one of its successor."""
+    put, theirs = client.put_object, Manifest(KEY, 1, SHA256, '"theirs"', 0, 1, (SHA256,)).to_json()
+
+    def late(**arguments):
+        if arguments["Key"] == MANIFEST:
+            put(Bucket=BUCKET, Key=MANIFEST, Body=theirs)
+        return put(**arguments)
+
+    monkeypatch.setattr(client, "put_object", late)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert not bench.mirror.run_pending(None)
+    assert client.get_object(Bucket=BUCKET, Key=MANIFEST)["Body"].read() == theirs
+
+
+def test_ref_never_goes_back(bench, client, path):
+    """An upload that took an hour does not overwrite what the hub has told another process meanwhile."""
+    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, commit="e" * 40, resolved_at=2000.0), (path,))
+    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, resolved_at=1000.0), (path,))
+    assert ref(client) == Ref("e" * 40, 2000.0)
+
+    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, resolved_at=3000.0), (path,))
+    assert ref(client) == Ref(COMMIT, 3000.0)
+
+
+def test_ref_of_a_wrong_clock(bench, client, path):
+    """A ref from the far future does not stay for ever."""
+    client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(OLD_COMMIT, time.time() + 9e9).to_json())
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+
+    assert ref(client).commit == COMMIT
+
+
+def test_parts_carry_their_md5(bench, client, path, monkeypatch):
+    """S3 refuses a part that was damaged on its way."""
+    upload_part, wrong = client.upload_part, []
+
+    def check(**arguments):
+        md5 = base64.b64encode(hashlib.md5(arguments["Body"], usedforsecurity=False).digest()).decode()
+        wrong.append(arguments["ContentMD5"] != md5)
+        return upload_part(**arguments)
+
+    monkeypatch.setattr(client, "upload_part", check)
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+
+    assert wrong == [False] * 3
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"owner": 1}', b"\xff"])
+def test_foreign_lease_object(bench, client, path, body):
+    """A lease object that cannot be read is another's; nothing is raised between two answers."""
+    client.put_object(Bucket=BUCKET, Key=f"{KEY}.lease", Body=body)
+    bench.mirror.offer(REFERENCE, FOUND, (path,))
+
+    assert not bench.mirror.run_pending(None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("new"), KeyError("date"), AssertionError()], ids=repr)
+def test_nothing_escapes(port, client, path, monkeypatch, error):
+    """Whatever goes wrong ends the job and not the process; the next offer is worked on as ever."""
+
+    def fail(**_):
+        raise error
+
+    bench = Bench(port, client, background=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "create_multipart_upload", fail)
+        bench.mirror.offer(REFERENCE, FOUND, (path,))
+        end = soon()
+        while bench.mirror._thread is not None and time.monotonic() < end:
+            time.sleep(0.01)
+    assert bench.mirror.run_pending(None)
+    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    bench.close()
+
+    assert MANIFEST in keys(client)
+
+
+def test_lease_survives_a_lost_answer(client, monkeypatch):
+    """A write that S3 did and whose answer was lost is refused when it is repeated; it is ours all the same."""
+    put = client.put_object
+
+    def twice(**arguments):
+        put(**arguments)
+        return put(**arguments)
+
+    lease = Lease(client, BUCKET, f"{KEY}.lease")
+    monkeypatch.setattr(client, "put_object", twice)
+    assert lease.acquire() == ""
+    lease.renew("note", always=True)
+    monkeypatch.undo()
+    lease.renew("note", always=True)
+    lease.release()
+
+    assert keys(client) == []
+
+
+def test_release_leaves_the_lease_of_a_successor(client):
+    """A holder that was suspended, with a clock that counts it or not, does not delete its successor's lease."""
+    for asleep in (0.0, 1000.0):
+        clock = [0.0]
+        late = Lease(client, BUCKET, f"{KEY}.lease", ttl=0.0, clock=lambda clock=clock: clock[0])
+        assert late.acquire() is not None
+        late._ttl = 600.0
+        assert Lease(client, BUCKET, f"{KEY}.lease", ttl=0.0).acquire() == ""
+        clock[0] = asleep
+        late.release()
+
+        assert keys(client) == [f"{KEY}.lease"]
+        client.delete_object(Bucket=BUCKET, Key=f"{KEY}.lease")
+
+
+@pytest.mark.parametrize("broken", [b"", b"{}", b"[1]", b'{"format": 3}', b"\xff", b"null"])
+def test_malformed_manifest(bench, client, broken):
+    """A manifest that cannot be read counts as none."""
+    client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
+    client.put_object(Bucket=BUCKET, Key=MANIFEST, Body=broken)
+
+    assert bench.storage.resolve(REFERENCE, refresh=False) is None
+
+
+@pytest.mark.parametrize("broken", [b"", b"c" * 40, b"[]", b'{"commit": "../..", "resolved_at": 1}', b'{"commit": 1}'])
+def test_malformed_ref(bench, client, broken):
     """A ref that names no commit counts as none."""
-    client.put_object(Bucket=BUCKET, Key="models/org/repo/refs/main", Body=b"../../elsewhere")
+    client.put_object(Bucket=BUCKET, Key=REF, Body=broken)
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
 
@@ -359,7 +536,7 @@ def test_ten_processes_upload_once(port, client, path):
 
     assert [child.returncode for child in children] == [0] * 10
     assert sum(map(int, outputs)) == 1
-    assert keys(client) == [KEY, f"{KEY}.manifest.json", "models/org/repo/refs/main"]
+    assert keys(client) == sorted([KEY, MANIFEST, REF])
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
 
 
@@ -398,11 +575,12 @@ def test_killed_uploader(port, client, path):
 
 def test_manifest_round_trip():
     """A manifest is read as it was written, and nothing that does not add up is taken for one."""
-    manifest = Manifest(10, "a" * 64, '"etag"', 4, 4, ("b" * 64,) * 3, "hf://o/r/f@c")
+    manifest = Manifest("blobs/a", 10, "a" * 64, '"etag"', 4, 4, ("b" * 64,) * 3, "hf://o/r/f@c")
     fields = json.loads(manifest.to_json())
 
     assert Manifest.from_json(manifest.to_json()) == manifest
     for name, wrong in {
+        "key": None,
         "size_bytes": 13,
         "sha256": "a",
         "etag": "no quotes",

@@ -38,7 +38,7 @@ MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "tiny.gguf")
 FOUND = Found("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
-KEY = f"org/repo/{COMMIT}/tiny.gguf"
+KEY = f"org/repo/{COMMIT}/tiny.gguf"  # of its manifest, without the suffix
 
 
 @pytest.fixture(autouse=True)
