@@ -173,7 +173,12 @@ class Settings:
     n_threads: int = setting("N_THREADS", "0", "Threads that compute; 0: the CPUs this process may use.", whole(0, 512))
     n_gpu_layers: int = setting("N_GPU_LAYERS", "0", "Layers on the GPU; -1: all.", whole(-1, 9999))
     n_parallel: int = setting("N_PARALLEL", "4", "Sequences that run at once.", whole(1, 64))
-    max_queue: int = setting("MAX_QUEUE", "64", "Requests that may wait; over it the answer is 429.", whole(0, 10000))
+    max_queue: int = setting(
+        "MAX_QUEUE",
+        "64",
+        "Sequences (n for each request) that may wait for a slot; a request that finds so many is answered 429.",
+        whole(0, 10000),
+    )
     repack: Literal["auto", "on", "off"] = setting(
         "REPACK",
         "auto",

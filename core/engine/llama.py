@@ -51,7 +51,6 @@ class Llama:
         # Jinja's import needs Python for 0.1 s, the load below hardly at all.
         threading.Thread(target=importlib.import_module, args=("core.engine.jinja",), daemon=True).start()
         native.set_verbose(config.verbose)
-        native.take_errors()
         config = replace(config, n_threads=config.n_threads or threads.available())
         self._model = self._load_model(config, progress)
         try:
@@ -176,9 +175,9 @@ class Llama:
 
         callback = bindings.llama_progress_callback(report)
         params.progress_callback = callback
-        model = bindings.llama_model_load_from_file(os.fsencode(file.path), params)
+        with native.captured_errors() as reasons:
+            model = bindings.llama_model_load_from_file(os.fsencode(file.path), params)
         if not model:
-            reasons = native.take_errors()
             log.error("llama.cpp cannot load %s: %s", file.path, "; ".join(reasons) or "no reason given")
             raise InvalidRequest(
                 f"The model '{file.name}' cannot be loaded: llama.cpp refuses it "
@@ -219,9 +218,10 @@ class Llama:
         # accurate: KL to a float32 cache over 1,000 tokens of text 6.1e-3 both (SmolLM2), 1.6e-2 and 1.5e-2 (Gemma).
         params.kv_unified = True
         params.swa_full = True  # a sliding window's cache can only be cut back to a shared prefix if it is kept whole
-        context = bindings.llama_init_from_model(self._model, params)
+        with native.captured_errors() as reasons:
+            context = bindings.llama_init_from_model(self._model, params)
         if not context:
-            log.error("no context: %s", "; ".join(native.take_errors()) or "no reason given")
+            log.error("no context: %s", "; ".join(reasons) or "no reason given")
             raise InvalidRequest(
                 f"A context of {config.n_ctx} tokens cannot be made for '{self._file.name}': "
                 "most likely it does not fit in memory. Lower n_ctx.",

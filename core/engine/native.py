@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,21 @@ log = logging.getLogger("slm.llama")
 SPIN_COUNT = "1000"
 LOG_LEVEL_ERROR = 4  # ggml.h's GGML_LOG_LEVEL_ERROR; the bindings have no name for it
 
+MOST_CAPTURED = 20  # lines
+
 _lock = threading.Lock()
 _bindings: Any = None
 _log_callback: Any = None  # ctypes callbacks must outlive every call into the library
-_errors: list[str] = []
 _verbose = False
+
+
+class _Capture(threading.local):
+    """Per thread: a model is loaded in one while another decodes."""
+
+    lines: list[str] | None = None
+
+
+_capture = _Capture()
 
 
 def bindings() -> Any:
@@ -112,17 +124,20 @@ def _mapped_library(name: str) -> str | None:
 
 
 def _route_log(module: Any) -> None:
-    """Send llama.cpp's log lines to logging: errors are kept for `take_errors`."""
+    """Send llama.cpp's log lines to logging: errors as errors, unless `captured_errors` collects them."""
     global _log_callback
 
     def write(level: int, text: bytes, _data: object) -> None:
         line = text.decode("utf-8", "replace").strip()
         if not line:
             return
-        if level == LOG_LEVEL_ERROR:
-            _errors.append(line)
-            del _errors[:-20]
-        log.log(logging.INFO if _verbose else logging.DEBUG, "%s", line)
+        lines = _capture.lines
+        if level == LOG_LEVEL_ERROR and lines is not None and len(lines) < MOST_CAPTURED:
+            lines.append(line)
+        if level == LOG_LEVEL_ERROR and lines is None:
+            log.error("%s", line)
+        else:
+            log.log(logging.INFO if _verbose else logging.DEBUG, "%s", line)
 
     _log_callback = module.llama_log_callback(write)
     module.llama_log_set(_log_callback, ctypes.c_void_p(0))
@@ -134,8 +149,11 @@ def set_verbose(verbose: bool) -> None:
     _verbose = verbose
 
 
-def take_errors() -> list[str]:
-    """The error lines llama.cpp wrote since the last call. For the log only: they hold paths."""
-    lines = _errors[:]
-    _errors.clear()
-    return lines
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collect the error lines that llama.cpp writes in this thread. For the log only: they hold paths."""
+    outer, _capture.lines = _capture.lines, []
+    try:
+        yield _capture.lines
+    finally:
+        _capture.lines = outer

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from core.engine import schedule
+from core.engine import native, schedule
 from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
@@ -199,11 +199,9 @@ class Scheduler:
         # 1) The batch.
         rows = self._fill()
         # 2) llama.cpp.
-        self._abort.begin({sequence.stream for sequence, _, _ in rows})
         started = time.monotonic()
-        code = self._bindings.llama_decode(self._context, self._batch.native)
+        code = self._compute({sequence.stream for sequence, _, _ in rows})
         elapsed = time.monotonic() - started
-        self._abort.end()
         self.counters.decode_calls += 1
         # 3) What came of it.
         if code == 0:
@@ -222,9 +220,18 @@ class Scheduler:
             self._make_room()
         else:
             self._forget(rows)
-            log.error("llama_decode returned %s for %s tokens of %s sequences", code, self._batch.length, len(rows))
             for sequence, _, _ in rows:
                 self._fail(sequence, ApiError(f"llama_decode returned {code}"))
+
+    def _compute(self, streams: set[PieceStream]) -> int:
+        """Decode the batch, for `streams`. Returns 0, 1 (no cells), 2 (aborted) or another code: an error, logged."""
+        self._abort.begin(streams)
+        with native.captured_errors() as reasons:  # llama.cpp calls an abort an error, too
+            code = int(self._bindings.llama_decode(self._context, self._batch.native))
+        self._abort.end()
+        if code not in (0, 1, 2):
+            log.error("llama_decode returned %s for %s tokens: %s", code, self._batch.length, "; ".join(reasons))
+        return code
 
     def _read_opening(self) -> None:
         """Also brings the weights into memory before the first request needs them."""
@@ -235,10 +242,7 @@ class Scheduler:
         self._cache.clear(opening)
         self._batch.clear()
         self._batch.add(opening.id, tokens, 0, logits=False)
-        self._abort.begin(())
-        code = self._bindings.llama_decode(self._context, self._batch.native)
-        self._abort.end()
-        if code == 0:
+        if self._compute(set()) == 0:
             opening.tokens = tokens
         else:
             self._cache.clear(opening)  # a decode that was aborted or failed may have left some of it

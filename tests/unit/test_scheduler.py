@@ -110,7 +110,9 @@ def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: L
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "mamba"])
-def test_a_prompt_that_nobody_waits_for_is_aborted(kind: str, tiny_engine: Load) -> None:
+def test_a_prompt_that_nobody_waits_for_is_aborted(
+    kind: str, tiny_engine: Load, caplog: pytest.LogCaptureFixture
+) -> None:
     """Alone in its batch a cancelled prompt stops at once, and the next request is not touched."""
     engine = tiny_engine(kind, n_batch=64)
     expected = asyncio.run(ask(engine, request(1, 40, 20)))
@@ -124,6 +126,26 @@ def test_a_prompt_that_nobody_waits_for_is_aborted(kind: str, tiny_engine: Load)
     asyncio.run(main())
     assert asyncio.run(ask(engine, request(1, 40, 20))) == expected
     assert engine.stats()["aborted"] == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_failed_decode_says_why_and_the_next_one_works(tiny_engine: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp's own words are in the log, at level error."""
+    engine = tiny_engine("llama")
+    expected = asyncio.run(ask(engine, request(1, 40, 20)))
+    broken = [True]
+
+    def before(length: int) -> None:
+        if broken.pop() if broken else False:
+            engine._scheduler._batch._positions[0] = 999  # in the middle of nowhere
+
+    Watched(engine, before)
+    with pytest.raises(ApiError, match="llama_decode returned -1"):
+        asyncio.run(ask(engine, request(2, 40, 20)))
+
+    [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "position" in record.getMessage()
+    assert asyncio.run(ask(engine, request(1, 40, 20))) == expected
 
 
 def test_a_deadline_in_the_prompt_is_not_an_empty_answer(tiny_engine: Load) -> None:

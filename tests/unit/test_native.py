@@ -1,0 +1,46 @@
+"""Native: where llama.cpp's log lines go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from core.engine import native
+
+
+def load(path: str) -> None:
+    """Make llama.cpp write errors that name `path`, in this thread."""
+    bindings = native.bindings()
+    assert not bindings.llama_model_load_from_file(path.encode(), bindings.llama_model_default_params())
+
+
+def test_errors_are_logged_as_errors(caplog: pytest.LogCaptureFixture) -> None:
+    load("/nowhere/a.gguf")
+
+    assert any("/nowhere/a.gguf" in line.getMessage() for line in caplog.records if line.levelno == logging.ERROR)
+
+
+def test_a_capture_holds_this_threads_errors_only(caplog: pytest.LogCaptureFixture) -> None:
+    """A load beside an engine that serves is not blamed for the other's lines, which are logged meanwhile."""
+    with native.captured_errors() as lines:
+        other = threading.Thread(target=load, args=("/nowhere/other.gguf",))
+        other.start()
+        other.join()
+        load("/nowhere/mine.gguf")
+
+    assert any("/nowhere/mine.gguf" in line for line in lines)
+    assert not any("other" in line for line in lines)
+    errors = " ".join(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert "/nowhere/other.gguf" in errors
+    assert "mine" not in errors
+
+
+def test_after_a_capture_errors_are_logged_again(caplog: pytest.LogCaptureFixture) -> None:
+    with native.captured_errors() as lines:
+        pass
+    load("/nowhere/a.gguf")
+
+    assert not lines
+    assert "/nowhere/a.gguf" in caplog.text
