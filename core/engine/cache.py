@@ -11,12 +11,15 @@ from core.engine.sequence import Sequence, Slot, common_prefix, count_cells
 
 
 class Cache:
-    """Owned by the engine thread. `trimmable` is False for recurrent models: their state knows only its end."""
+    """Owned by the engine thread. `trimmable` is False for recurrent models: their state knows only its end. `window`
+    is how many tokens a sliding-window layer sees, 0 if there is none.
+    """
 
-    def __init__(self, bindings: Any, context: Any, n_slots: int, *, trimmable: bool) -> None:
+    def __init__(self, bindings: Any, context: Any, n_slots: int, *, trimmable: bool, window: int = 0) -> None:
         self._bindings = bindings
         self._memory = bindings.llama_get_memory(context)
         self._trimmable = trimmable
+        self._window = window
         self._clock = 0
         self.slots = [Slot(slot_id) for slot_id in range(n_slots)]
         self.opening = Slot(n_slots)  # holds what the template begins with, for all tenants; no sequence runs in it
@@ -74,9 +77,20 @@ class Cache:
                 length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
                 if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
                     continue
-                if length > shared:
+                if length > shared and self._holds_window(slot, length):
                     source, shared = slot, length
         return source, shared
+
+    def _holds_window(self, slot: Slot, length: int) -> bool:
+        """Whether a sliding window that ends at `length` tokens is still there.
+
+        llama.cpp gives the cells of a sequence that its window has passed to others, the oldest first, also with
+        `swa_full`. For the sequence itself that is no loss, but cut back to `length` it would see a hole.
+        """
+        if not self._window:
+            return True
+        oldest = int(self._bindings.llama_memory_seq_pos_min(self._memory, slot.id))
+        return oldest <= max(0, length - self._window + 1)
 
     @staticmethod
     def _superseded(slot: Slot, shared: int) -> bool:

@@ -80,6 +80,7 @@ class Llama:
             n_limit=self.card.n_ctx,
             n_cells=None if recurrent else int(bindings.llama_n_ctx(self._context)),
             max_queue=config.max_queue,
+            window=int(bindings.llama_model_n_swa(self._model)),
             trimmable=not (recurrent or bindings.llama_model_is_hybrid(self._model)),
             arrival=None if file.arrival is None else file.arrival.wait,
         )
@@ -217,7 +218,9 @@ class Llama:
         # same memory: beside 2,000 idle cells a token took 9-10 ms with it and 16-18 without (7.6-9 alone). It is as
         # accurate: KL to a float32 cache over 1,000 tokens of text 6.1e-3 both (SmolLM2), 1.6e-2 and 1.5e-2 (Gemma).
         params.kv_unified = True
-        params.swa_full = True  # a sliding window's cache can only be cut back to a shared prefix if it is kept whole
+        # A sliding window's cache can be cut back to a shared prefix only if it is kept whole. llama.cpp still gives
+        # cells that a window has passed to others; `Cache` looks before it uses a prefix.
+        params.swa_full = True
         with native.captured_errors() as reasons:
             context = bindings.llama_init_from_model(self._model, params)
         if not context:

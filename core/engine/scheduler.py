@@ -50,6 +50,7 @@ class Scheduler:
         n_cells: int | None,
         max_queue: int,
         trimmable: bool,
+        window: int,
         arrival: Callable[[], None] | None = None,
     ) -> None:
         self._bindings = bindings
@@ -58,7 +59,7 @@ class Scheduler:
         self._n_limit = n_limit
         self._n_cells = n_cells
         self._max_queue = max_queue
-        self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable)
+        self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable, window=window)
         self._batch = Batch(bindings, n_batch, n_parallel + 1)
         self._abort = Abort(bindings, context)
         self._inbox = Inbox(arrival)

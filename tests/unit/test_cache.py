@@ -19,6 +19,10 @@ class Memory:
     def __init__(self, partial: bool = True) -> None:
         self.partial = partial
         self.copies: list[tuple[int, int, int]] = []
+        self.oldest = 0
+
+    def llama_memory_seq_pos_min(self, memory: Any, slot: int) -> int:
+        return self.oldest
 
     def llama_get_memory(self, context: Any) -> None:
         return None
@@ -172,3 +176,14 @@ def test_an_idle_prefix_needs_its_cells_when_it_is_used() -> None:
 
     assert cache.used() == 0
     assert cache.needed(sequence([1, 2, 3, 4, 5])) == 5
+
+
+@pytest.mark.parametrize(("oldest", "cached"), [(0, 6), (3, 6), (4, 0)])
+def test_a_prefix_counts_only_if_its_window_is_there(oldest: int, cached: int) -> None:
+    """A window of 4 tokens at the seventh sees the fourth to the sixth, which others may have overwritten."""
+    memory = Memory()
+    cache = Cache(memory, None, 1, trimmable=True, window=4)
+    serve(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9], [10])
+    memory.oldest = oldest
+
+    assert serve(cache, [1, 2, 3, 4, 5, 6, 50], []) == cached

@@ -252,6 +252,21 @@ def test_a_paused_sequence_comes_back_within_the_prefill_budget(
     assert engine.stats()["sequences"]["running"] == 0
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2", "mamba"])
+def test_a_cached_prefix_is_as_good_as_a_read_one(kind: str, tiny_engine: Load) -> None:
+    """Three conversations by turns, again and again: what one leaves in the cells does not spoil another's prefix."""
+    engine = tiny_engine(kind)
+    requests = [dictated(seed, 40, 60) for seed in range(3)]
+
+    async def by_turns() -> list[list[float]]:
+        return [(await weigh(engine, one))[0] for one in requests]
+
+    cold = asyncio.run(by_turns())
+    for _ in range(3):
+        for one, other in zip(cold, asyncio.run(by_turns()), strict=True):
+            assert one == pytest.approx(other, abs=CLOSE)
+
+
 def test_prompts_wait_for_room(tiny_engine: Load) -> None:
     """Four prompts that do not fit together are read one after the other, and none is thrown away half-read."""
     engine = tiny_engine("llama", n_ctx=256)
