@@ -56,6 +56,8 @@ class HubDouble:
         self.faults: list[Fault] = []
         self.authorizations: list[tuple[str, str | None]] = []
         self.sent = 0  # body bytes
+        self.most_at_once = 0  # bodies
+        self._at_once = 0
         self._lock = threading.Lock()
         self._hub = _Server(self._answer_hub)
         self._cdn = _Server(self._answer_cdn)
@@ -144,7 +146,14 @@ class HubDouble:
         if ranged and not fault.ignore_range:
             handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         handler.end_headers()
-        return self._send(handler, body, fault)
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            self._send(handler, body, fault)
+        finally:
+            with self._lock:
+                self._at_once -= 1
 
     def _send(self, handler: BaseHTTPRequestHandler, body: bytes, fault: Fault) -> None:
         cuts = [cut for cut in (fault.reset_after, fault.close_after, fault.stall_after) if cut is not None]
