@@ -253,7 +253,9 @@ class Settings:
         "HF_TOKEN", "", "Token for gated and private repositories.", optional_text, secret=True
     )
     hf_endpoint: str = setting("HF_ENDPOINT", "https://huggingface.co", "Hub to download from.", url)
-    s3_bucket: str | None = setting("S3_BUCKET", "", "Bucket that mirrors what came from Hugging Face; S3_MIRROR says who fills it.", optional_text)
+    s3_bucket: str | None = setting(
+        "S3_BUCKET", "", "Bucket that mirrors what came from Hugging Face; S3_MIRROR says who fills it.", optional_text
+    )
     s3_prefix: str = setting("S3_PREFIX", "models", "Key prefix in S3_BUCKET.", lambda v: v.strip("/"))
     s3_endpoint_url: str | None = setting("S3_ENDPOINT_URL", "", "Another S3, such as MinIO's address.", optional_url)
     s3_mirror: Literal["read", "write", "off"] = setting(

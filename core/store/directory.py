@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InvalidRequest, ModelNotFound
-from core.store import gguf, sidecar
-from core.store.reference import split_files, split_part
+from core.store import gguf, sidecar, versions
+from core.store.reference import split_part
+from core.store.versions import current, parts, place_of
 
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -37,7 +38,7 @@ class Directory:
         """Every model that is whole, by name. Hidden files and folders (the store's own, other tools') are left out."""
         models = []
         for folder, folders, files in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and not versions.holds(name))
             for file in files:
                 if file.startswith(".") or not file.lower().endswith(".gguf") or _UNUSABLE.search(file):
                     continue
@@ -47,7 +48,7 @@ class Directory:
                 if self._served_as(path) is None:
                     continue
                 try:
-                    size = sum(part.stat().st_size for part in parts(path))
+                    size = sum(part.stat().st_size for part in parts(current(path)))
                 except (OSError, InvalidRequest):
                     continue  # a part is missing, or the file has just gone
                 models.append(LocalModel(path.relative_to(self.root).as_posix(), path, size))
@@ -60,12 +61,12 @@ class Directory:
         """
         if not name or len(name) > 4096 or _UNUSABLE.search(name):
             raise InvalidRequest("A model is named by a path without control characters.", param="model_path")
-        path = self._resolve(name)
+        path = self._resolve(str(place_of(Path(name))))
         if not name.lower().endswith(".gguf"):
             raise InvalidRequest(f"Models are .gguf files, got {name[:200]!r}.", param="model_path")
-        if not is_file(path):
+        first = current(parts(path)[0])
+        if not is_file(path) and not is_file(first):
             raise ModelNotFound(f"There is no model {name[:200]!r}. {self._names()}", param="model_path")
-        first = parts(path)[0]
         self.check(first, name)
         return first
 
@@ -81,7 +82,7 @@ class Directory:
                 with self._lock:
                     if self._checked.get(part) == seen:
                         continue
-                if sidecar.read(part) is None:
+                if sidecar.read(path) is None:
                     gguf.read_header(part)
             except FileNotFoundError:
                 raise InvalidRequest(
@@ -104,7 +105,7 @@ class Directory:
             raise InvalidRequest(
                 f"{name[:200]!r} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
             )
-        return next((path for path in found if is_file(path)), found[0])
+        return next((path for path in found if is_file(path) or is_file(current(parts(path)[0]))), found[0])
 
     def _served_as(self, path: Path) -> Path | None:
         """What to open for `path`, None if it may not be served. Links are resolved anew: mounts come late."""
@@ -122,11 +123,6 @@ class Directory:
         if not names:
             return "MODELS_DIR is empty; POST /load brings a model."
         return f"There are: {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}."
-
-
-def parts(path: Path) -> tuple[Path, ...]:
-    """All files of the model that `path` belongs to, in order."""
-    return tuple(path.with_name(name) for name in split_files(path.name))
 
 
 def real_path(path: Path) -> Path:

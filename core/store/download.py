@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 from contextlib import ExitStack
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import InvalidRequest, ModelUnavailable
-from core.store import gguf, lock, sidecar, target
-from core.store.directory import parts, real_path
+from core.store import gguf, lock, sidecar, target, versions
+from core.store.directory import real_path
 from core.store.partial import PartialFile, read_note, sha256_of
-from core.store.reference import S3, HuggingFace
-from core.store.sidecar import Sidecar
-from core.store.source import Cancelled, Damaged, Found, Progress, RemoteFile, Source
+from core.store.reference import S3, HuggingFace, split_files
+from core.store.sidecar import Part, Sidecar
+from core.store.source import Cancelled, Damaged, DownloadCancelled, Found, Progress, RemoteFile, Source
+from core.store.versions import current, parts
 
 log = logging.getLogger(__name__)
 
@@ -27,27 +29,35 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    paths: tuple[Path, ...]
-    sidecars: tuple[Sidecar, ...]
+    place: Path  # the name under which the model is current
+    paths: tuple[Path, ...]  # its files
+    sidecar: Sidecar
     fresh: bool  # False: it was there already
 
 
 def places(reference: HuggingFace | S3) -> tuple[str, ...]:
     """Where its first file may lie under MODELS_DIR: under its own name, or its origin's if another has that."""
     if isinstance(reference, HuggingFace):
-        return (reference.filename, f"{reference.repo_id}/{reference.filename}")
-    return (reference.key.rsplit("/", 1)[-1], f"{reference.bucket}/{reference.key}")
+        first = split_files(reference.filename)[0]
+        return (first, f"{reference.repo_id}/{first}")
+    first = split_files(reference.key)[0]
+    return (first.rsplit("/", 1)[-1], f"{reference.bucket}/{first}")
 
 
-def origin(reference: HuggingFace | S3, file: str | None = None) -> str:
-    """What a sidecar calls a file's origin: the reference without its revision."""
+def origin(reference: HuggingFace | S3) -> str:
+    """What a sidecar calls a model's origin: the reference to its first file, without its revision."""
     if isinstance(reference, HuggingFace):
-        return f"hf://{reference.repo_id}/{file or reference.filename}"
-    return f"s3://{reference.bucket}/{file or reference.key}"
+        return f"hf://{reference.repo_id}/{split_files(reference.filename)[0]}"
+    return f"s3://{reference.bucket}/{split_files(reference.key)[0]}"
 
 
 class Download:
-    """One model, from one source."""
+    """One model, from one source.
+
+    Every name that a reader follows is changed by one rename, so that a process that ends at any point leaves the old
+    version or the new one. A model of one file is renamed to its place. The files of a split model are renamed into a
+    folder of their version, which nothing names until the link at the place is replaced (`core.store.directory`).
+    """
 
     def __init__(self, root: Path, source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> None:
         self._root = root
@@ -55,52 +65,77 @@ class Download:
         self._found = found
         self._progress = progress
         self._cancelled = cancelled
+        self._version = _version(found)
 
     def run(self) -> Landed:
         """Raises InvalidRequest (wrong sha256, not a GGUF), ModelUnavailable (network, disk), DownloadCancelled."""
         check_pins(self._found)
-        candidates = places(self._found.reference)
-        for place in candidates:
-            targets = parts(self._root / place)
-            if not real_path(targets[0].parent).is_relative_to(real_path(self._root)):
-                raise InvalidRequest(f"The folder of {place!r} is a link out of MODELS_DIR.", param="filename")
+        for name in places(self._found.reference):
+            place = self._root / name
+            if not real_path(place.parent).is_relative_to(real_path(self._root)):
+                raise InvalidRequest(f"The folder of {name!r} is a link out of MODELS_DIR.", param="filename")
             try:
-                landed = self._run_at(targets, last=place == candidates[-1])
+                landed = self._run_at(place)
             except OSError as error:
                 raise self._explain(error) from error
             if landed is not None:
                 return landed
-        raise AssertionError("the last place is always taken")
+        raise InvalidRequest(
+            f"{name!r} in MODELS_DIR is another file, which the server did not download and does not replace. "
+            "Move it away, then try again.",
+            param="filename",
+        )
 
-    def _run_at(self, targets: tuple[Path, ...], *, last: bool) -> Landed | None:
+    def _run_at(self, place: Path) -> Landed | None:
         """None if the place belongs to another model."""
         # Before anything is written: a baked MODELS_DIR may be read-only, and what is there needs no writing.
-        if (there := self._occupant(targets, last=last)) != "none":
+        if (there := self._occupant(place)) != "none":
+            if there != "another":
+                self._tidy_quietly(place)
             return None if there == "another" else there
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            locks = [stack.enter_context(lock.hold(path, self._cancelled, self._waiting)) for path in targets]
-            if (there := self._occupant(targets, last=last)) != "none":  # another process brought it meanwhile
-                for held in locks:
-                    held.remove()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with lock.hold(place, self._cancelled, self._waiting) as held:
+            if (there := self._occupant(place)) != "none":  # another process brought it meanwhile
+                held.remove()
                 return None if there == "another" else there
-            partials = []
-            for path, file, held in zip(targets, self._found.files, locks, strict=True):
-                partial = PartialFile(path, file, file.sha256 or f"{self._found.commit} {file.etag} {file.path}", held)
+            home = versions.home(place, self._version)
+            described = sidecar.read(home) if home != place else None
+            if described is None or not self._is_same(described):
+                described = self._receive(parts(home), held)
+            versions.switch(place, home)
+            if held.exclusive:
+                versions.tidy(place, origin(self._found.reference))
+            held.remove()
+        return Landed(place, parts(home), described, fresh=True)
+
+    def _receive(self, targets: tuple[Path, ...], held: lock.Lock) -> Sidecar:
+        """Download, verify, and give each file its name. What is of no use for a later try leaves no file."""
+        folder = targets[0].parent
+        with ExitStack() as stack:
+            stack.callback(self._forget_if_nothing_arrived, folder, held)
+            folder.mkdir(parents=True, exist_ok=True)
+            partials: list[PartialFile] = []
+            start = 0
+            for path, file in zip(targets, self._found.files, strict=True):
+                partials.append(partial := PartialFile(path, file, self._version, held, start))
                 stack.callback(partial.close)
-                partials.append(partial)
+                start += file.size_bytes
             target.need_disk(self._root, self._found.size_bytes, sum(partial.done for partial in partials))
             try:
-                digests = self._fill(partials)
+                return self._publish(targets, partials, self._fill(partials))
             except OSError as error:
                 if error.errno in _NO_ROOM:
-                    for partial in partials:  # keeping it would keep the disk full
+                    for partial in reversed(partials):  # keeping it would keep the disk full
                         partial.discard()
                 raise
-            sidecars = self._publish(targets, partials, digests)
-            for held in locks:
-                held.remove()
-        return Landed(targets, sidecars, fresh=True)
+
+    def _forget_if_nothing_arrived(self, folder: Path, held: lock.Lock) -> None:
+        if read_note(held.note)[1] == 0:
+            held.remove()
+            if len(self._found.files) > 1:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    folder.rmdir()
+                    folder.parent.rmdir()
 
     def _fill(self, partials: list[PartialFile]) -> list[str]:
         digests = []
@@ -144,86 +179,96 @@ class Download:
             raise InvalidRequest(f"{file.path!r} {error}. It cannot be served.", param="filename") from error
         return digest
 
-    def _publish(
-        self, targets: tuple[Path, ...], partials: list[PartialFile], digests: list[str]
-    ) -> tuple[Sidecar, ...]:
-        """The first file last: it is the one that names the model.
+    def _publish(self, targets: tuple[Path, ...], partials: list[PartialFile], digests: list[str]) -> Sidecar:
+        """The files get their names, the first one last.
 
-        A sidecar goes before its file: if the process ends between the two, it is not believed (its time is not the
-        old file's) but still says whose place this is.
+        The sidecar goes before the file of a model of one file: if the process ends between the two, it is not
+        believed (its time is not the old file's) but still says whose place this is.
         """
-        sidecars: list[Sidecar] = []
-        for path, partial, file, digest in reversed(
-            list(zip(targets, partials, self._found.files, digests, strict=True))
-        ):
-            described = self._describe(file, digest, partial.sync())
-            sidecar.write(path, described)
+        described = self._describe(digests, [partial.sync() for partial in partials])
+        for partial in partials[:0:-1]:
             partial.publish()
-            sidecars.insert(0, described)
-        return tuple(sidecars)
+        sidecar.write(targets[0], described)
+        partials[0].publish()
+        return described
 
-    def _describe(self, file: RemoteFile, digest: str, stat: os.stat_result) -> Sidecar:
+    def _tidy_quietly(self, place: Path) -> None:
+        """What a process left that ended between publishing and the end of its lock."""
+        try:
+            if versions.strays(place, origin(self._found.reference)) or lock.path_of(place).exists():
+                with lock.hold(place, lambda: True, self._waiting) as held:
+                    if held.exclusive:
+                        versions.tidy(place, origin(self._found.reference))
+                    held.remove()
+        except (OSError, DownloadCancelled):  # read-only, or another process is at it
+            return
+
+    def _describe(self, digests: list[str], stats: list[os.stat_result]) -> Sidecar:
         reference = self._found.reference
+        first, *others = [
+            Part(digest, stat.st_size, stat.st_mtime_ns) for digest, stat in zip(digests, stats, strict=True)
+        ]
         return Sidecar(
-            origin=origin(reference, file.path),
+            origin=origin(reference),
             source=self._source.name,
-            sha256=digest,
-            size_bytes=stat.st_size,
-            mtime_ns=stat.st_mtime_ns,
+            sha256=first.sha256,
+            size_bytes=first.size_bytes,
+            mtime_ns=first.mtime_ns,
             published=datetime.now(UTC).isoformat(timespec="seconds"),
             revision=reference.revision if isinstance(reference, HuggingFace) else None,
             commit=self._found.commit,
+            parts=tuple(others),
         )
 
-    def _occupant(self, targets: tuple[Path, ...], *, last: bool) -> Landed | Literal["none", "another"]:
-        """What lies at `targets`: this very model, another one, or nothing that may not be replaced."""
-        if not any(path.exists() for path in targets):
+    def _occupant(self, place: Path) -> Landed | Literal["none", "another"]:
+        """What lies at `place`: this very model, another one, or nothing that may not be replaced."""
+        first = current(place)
+        paths = parts(first)
+        described = sidecar.read(first)
+        owner = described or sidecar.peek(first)
+        if owner is not None and owner.origin != origin(self._found.reference) and first.exists():
+            return "another"
+        if described is None and is_sound(paths):
+            described = self._adopt(paths)
+            if described is None and owner is None:  # put there by hand, and not what the source has
+                return "another"
+        if described is None or not self._is_same(described):
             return "none"
-        another: Literal["none", "another"] = "none" if last else "another"
-        sidecars: list[Sidecar] = []
-        for path, file, pinned in zip(targets, self._found.files, self._pins, strict=True):
-            known = sidecar.read(path)
-            owner = known or sidecar.peek(path)
-            if owner is not None and owner.origin != origin(self._found.reference, file.path):
-                return another
-            if known is None and is_sound((path,)):
-                known = self._adopt(path, file)
-                if (
-                    known is None and owner is None
-                ):  # put there by hand, and not what the source has: not ours to replace
-                    return another
-            if known is None or not self._is_same(known, file, pinned):
-                return "none"
-            sidecars.append(known)
-        return Landed(targets, tuple(map(self._renew, targets, sidecars)), fresh=False)
+        return Landed(place, paths, self._renew(first, described), fresh=False)
 
-    def _adopt(self, path: Path, file: RemoteFile) -> Sidecar | None:
-        """A sidecar for a file that was put there by hand, if it is `file`."""
-        with path.open("rb") as opened:
-            stat = os.fstat(opened.fileno())
-            if stat.st_size != file.size_bytes or file.sha256 is None:
-                return None
-            if sha256_of(opened.fileno(), self._cancelled) != file.sha256:
-                return None
-        described = self._describe(file, file.sha256, stat)
-        _write_quietly(path, described)
+    def _adopt(self, paths: tuple[Path, ...]) -> Sidecar | None:
+        """A sidecar for files that were put there by hand, if they are what the source has."""
+        stats = []
+        for path, file in zip(paths, self._found.files, strict=True):
+            with path.open("rb") as opened:
+                stat = os.fstat(opened.fileno())
+                if stat.st_size != file.size_bytes or file.sha256 is None:
+                    return None
+                if sha256_of(opened.fileno(), self._cancelled) != file.sha256:
+                    return None
+                stats.append(stat)
+        described = self._describe([file.sha256 or "" for file in self._found.files], stats)
+        _write_quietly(paths[0], described)
         return described
 
-    def _renew(self, path: Path, known: Sidecar) -> Sidecar:
-        """Note that the file is also what `revision` means now, so that `present` knows it without the network."""
+    def _renew(self, first: Path, described: Sidecar) -> Sidecar:
+        """Note that the model is also what `revision` means now, so that `present` knows it without the network."""
         reference = self._found.reference
-        if not isinstance(reference, HuggingFace) or known.names(reference.revision):
-            return known
-        renewed = replace(known, revision=reference.revision, commit=self._found.commit)
-        _write_quietly(path, renewed)
+        if not isinstance(reference, HuggingFace) or described.names(reference.revision):
+            return described
+        renewed = replace(described, revision=reference.revision, commit=self._found.commit)
+        _write_quietly(first, renewed)
         return renewed
 
-    def _is_same(self, known: Sidecar, file: RemoteFile, pinned: str | None) -> bool:
-        if known.size_bytes != file.size_bytes or (pinned is not None and known.sha256 != pinned):
+    def _is_same(self, described: Sidecar) -> bool:
+        files = self._found.files
+        if described.total_bytes != self._found.size_bytes or len(described.digests) != len(files):
             return False
-        if file.sha256 is not None:
-            return known.sha256 == file.sha256
-        return known.commit is not None and known.commit == self._found.commit
+        if self._found.reference.sha256 not in ((), described.digests):
+            return False
+        if all(file.sha256 is not None for file in files):
+            return described.digests == tuple(file.sha256 for file in files)
+        return described.commit is not None and described.commit == self._found.commit
 
     def _waiting(self, note: str) -> None:
         self._progress(min(read_note(note)[1], self._found.size_bytes), self._found.size_bytes)
@@ -251,6 +296,26 @@ def check_pins(found: Found) -> None:
 
 def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:
     return InvalidRequest(f"The sha256 of {file.path!r} is {digest}, not {pinned} as asked.", param="sha256")
+
+
+def _version(found: Found) -> str:
+    """What tells this model's bytes from any other's: the digests that the source names, else its other words for it.
+
+    Bytes without a digest cannot be judged later, and after a power cut the note of what has arrived may be ahead of
+    the data. So they are not resumed beyond a restart of the machine.
+    """
+    words = []
+    for file in found.files:
+        identity = file.sha256 or f"{found.commit} {file.etag} {file.path} {_boot_id()}"
+        words.append(f"{identity} {file.size_bytes}")
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return os.urandom(16).hex()
 
 
 def is_sound(paths: tuple[Path, ...]) -> bool:

@@ -1,7 +1,9 @@
 """Lock: one process at a time fills a file. A `flock` on `.<file>.lock`, whose text says how much has arrived.
 
-The kernel releases it however its holder ends. On file systems where flock does nothing (some NFS, Lustre) two holders
-write the same bytes to the same places, and what they publish is verified by each.
+The kernel releases it however its holder ends. Where the file system has no flock, a lock is held without being
+exclusive, and says so: its holders share no file then (`core.store.partial`). Where flock works within one host only
+(NFS with `nolock`), two holders may both believe to be alone. They share a partial file only if they write the same
+version into it, and none publishes a file that another one has replaced.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ def path_of(file: Path) -> Path:
 
 
 class Lock:
-    """Held. `note` survives the holder: the next one reads where to go on."""
+    """Held. `note` survives the holder: the next one reads where to go on. Not `exclusive`: there is no flock here."""
 
-    def __init__(self, descriptor: int, path: Path) -> None:
+    def __init__(self, descriptor: int, path: Path, *, exclusive: bool) -> None:
         self._descriptor = descriptor
         self._path = path
+        self.exclusive = exclusive
 
     @property
     def note(self) -> str:
@@ -48,28 +51,30 @@ def hold(file: Path, cancelled: Cancelled, waiting: Callable[[str], None]) -> It
     """Wait for the lock of `file`; `waiting(note)` is called meanwhile. Raises DownloadCancelled, OSError."""
     path = path_of(file)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            while not _try_lock(descriptor):
+            while (exclusive := _try_lock(descriptor)) is None:
                 if cancelled():
                     raise DownloadCancelled
                 waiting(_read_note(descriptor))
                 time.sleep(POLL_S)
             if _is_current(descriptor, path):
-                yield Lock(descriptor, path)
+                yield Lock(descriptor, path, exclusive=exclusive)
                 return
         finally:
             os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool | None:
+    """True: locked. False: there are no locks here. None: another holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
-            return False
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+        return False
     return True
 
 

@@ -1,7 +1,8 @@
-"""Partial: a model file on its way in, `.<file>.part` beside its target. Verified as a whole, then renamed."""
+"""Partial: a model file on its way in, `.<file>.<version>.part` beside its target. Verified whole, then renamed."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -10,35 +11,56 @@ from core.errors import ModelUnavailable
 from core.store import gguf
 from core.store.lock import Lock
 from core.store.source import Cancelled, DownloadCancelled, RemoteFile
+from core.store.versions import sync_folder
 
 _CHUNK = 4 << 20
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class PartialFile:
-    """Implements `core.store.source.Partial`. Open it with the target's lock held.
+    """Implements `core.store.source.Partial`. Open it with the model's lock held.
 
-    The lock's note is "<version> <bytes>": what arrived counts for a later try of the same version only.
+    The lock's note is "<version> <bytes>", the bytes counted through all files of the model: what arrived counts for a
+    later try of the same version only. `start` is where this file begins in that count. Without an exclusive lock
+    the file has a name of its own, and nothing is resumed.
     """
 
-    def __init__(self, target: Path, file: RemoteFile, version: str, lock: Lock) -> None:
-        self.path = target.with_name(f".{target.name}.part")
+    def __init__(self, target: Path, file: RemoteFile, version: str, lock: Lock, start: int = 0) -> None:
+        own = "" if lock.exclusive else f"-{os.urandom(4).hex()}"
+        self.path = target.with_name(f".{target.name}.{version}{own}.part")
         self.size = file.size_bytes
+        self.done = 0
         self._target = target
         self._lock = lock
-        self._version = hashlib.sha256(f"{version} {file.size_bytes}".encode()).hexdigest()[:32]
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        self.done = self._arrived()
+        self._version = version
+        self._start = start
+        if lock.exclusive:
+            self._remove_strays()
+            self.done = self._arrived()
         if self.done == 0:
-            os.ftruncate(self.fd, 0)
+            # A new inode: whoever still writes to the old one, or has verified it, does not meet this one.
+            self.path.unlink(missing_ok=True)
+        self.fd = os.open(self.path, _FLAGS if self.done else _FLAGS | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def _remove_strays(self) -> None:
+        """What arrived of other versions is of no use."""
+        for stray in self.path.parent.glob(f".{glob.escape(self._target.name)}.*.part"):
+            if stray != self.path:
+                stray.unlink(missing_ok=True)
 
     def _arrived(self) -> int:
-        version, done = read_note(self._lock.note)
-        # After a crash of the machine the note may be ahead of the data; the whole sha256 is what counts in the end.
-        return done if version == self._version and done <= min(self.size, os.fstat(self.fd).st_size) else 0
+        version, noted = read_note(self._lock.note)
+        done = min(max(noted - self._start, 0), self.size)
+        try:
+            length = self.path.lstat().st_size
+        except FileNotFoundError:
+            return 0
+        return done if version == self._version and done <= length <= self.size else 0
 
     def landed(self, offset: int) -> None:
         self.done = offset
-        self._lock.note = f"{self._version} {offset}"
+        if self._lock.exclusive:
+            self._lock.note = f"{self._version} {self._start + offset}"
 
     def sha256(self, cancelled: Cancelled) -> str:
         """Of what is on the disk. Raises DownloadCancelled."""
@@ -60,24 +82,26 @@ class PartialFile:
         return os.fstat(self.fd)
 
     def publish(self) -> None:
-        """Give it its name, durably: from now on it is a model."""
-        self.path.replace(self._target)
-        folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Give it its name, durably. Raises ModelUnavailable if the name no longer leads to what was verified."""
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            named = self.path.lstat()
+        except FileNotFoundError:
+            named = None
+        if named is None or not os.path.samestat(named, os.fstat(self.fd)):
+            raise ModelUnavailable(f"Another process replaced what arrived of {self._target.name!r}. Try again.")
+        self.path.replace(self._target)
+        sync_folder(self._target.parent)
 
     def discard(self) -> None:
-        """Nothing of it is of use: leave no file behind."""
+        """Nothing of it is of use; what arrived of the files before it is."""
         self.path.unlink(missing_ok=True)
-        self._lock.remove()
+        self.landed(0)
 
     def close(self) -> None:
-        """Ends the try. What has not begun to arrive leaves no file."""
+        """Ends the try. What has not begun to arrive, or cannot be resumed, leaves no file."""
         os.close(self.fd)
-        if self.done == 0 and self.size:
-            self.discard()
+        if (self.done == 0 and self.size) or not self._lock.exclusive:
+            self.path.unlink(missing_ok=True)
 
 
 def read_note(note: str) -> tuple[str, int]:

@@ -12,13 +12,14 @@ from typing import Literal
 
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
-from core.store.directory import Directory, LocalModel, is_file, parts
+from core.store.directory import Directory, LocalModel, is_file
 from core.store.download import Download, Landed, check_pins, is_sound, origin, places
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
 from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
 from core.store.source import Cancelled, DownloadCancelled, Found, Mirror, Progress, Source
 from core.store.sources import FAILURES, Failure, Sources
+from core.store.versions import current, parts
 
 log = logging.getLogger(__name__)
 
@@ -171,20 +172,18 @@ class Store:
     def _find(self, reference: HuggingFace | S3) -> Path | None:
         """The file that a fetch of `reference` left, or that was put by hand where a fetch would."""
         for place in places(reference):
-            paths = parts(self._directory.root / place)
+            path = self._directory.root / place
+            paths = parts(current(path))
             if not all(map(is_file, paths)):
                 continue
-            known = [sidecar.read(path) for path in paths]
-            if all(known):
-                if all(each and _matches(each, reference, path) for each, path in zip(known, paths, strict=True)) and (
-                    reference.sha256 in ((), tuple(each.sha256 for each in known if each))
-                ):
-                    return paths[0]
+            if (described := sidecar.read(paths[0])) is not None:
+                if _matches(described, reference):
+                    return path
                 continue
             if isinstance(reference, HuggingFace) and reference.revision != "main":
                 continue  # nothing says which revision a file is that was put there by hand
-            if not any(known) and is_sound(paths) and self._wrong_digest(paths, reference.sha256) is None:
-                return paths[0]
+            if is_sound(paths) and self._wrong_digest(paths, reference.sha256) is None:
+                return path
         return None
 
     def _locate_pinned(self, reference: File) -> Path:
@@ -218,44 +217,45 @@ class Store:
         return None
 
     def _present(self, reference: HuggingFace | S3, path: Path, cancelled: Cancelled) -> Fetched:
-        known = sidecar.read(path)
-        size = sum(part.stat().st_size for part in parts(path))
-        if known is not None:
-            return Fetched("present", path, size, known.sha256, known.source, known.commit)
-        with path.open("rb") as file:
+        first = current(path)
+        described = sidecar.read(first)
+        size = sum(part.stat().st_size for part in parts(first))
+        if described is not None:
+            return Fetched("present", path, size, described.sha256, described.source, described.commit)
+        with first.open("rb") as file:
             return Fetched("present", path, size, sha256_of(file.fileno(), cancelled), "file")
 
     def _local(self, reference: Reference, path: Path) -> ModelFile:
-        known = sidecar.read(path)
+        first = current(path)
+        described = sidecar.read(first)
         return ModelFile(
-            name=model_name(path.name),
-            path=path,
-            size_bytes=sum(part.stat().st_size for part in parts(path)),
+            name=model_name(first.name),
+            path=first,
+            size_bytes=sum(part.stat().st_size for part in parts(first)),
             reference=str(reference),
-            source=known.source if known else "file",
-            sha256=known.sha256 if known else None,
-            commit=known.commit if known else None,
+            source=described.source if described else "file",
+            sha256=described.sha256 if described else None,
+            commit=described.commit if described else None,
         )
 
 
 def _to_fetched(landed: Landed) -> Fetched:
-    first = landed.sidecars[0]
+    described = landed.sidecar
     return Fetched(
         "downloaded" if landed.fresh else "present",
-        landed.paths[0],
-        sum(each.size_bytes for each in landed.sidecars),
-        first.sha256,
-        first.source,
-        first.commit,
+        landed.place,
+        described.total_bytes,
+        described.sha256,
+        described.source,
+        described.commit,
     )
 
 
-def _matches(known: sidecar.Sidecar, reference: HuggingFace | S3, path: Path) -> bool:
-    """Whether a file, by its sidecar, is (a part of) what `reference` names. Parts of one model share a folder."""
-    folder, _, _ = origin(reference).rpartition("/")
-    if known.origin.rpartition("/")[0] != folder or known.origin.rpartition("/")[2] != path.name:
+def _matches(described: sidecar.Sidecar, reference: HuggingFace | S3) -> bool:
+    """Whether a model, by its sidecar, is what `reference` names."""
+    if described.origin != origin(reference) or reference.sha256 not in ((), described.digests):
         return False
-    return not isinstance(reference, HuggingFace) or known.names(reference.revision)
+    return not isinstance(reference, HuggingFace) or described.names(reference.revision)
 
 
 def _open_memory(source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> ModelFile | None:

@@ -26,6 +26,7 @@ from core.store import sidecar, target
 from core.store.reference import File, HuggingFace, parse
 from core.store.source import DownloadCancelled, Found, Partial, Progress, RemoteFile
 from core.store.store import Store
+from core.store.versions import parts as parts_of
 from tests import gguf_files as files
 
 REPO = "org/repo"
@@ -60,6 +61,12 @@ def folder(tmp_path: Path) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def part_of(folder: Path, name: str = NAME) -> Path:
+    """The one partial file of `name`; its own name holds the version."""
+    (part,) = folder.glob(f".{name}.*.part")
+    return part
 
 
 def test_a_download_lands_whole_with_its_sidecar(store: Store, folder: Path) -> None:
@@ -167,9 +174,11 @@ def test_a_split_model_is_one_model(store: Store, hub: HubDouble, folder: Path) 
     assert fetched.path == folder / "big-00001-of-00003.gguf"
     assert (fetched.size_bytes, seen[-1]) == (total, (total, total))
     assert [(model.name, model.size_bytes) for model in store.list()] == [("big-00001-of-00003.gguf", total)]
-    assert store.locate("big-00003-of-00003.gguf") == fetched.path
-    assert (store.open(reference).name, store.present(reference)) == ("big", fetched.path)
-    (folder / "big-00002-of-00003.gguf").unlink()
+    model = store.open(reference)
+    assert (model.name, store.present(reference)) == ("big", fetched.path)
+    assert store.locate("big-00003-of-00003.gguf") == model.path == fetched.path.resolve()
+    assert {path.name: path.read_bytes() for path in parts_of(model.path)} == parts
+    parts_of(model.path)[1].unlink()
     assert store.list() == ()
     assert store.present(reference) is None
     with pytest.raises(InvalidRequest, match=r"big-00002-of-00003\.gguf' is missing"):
@@ -315,7 +324,7 @@ def test_a_cancelled_download_resumes(store: Store, hub: HubDouble, folder: Path
 
     with pytest.raises(DownloadCancelled):
         store.fetch(REFERENCE, progress=progress, cancelled=stop.is_set)
-    assert names(folder) == [f".{NAME}.lock", f".{NAME}.part"]
+    assert names(folder) == sorted([f".{NAME}.lock", part_of(folder).name])
     assert store.list() == ()
 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
@@ -341,7 +350,7 @@ def test_a_damaged_partial_is_found_out(store: Store, hub: HubDouble, folder: Pa
     hub.faults.append(Fault(rate=3_000_000))
     with pytest.raises(DownloadCancelled):
         store.fetch(REFERENCE, progress=lambda done, _: stop.set() if done > 10**6 else None, cancelled=stop.is_set)
-    with (folder / f".{NAME}.part").open("r+b") as part:
+    with part_of(folder).open("r+b") as part:
         part.seek(500_000)
         part.write(b"damage")
     with pytest.raises(ModelUnavailable, match="arrived damaged"):
@@ -514,13 +523,12 @@ def test_a_process_that_ends_leaves_what_the_next_resumes(hub: HubDouble, folder
     """No handler is needed: the kernel releases the lock, the partial file is continued."""
     hub.faults.append(Fault(rate=1_500_000))
     process = start(folder, hub)
-    part = folder / f".{NAME}.part"
-    while not part.exists() or part.stat().st_size < 1_200_000:
+    while sum(part.stat().st_size for part in folder.glob(f".{NAME}.*.part")) < 1_200_000:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(how)
     process.communicate(timeout=30)
-    assert names(folder) == [f".{NAME}.lock", f".{NAME}.part"]
+    assert names(folder) == sorted([f".{NAME}.lock", part_of(folder).name])
 
     assert Store(folder, (Hub(hub.url),)).fetch(REFERENCE).path.read_bytes() == CONTENT
     assert hub.gets()[1] is not None
@@ -531,8 +539,7 @@ def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> Non
     """SIGSTOP for longer than any timeout (a frozen Lambda): the connection is gone, the download is not."""
     hub.faults.append(Fault(stall_after=1_500_000, stall_s=1.5))
     process = start(folder, hub)
-    part = folder / f".{NAME}.part"
-    while not part.exists() or part.stat().st_size < 1_200_000:
+    while sum(part.stat().st_size for part in folder.glob(f".{NAME}.*.part")) < 1_200_000:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
@@ -654,7 +661,7 @@ def test_a_split_model_goes_to_the_disk(hub: HubDouble, folder: Path) -> None:
     hub.add(REPO, files.split_model("big", 2))
     model = memory_store(hub, folder).open(HuggingFace(REPO, "big-00001-of-00002.gguf"))
 
-    assert (model.name, model.path) == ("big", folder / "big-00001-of-00002.gguf")
+    assert (model.name, model.path) == ("big", (folder / "big-00001-of-00002.gguf").resolve())
 
 
 def test_a_model_on_the_disk_is_opened_there(hub: HubDouble, store: Store, folder: Path) -> None:
