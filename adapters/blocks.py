@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OVERTAKE_S = 1.0  # the least time after which an idle thread also fetches what another owes
+SLOW_S = 30.0  # the least time after which a connection that still owes its block is cut: it drips
 
 
 @dataclass(slots=True)
@@ -22,7 +23,14 @@ class Blocks:
     """The state of one download. The caller guards it with a lock; times are `time.monotonic()`'s."""
 
     def __init__(
-        self, size: int, block_bytes: int, *, first_bytes: int = 0, part_bytes: int = 0, width: int = 1
+        self,
+        size: int,
+        block_bytes: int,
+        *,
+        first_bytes: int = 0,
+        part_bytes: int = 0,
+        width: int = 1,
+        slow_s: float = SLOW_S,
     ) -> None:
         self.size = size
         self.count = -(-size // block_bytes)
@@ -32,6 +40,9 @@ class Blocks:
         self._first = -(-first_bytes // block_bytes)
         self._part = max(1, part_bytes // block_bytes)
         self._width = width
+        self.active = width  # how many requests may run at a time: fewer on a slow link
+        self._slow_s = slow_s
+        self._quiet_since: float | None = None  # when a block last landed, or the link was last found slow
         self._claimed = bytearray(self.count)  # 1: whole in some thread's hands, or written
         self._written = bytearray(self.count)
         self._owed: dict[int, float] = {}  # block -> when its part was asked for or last moved on
@@ -58,6 +69,8 @@ class Blocks:
         Parts are single blocks in the first bytes, so that they are soon complete, and get smaller towards the end, so
         that all threads finish together.
         """
+        if self._quiet_since is None:
+            self._quiet_since = now
         while self._next < self.count and self._claimed[self._next]:
             self._next += 1
         if self._next < self.count:
@@ -95,6 +108,20 @@ class Blocks:
     def moved(self, part: Part, now: float, seconds: float) -> None:
         """A part has brought a block in so many seconds: the rest of it is not late."""
         self._pace = 0.75 * self._pace + 0.25 * seconds if self._pace else seconds
+        self._quiet_since = now
+        if seconds < self._slow_s / 4:
+            self.active = min(self._width, self.active + 1)
         for block in range(part.next, part.end):
             if block in self._owed:
                 self._owed[block] = now
+
+    def patience(self) -> float:
+        """Seconds that a connection may take for a block before it is cut. Where all are slow, none is."""
+        return max(self._slow_s, 8 * self._pace)
+
+    def slowed(self, now: float) -> None:
+        """A connection was cut or fell silent. If no block has landed for long, it is the link that is slow, and half
+        as many requests share it from now on."""
+        if self._quiet_since is not None and now - self._quiet_since >= self._slow_s:
+            self.active = max(1, self.active // 2)
+            self._quiet_since = now

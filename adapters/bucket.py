@@ -168,7 +168,9 @@ class ObjectOrigin:
 
     def __init__(self, bucket: Bucket, key: str, etag: str) -> None:
         self.name = f"s3://{bucket.name}/{key}"
-        self._bucket, self._key, self._etag = bucket, key, etag
+        self._bucket, self._key = bucket, key
+        self._etag = etag
+        self.etag: str | None = etag
         self._used: Credentials | None = None
 
     def request(self, first: int, last: int, *, renew: bool = False) -> tuple[str, dict[str, str]]:

@@ -211,6 +211,8 @@ class Hub:
 class _Origin:
     """An `adapters.ranged.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
 
+    etag: str | None = None  # the CDN's is of no account: the sha256 of the whole decides
+
     def __init__(self, hub: Hub, found: Found, file: RemoteFile) -> None:
         self.name = f"{file.path} of {found.reference}"
         self._hub, self._found, self._file = hub, found, file

@@ -3,12 +3,13 @@
 An object is cut into *blocks*: a block is received whole, compared with its sha256 where the manifest has one, and only
 then written, so nothing unverified reaches the target and memory is bounded by threads x block. A *part* is what one
 request asks for: several blocks, or one where it matters (the header that loading waits for, and the end, so that all
-threads finish together). A failed request goes on at the first block it still owes; what one thread owes for too long
-another fetches too, and the first to have it whole writes it.
+threads finish together). A failed request goes on at the first byte it still owes, and on a slow link fewer run at a
+time. What one thread owes for too long another fetches too, and the first to have it whole writes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -16,13 +17,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
-from adapters.blocks import OVERTAKE_S, Blocks, Part
+from adapters.blocks import OVERTAKE_S, SLOW_S, Blocks, Part
 from adapters.checksum import Checksum
 from adapters.connection import Broken, Connection
-from adapters.refusal import Refused, WrongBytes, refusal
+from adapters.lane import Lane, Origin
+from adapters.refusal import Refused, WrongBytes
 from core.errors import ModelUnavailable
 from core.store.source import Damaged, DownloadCancelled
 
@@ -31,23 +32,9 @@ MAX_BLOCK_BYTES = 16 << 20
 ATTEMPTS = 8  # failures in a row, without one new block, after which a part gives up
 WRONG_ATTEMPTS = 3  # the same for a block whose bytes are wrong: they did not change on their way under TLS
 STALL_S = 10.0  # a read that brings nothing for so long is given up
-SLOW_S = 30.0  # a block that takes longer is asked for again: it drips
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 log = logging.getLogger(__name__)
-
-
-class Origin(Protocol):
-    """Where an object's bytes are. Thread-safe."""
-
-    name: str  # for messages
-
-    def request(self, first: int, last: int, *, renew: bool = False) -> tuple[str, dict[str, str]]:
-        """URL and headers of a GET for bytes `first` to `last` (both counted), signed now and pinned to one version.
-
-        `renew`: the last one was refused, so fetch new credentials or a new address first.
-        """
-        ...
 
 
 class Transfer:
@@ -72,18 +59,30 @@ class Transfer:
         threads: int = 4,
         part_bytes: int = 8 << 20,
         stall: float | None = None,
+        slow: float = SLOW_S,
+        pause: float | None = None,
     ) -> None:
         width = max(1, min(threads, -(-size // block_bytes)))
-        blocks = Blocks(size, block_bytes, first_bytes=first_bytes, part_bytes=part_bytes, width=width)
+        blocks = Blocks(
+            size,
+            block_bytes,
+            first_bytes=first_bytes,
+            part_bytes=part_bytes,
+            width=width,
+            slow_s=slow,
+        )
         if not 0 < block_bytes <= MAX_BLOCK_BYTES or (digests is not None and len(digests) != blocks.count):
             raise ValueError("the blocks do not cover the object")
         self._origin, self._fd, self._size = origin, fd, size
         self._block_bytes, self._digests, self._checksum = block_bytes, digests, checksum
         self._resume, self._width, self._stall = resume, width, STALL_S if stall is None else stall
+        self._watch_s = min(1.0, slow / 8)
+        self._pause = FIRST_PAUSE_S if pause is None else pause
         self._stopped = threading.Event()
         self._changed = threading.Condition()  # guards all below
         self._blocks = blocks
         self._error: BaseException | None = None
+        self._requests = 0  # that run now
         self._using = 0  # threads that read or write the target now
         self._checked = checksum is None
         self._connections: dict[Connection, float] = {}  # -> when its block began
@@ -232,10 +231,10 @@ class Transfer:
 
     def _work(self) -> None:
         connection = Connection(self._stall)
-        buffer = memoryview(bytearray(min(self._block_bytes, self._size)))
+        lane = Lane(connection, min(self._block_bytes, self._size))
         try:
             while (part := self._take()) is not None:
-                self._fetch(connection, buffer, part)
+                self._fetch(lane, part)
                 with self._changed:
                     self._connections.pop(connection, None)  # idle: not to be found slow
         finally:
@@ -247,24 +246,29 @@ class Transfer:
         """What to fetch next, None when there is nothing left to do."""
         with self._changed:
             while not self._stopped.is_set() and not self._blocks.complete():
-                if (part := self._blocks.take(time.monotonic())) is not None:
+                if self._requests < self._blocks.active and (part := self._blocks.take(time.monotonic())) is not None:
                     return part
                 self._changed.wait(OVERTAKE_S / 4)
         return None
 
-    def _fetch(self, connection: Connection, buffer: memoryview, part: Part) -> None:
+    def _fetch(self, lane: Lane, part: Part) -> None:
         """Bring a part's blocks, through failures."""
         failures, refused = 0, False
+        lane.filled, lane.began = 0, time.monotonic()
         while part.next < part.end and not self._stopped.is_set():
-            before = part.next
+            before = (part.next, lane.filled)
             try:
-                self._request(connection, buffer, part, renew=refused)
+                with self._turn():
+                    self._request(lane, part, renew=refused)
                 return
             except (Refused, Broken) as error:
                 reason = error
             if self._stopped.is_set():
                 return
-            moved = part.next > before
+            with self._changed:
+                self._connections.pop(lane.connection, None)
+                self._blocks.slowed(time.monotonic())
+            moved = (part.next, lane.filled) > before
             if isinstance(reason, Refused) and refused and not moved:
                 raise ModelUnavailable(
                     f"{self._origin.name} may not be read ({reason}); check the credentials and their rights."
@@ -281,30 +285,36 @@ class Transfer:
                     "Try again later."
                 ) from reason
             log.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, reason)
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1))
+            pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (failures - 1))
             self._stopped.wait(random.uniform(pause / 2, pause))  # noqa: S311 - jitter, no secret
 
-    def _request(self, connection: Connection, buffer: memoryview, part: Part, *, renew: bool) -> None:
-        blocks = self._blocks
-        first, last = blocks.offset(part.next), blocks.offset(part.end) - 1
-        url, headers = self._origin.request(first, last, renew=renew)
-        began = self._begin(connection)
-        response = connection.send("GET", url, headers)
-        whole = response.status == 200 and response.length == self._size == last + 1 - first
-        if response.status != 206 and not whole:
-            raise refusal(response.status, connection.read(65536) if response.status >= 300 else b"", self._origin.name)
-        ranged = f"bytes {first}-{last}/{self._size}"
-        if not whole and (response.getheader("Content-Range") != ranged or response.length != last + 1 - first):
-            raise Broken(f"asked for {ranged}, got {response.getheader('Content-Range')}")
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One of the requests that may run at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped.is_set() or self._requests < self._blocks.active)
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._requests -= 1
+                self._changed.notify_all()
+
+    def _request(self, lane: Lane, part: Part, *, renew: bool) -> None:
+        blocks, connection = self._blocks, lane.connection
+        first, last = blocks.offset(part.next) + lane.filled, blocks.offset(part.end) - 1
+        self._begin(connection)
+        lane.ask(self._origin, first, last, self._size, renew=renew)
         while part.next < part.end and not self._stopped.is_set():
-            data = buffer[: blocks.length(part.next)]
-            connection.read_into(data)
+            data = lane.buffer[: blocks.length(part.next)]
+            lane.receive(data)
             self._land(part.next, data)
             part.next += 1
             ended = self._begin(connection)
             with self._changed:
-                blocks.moved(part, ended, ended - began)
-            began = ended
+                blocks.moved(part, ended, ended - lane.began)
+            lane.began = ended
 
     def _begin(self, connection: Connection) -> float:
         """Note that a connection begins on a block now."""
@@ -317,8 +327,9 @@ class Transfer:
 
     def _watch(self) -> None:
         """Cut connections whose block takes too long: no single read of theirs need time out for that."""
-        while not self._stopped.wait(1.0):
+        while not self._stopped.wait(self._watch_s):
             with self._changed:
+                patience = self._blocks.patience()
                 for connection, since in self._connections.items():
-                    if time.monotonic() - since > SLOW_S:
+                    if time.monotonic() - since > patience:
                         connection.abort()

@@ -1,14 +1,16 @@
 """A small HTTP server that serves one body in ranges, and a plain `Origin` for it."""
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class RangeServer:
     """`url` serves `body` under the ETag `etag`; `requests` keeps the Range headers that came."""
 
-    def __init__(self, body, etag='"v1"'):
-        self.body, self.etag, self.requests = body, etag, []
+    def __init__(self, body, etag='"v1"', rate=None):
+        self.body, self.etag, self.requests, self.sent = body, etag, [], 0
+        self._link = threading.Lock()  # all answers share `rate` bytes a second
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,7 +33,16 @@ class RangeServer:
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                if rate is None:
+                    self.wfile.write(data)
+                    return
+                self.wfile.flush()
+                for at in range(0, len(data), 100):
+                    with outer._link:
+                        time.sleep(len(data[at : at + 100]) / rate)
+                        outer.sent += len(data[at : at + 100])
+                    self.wfile.write(data[at : at + 100])
+                    self.wfile.flush()
 
             def log_message(self, *_):
                 pass

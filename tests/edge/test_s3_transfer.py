@@ -251,15 +251,37 @@ def test_stalled_block_is_overtaken(proxy, fd):
     assert content(fd) == BODY
 
 
-def test_dripping_block_is_cut(proxy, fd, monkeypatch):
+def test_dripping_block_is_cut(proxy, fd):
     """A block that takes too long is asked for again on a new connection, though no read timed out."""
-    monkeypatch.setattr(ranged, "SLOW_S", 0.2)
     proxy.plan(Stall(after=500, seconds=60), matching="bytes=0-")
-    download = transfer(PlainOrigin(proxy.url), fd, stall=60, threads=1)
+    download = transfer(PlainOrigin(proxy.url), fd, stall=60, slow=0.2, threads=1)
     download.start()
 
     assert download.finish(timeout=20)
     assert content(fd) == BODY
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_slow_link(fd, threads):
+    """On a link on which no block is whole in time, what has come of it is kept, and fewer connections share it."""
+    with RangeServer(BODY, rate=20_000) as server:
+        download = transfer(PlainOrigin(server.url), fd, threads=threads, stall=2, slow=0.1)
+        download.start()
+
+        assert download.finish(timeout=30)
+        assert content(fd) == BODY
+        assert server.sent < 2 * len(BODY)
+
+
+def test_server_that_ignores_if_match(server, fd):
+    """Another version than the one asked for is found out by its ETag."""
+    origin = PlainOrigin(server.url)
+    origin.request = lambda first, last, renew=False: (f"{server.url}/object", {"Range": f"bytes={first}-{last}"})
+    server.etag = '"v2"'
+    download = transfer(origin, fd, digests=None)
+    download.start()
+    with pytest.raises(ModelUnavailable, match="was replaced"):
+        download.wait()
 
 
 def test_cancel(proxy, fd):
