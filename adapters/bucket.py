@@ -22,6 +22,7 @@ from core.errors import ModelUnavailable
 
 ATTEMPTS = 5
 TIMEOUT_S = 5.0
+IDLE_S = 5.0  # a connection that has rested longer is not used again
 FIRST_PAUSE_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Bucket:
         self._endpoint = endpoint_url.rstrip("/") if endpoint_url else None
         self._region = region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[tuple[Connection, float]] = []  # and since when, by the wall clock
 
     def url(self, key: str) -> str:
         path = quote_key(key)
@@ -138,8 +139,7 @@ class Bucket:
         return True
 
     def _exchange(self, method: str, url: str, headers: Mapping[str, str], most: int) -> Reply:
-        with self._lock:
-            connection = self._idle.pop() if self._idle else Connection(TIMEOUT_S)
+        connection = self._kept() or Connection(TIMEOUT_S)
         try:
             response = connection.send(method, url, headers)
             body = connection.read(most if response.status < 300 else 65536)
@@ -147,14 +147,30 @@ class Bucket:
             connection.close()
             raise
         with self._lock:
-            self._idle.append(connection)
+            self._idle.append((connection, time.time()))
         return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+
+    def _kept(self) -> Connection | None:
+        """The connection that was used last, if S3 is likely to have kept it, too.
+
+        By the wall clock: a process that was frozen, or restored from a snapshot, holds sockets that lead nowhere, and
+        the first request on one would wait for its timeout.
+        """
+        with self._lock:
+            if not self._idle:
+                return None
+            connection, since = self._idle.pop()
+        if 0 <= time.time() - since <= IDLE_S:
+            return connection
+        connection.close()
+        self.close()  # the others have rested longer
+        return None
 
     def close(self) -> None:
         """Close idle connections; later requests open new ones."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
 

@@ -37,6 +37,12 @@ class Timeline:
         self._lock = threading.Lock()
         self._phases: dict[str, Phase] = {}
 
+    def restart(self) -> None:
+        """Begin anew, now: for a process restored from a snapshot, whose start was another machine's."""
+        with self._lock:
+            self._origin = time.monotonic()
+            self._phases.clear()
+
     def now(self) -> float:
         """Seconds since the process began."""
         return time.monotonic() - self._origin

@@ -42,6 +42,11 @@ def _serve() -> int:
         from adapters.asgi import Endpoint
         from adapters.aws_lambda import loop, snapstart
         from adapters.logs import configure
+
+        # The first request needs these, at a time when the CPU may be down to the memory's share. Here they cost
+        # nothing: the tensors load in C, without the interpreter's lock.
+        from core.engine import jinja  # noqa: F401
+        from handlers import chat, extract  # noqa: F401
     configure(boot.settings)
     service = boot.service()
 
@@ -61,14 +66,20 @@ def _serve() -> int:
                 (await service.host.lease()).release()
         else:
             await settling
+            if not snapstart.wanted(os.environ):  # whose hook does it, and fails if the model does
+                with contextlib.suppress(ApiError):
+                    await snapstart.prime(service, init_ends)
 
     async def before() -> None:
         await snapstart.prime(service, init_ends)
 
     async def after() -> None:
-        found = await asyncio.to_thread(boot.read_secret)
-        snapstart.reseed()
+        boot.timeline.restart()
+        with boot.timeline.phase("restore"):
+            found = await asyncio.to_thread(boot.read_secret)
+            snapstart.reseed()
         runtime.app = Endpoint(boot.with_keys(found))
+        report(service)
 
     init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ, boot.settings.function_timeout_s)
     runtime = loop.Runtime(

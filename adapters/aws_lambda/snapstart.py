@@ -63,18 +63,34 @@ def _told(error: Exception) -> str:
     return str(error) if isinstance(error, ApiError | SettingsError) else f"{type(error).__name__}; see the log."
 
 
-async def prime(service: Service, deadline: float) -> None:
-    """Wait for the model until `deadline` (monotonic) and decode once, so that weights, buffers and code paths are in
-    memory. Raises ModelUnavailable."""
-    from core.engine.generation import GenerationRequest
+# One of each kind: between them they import, compile and build all that a first request would have to.
+_PRIMERS: tuple[tuple[str, bytes], ...] = (
+    ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"Hello"}],"max_tokens":1}'),
+    (
+        "/v1/extract",
+        b'{"text":"It is true.","max_tokens":8,'
+        b'"schema":{"type":"object","properties":{"a":{"type":"boolean"}},"required":["a"]}}',
+    ),
+)
 
-    lease = await service.host.lease(deadline)
-    try:
-        prompt = tuple(lease.engine.tokenize("Hello", special=False))
-        async for _ in lease.engine.generate(GenerationRequest(prompt, max_tokens=1)):
-            pass
-    finally:
-        lease.release()
+
+async def prime(service: Service, deadline: float) -> None:
+    """Wait for the model until `deadline` (monotonic), then answer one chat and one extraction, so that weights,
+    buffers, the compiled template and the grammar tokenizer are in memory.
+
+    Raises ModelUnavailable if the model does not come. A model that cannot chat still serves what it can.
+    """
+    from handlers.dispatch import dispatch
+    from handlers.message import Request
+
+    (await service.host.lease(deadline)).release()
+    for path, body in _PRIMERS:
+        headers = {"content-type": "application/json"}
+        request = Request("POST", path, id="prime", headers=headers, body=body, deadline=deadline, direct=True)
+        response = await dispatch(service, request)
+        await response.aclose()
+        if response.status >= 400:
+            logger.warning("Priming %s ended with status %d.", path, response.status)
 
 
 def reseed() -> None:

@@ -261,13 +261,16 @@ def test_reseeding_changes_the_generators() -> None:
     assert random.random() != same
 
 
-def test_priming_decodes_one_token() -> None:
-    """The snapshot holds a model that has decoded, and gives its lease back."""
+def test_priming_answers_a_chat_and_an_extraction() -> None:
+    """The snapshot holds what a first request of each kind would import, compile and build; every lease is back."""
+    from core.settings import keys
     from tests.fakes import fake_service
 
-    fakes = fake_service()
+    fakes = fake_service(api_keys=keys("secret"))
 
     asyncio.run(snapstart.prime(fakes.service, time.monotonic() + 5))
 
-    assert [request.max_tokens for request in fakes.engine.requests] == [1]
+    chat, extraction = fakes.engine.requests
+    assert (chat.grammar, chat.max_tokens) == (None, 1)
+    assert extraction.grammar is not None
     assert (fakes.host.leases, fakes.engine.running) == (0, 0)

@@ -160,8 +160,10 @@ def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
             process.server.restored.set()
             first = await process.finished(process.chat(temperature=1))
             assert first.status == 200
+            restored = [line for line in process.lines() if line["message"].startswith("Cold start")][-1]
+            assert restored["timeline"].keys() == {"restore"}  # the start was another machine's
             health = await process.finished(process.server.invoke({"operation": "health"}))
-            assert json.loads(health.body)["engine"]["requests"] == 2  # the primed decode and the chat
+            assert json.loads(health.body)["engine"]["requests"] == 3  # the primed chat and extraction, and this chat
 
     asyncio.run(go())
 

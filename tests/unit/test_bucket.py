@@ -1,0 +1,68 @@
+"""Bucket: which connections it uses again."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from adapters import bucket as module
+from adapters.bucket import Bucket
+from adapters.credentials import CredentialChain
+
+ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    peers: list[int]
+
+    def do_GET(self) -> None:
+        self.peers.append(self.client_address[1])
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Bucket, list[int]]]:
+    peers: list[int] = []
+    handler = type("Own", (Handler,), {"peers": peers})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        bucket = Bucket("b", credentials=CredentialChain(ENVIRON), endpoint_url=url, environ=ENVIRON)
+        try:
+            yield bucket, peers
+        finally:
+            bucket.close()
+            server.shutdown()
+            thread.join()
+
+
+def test_a_connection_that_has_rested_is_not_used_again(
+    server: tuple[Bucket, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a freeze or a restore the peer has forgotten it; the wall clock is what has gone on meanwhile."""
+    bucket, peers = server
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: now[0])
+
+    for seconds in (0, 1, 3600, 1, -7200):
+        now[0] += seconds
+        reply = bucket.get("key")
+        assert reply is not None
+        assert reply.body == b"ok"
+
+    first, second, third, fourth, fifth = peers
+    assert first == second
+    assert len({second, third, fifth}) == 3
+    assert third == fourth
