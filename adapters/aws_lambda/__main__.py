@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
+from adapters.aws_lambda import prefetch
 from core.errors import ApiError
 from core.settings import SettingsError
 
@@ -35,6 +35,9 @@ def main() -> int:
 
 
 def _serve() -> int:
+    prefetch.begin(os.environ)
+    from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
+
     boot = Boot(os.environ)
     with boot.timeline.phase("imports"):
         import asyncio
