@@ -2,7 +2,7 @@
 
 import pytest
 
-from infra.soak import Sample, Soak, slope, summary
+from infra.soak import Sample, Soak, lows, slope, summary
 
 
 def test_a_slope_is_per_ten_minutes() -> None:
@@ -12,10 +12,19 @@ def test_a_slope_is_per_ten_minutes() -> None:
     assert slope([(0.0, 1.0), (1.0, 2.0)]) is None
 
 
+def test_a_swap_is_no_growth() -> None:
+    """Two models are in memory for a moment; what counts is what remains."""
+    points = [(float(at), 200.0 if at % 60 < 20 else 100.0) for at in range(1200)]
+
+    assert slope(lows(points)) == 0
+    assert len(lows(points)) == 20
+    assert len(lows(points[:100])) == 10
+
+
 def soaked(*, leases: int | None = 0) -> Soak:
     soak = Soak(port=1, pid=1, seed=1)
-    soak.samples = [Sample(float(at), 100.0 + at, 50.0, 20, 9, 3, 5.0) for at in range(7)]
-    soak.samples.append(Sample(7.0, 107.0, 50.0, 20, 9, leases, None))
+    soak.samples = [Sample(at * 10.0, 100.0 + at, 50.0, 20, 9, 3, 5.0) for at in range(7)]
+    soak.samples.append(Sample(70.0, 107.0, 50.0, 20, 9, leases, None))
     return soak
 
 
@@ -24,7 +33,7 @@ def test_a_run_that_went_well() -> None:
     found = summary(soaked(), exit_status=0)
 
     assert found["failures"] == []
-    assert found["rss_mib"] == {"least": 102.0, "most": 107.0, "last": 107.0, "per_10_min": 600.0}
+    assert found["rss_mib"] == {"least": 102.0, "most": 107.0, "last": 107.0, "per_10_min": 60.0}
     assert found["health_ms"] == {"p50": 5.0, "p99": 5.0}
     assert found["health_unanswered"] == 1
 
