@@ -30,7 +30,10 @@ def to_reference(request: LoadRequest) -> HuggingFace | S3:
     if request.reference is not None:
         if request.repo_id or request.filename or request.revision:
             raise InvalidRequest("Give 'reference' or 'repo_id' and 'filename', not both.", param="reference")
-        reference = parse(request.reference)
+        try:
+            reference = parse(request.reference)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, param=error.param or "reference") from None
         if not isinstance(reference, HuggingFace | S3):
             raise InvalidRequest(
                 f"'reference' must start with hf:// or s3://, got {request.reference[:80]!r}; "

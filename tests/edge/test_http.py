@@ -44,67 +44,87 @@ def refused(answer: httpx.Response) -> tuple[int, str | None]:
     return answer.status_code, error["code"]
 
 
+def by_name(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+    """Status, code and the parameter that is wrong; where a 400 has none, how its message begins."""
+    status, code = refused(answer)
+    error = answer.json()["error"]
+    beginning = " ".join(error["message"].split()[:4]) if status == 400 else None
+    return status, code, error["param"] or beginning
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "body", "expected"),
     [
-        ("GET", "/", {}, b"", (404, "not_found")),
-        ("GET", "/v2/models", {}, b"", (404, "not_found")),
+        ("GET", "/", {}, b"", (404, "not_found", None)),
+        ("GET", "/v2/models", {}, b"", (404, "not_found", None)),
         ("GET", "/v1/models/", {}, b"", None),
-        ("GET", "/%0Ahealth", {}, b"", (404, "not_found")),
-        ("GET", "/v1/models/nope", {}, b"", (404, "model_not_found")),
-        ("GET", "/v1/models/../../etc/passwd", {}, b"", (404, "model_not_found")),
-        ("GET", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", {}, b"", (404, "model_not_found")),
-        ("DELETE", "/health", {}, b"", (405, "method_not_allowed")),
-        ("GET", "/v1/chat/completions", {}, b"", (405, "method_not_allowed")),
+        ("GET", "/%0Ahealth", {}, b"", (404, "not_found", None)),
+        ("GET", "/v1/models/nope", {}, b"", (404, "model_not_found", "model")),
+        ("GET", "/v1/models/../../etc/passwd", {}, b"", (404, "model_not_found", "model")),
+        ("GET", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", {}, b"", (404, "model_not_found", "model")),
+        ("DELETE", "/health", {}, b"", (405, "method_not_allowed", None)),
+        ("GET", "/v1/chat/completions", {}, b"", (405, "method_not_allowed", None)),
         ("HEAD", "/reload", {}, b"", "405 without a body"),
-        ("PROPFIND", "/health", {}, b"", (405, "method_not_allowed")),
-        ("GET", "/health?wait=soon", {}, b"", (400, None)),
-        ("GET", "/health?wait=-1", {}, b"", (400, None)),
-        ("GET", "/health?wait=nan", {}, b"", (400, None)),
-        ("GET", "/health", {"host": "evil.example"}, b"", (403, "unknown_host")),
-        ("POST", "/reload", {}, b"{}", (415, "unsupported_media_type")),
-        ("POST", "/reload", {"content-type": "text/plain"}, b"{}", (415, "unsupported_media_type")),
+        ("PROPFIND", "/health", {}, b"", (405, "method_not_allowed", None)),
+        ("GET", "/health?wait=soon", {}, b"", (400, None, "wait")),
+        ("GET", "/health?wait=-1", {}, b"", (400, None, "wait")),
+        ("GET", "/health?wait=nan", {}, b"", (400, None, "wait")),
+        ("GET", "/health", {"host": "evil.example"}, b"", (403, "unknown_host", None)),
+        ("POST", "/reload", {}, b"{}", (415, "unsupported_media_type", None)),
+        ("POST", "/reload", {"content-type": "text/plain"}, b"{}", (415, "unsupported_media_type", None)),
         (
             "POST",
             "/reload",
             {"content-type": "application/x-www-form-urlencoded"},
             b"a=b",
-            (415, "unsupported_media_type"),
+            (415, "unsupported_media_type", None),
         ),
-        ("POST", "/reload", JSON, b"{", (400, None)),
-        ("POST", "/reload", JSON, b"[1]", (400, None)),
-        ("POST", "/reload", JSON, b'{"model_path": 5}', (400, None)),
-        ("POST", "/reload", JSON, b'{"model_path": ""}', (400, None)),
-        ("POST", "/reload", JSON, b'{"modelpath": "a.gguf"}', (400, None)),
-        ("POST", "/reload", JSON, b'{"n_ctx": 5}', (400, None)),
-        ("POST", "/reload", JSON, b'{"n_ctx": "4096"}', (400, None)),
-        ("POST", "/reload", JSON, b'{"model_path": "../../etc/passwd"}', (400, None)),
-        ("POST", "/reload", JSON, b'{"model_path": "absent.gguf"}', (404, "model_not_found")),
-        ("POST", "/load", JSON, b"", (400, None)),
-        ("POST", "/load", JSON, b"{}", (400, None)),
-        ("POST", "/load", JSON, b'{"repo_id": "org/repo"}', (400, None)),
-        ("POST", "/load", JSON, b'{"repo_id": "org", "filename": "a.gguf"}', (400, None)),
-        ("POST", "/load", JSON, b'{"repo_id": "../x", "filename": "a.gguf"}', (400, None)),
-        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "../a.gguf"}', (400, None)),
-        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "a.gguf", "sha256": "abc"}', (400, None)),
+        ("POST", "/reload", JSON, b"{", (400, None, "The body is not")),
+        ("POST", "/reload", JSON, b"[1]", (400, None, "The body must be")),
+        ("POST", "/reload", JSON, b'{"model_path": 5}', (400, None, "model_path")),
+        ("POST", "/reload", JSON, b'{"model_path": ""}', (400, None, "model_path")),
+        ("POST", "/reload", JSON, b'{"modelpath": "a.gguf"}', (400, None, "modelpath")),
+        ("POST", "/reload", JSON, b'{"n_ctx": 5}', (400, None, "n_ctx")),
+        ("POST", "/reload", JSON, b'{"n_ctx": "4096"}', (400, None, "n_ctx")),
+        ("POST", "/reload", JSON, b'{"model_path": "../../etc/passwd"}', (400, None, "model_path")),
+        ("POST", "/reload", JSON, b'{"model_path": "absent.gguf"}', (404, "model_not_found", "model_path")),
+        ("POST", "/load", JSON, b"", (400, None, "The body is empty;")),
+        ("POST", "/load", JSON, b"{}", (400, None, "repo_id")),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo"}', (400, None, "filename")),
+        ("POST", "/load", JSON, b'{"repo_id": "org", "filename": "a.gguf"}', (400, None, "repo_id")),
+        ("POST", "/load", JSON, b'{"repo_id": "../x", "filename": "a.gguf"}', (400, None, "repo_id")),
+        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "../a.gguf"}', (400, None, "filename")),
+        (
+            "POST",
+            "/load",
+            JSON,
+            b'{"repo_id": "org/repo", "filename": "a.gguf", "sha256": "abc"}',
+            (400, None, "sha256"),
+        ),
         (
             "POST",
             "/load",
             JSON,
             b'{"repo_id": "org/repo", "filename": "a.gguf", "sha256": "' + b"z" * 64 + b'"}',
-            (400, None),
+            (400, None, "sha256"),
         ),
-        ("POST", "/load", JSON, b'{"repo_id": "org/repo", "filename": "a.gguf", "branch": "main"}', (400, None)),
+        (
+            "POST",
+            "/load",
+            JSON,
+            b'{"repo_id": "org/repo", "filename": "a.gguf", "branch": "main"}',
+            (400, None, "branch"),
+        ),
         (
             "POST",
             "/load",
             JSON,
             b'{"repo_id": "org/repo", "filename": "a.gguf", "reference": "hf://a/b/c.gguf"}',
-            (400, None),
+            (400, None, "reference"),
         ),
-        ("POST", "/load", JSON, b'{"reference": "a.gguf"}', (400, None)),
-        ("POST", "/load", JSON, b'{"reference": "ftp://a/b"}', (400, None)),
-        ("POST", "/load", JSON, b" " * 3000, (413, "request_too_large")),
+        ("POST", "/load", JSON, b'{"reference": "a.gguf"}', (400, None, "reference")),
+        ("POST", "/load", JSON, b'{"reference": "ftp://a/b"}', (400, None, "reference")),
+        ("POST", "/load", JSON, b" " * 3000, (413, "request_too_large", None)),
     ],
 )
 def test_what_a_client_does_wrong_is_a_4xx_by_its_name(
@@ -121,7 +141,7 @@ def test_what_a_client_does_wrong_is_a_4xx_by_its_name(
     elif expected == "405 without a body":
         assert (answer.status_code, answer.content) == (405, b"")
     else:
-        assert expected == refused(answer)
+        assert expected == by_name(answer)
     assert (fake.host.leases, fake.host.swaps) == (0, [])
 
 
@@ -403,3 +423,21 @@ def test_the_access_log_has_one_line_a_request(caplog: pytest.LogCaptureFixture)
         {"method": "GET", "path": "/nope%0AGET%20/fake", "status": 404}
     ]
     assert "secret" not in caplog.text
+
+
+def test_no_key_is_ever_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a good key nor a wrong one, in whichever header, in the query or in a bad request, at any level."""
+    caplog.set_level("DEBUG")
+    good, admin, wrong = "good-key-3141", "admin-key-2718", "wrong-key-1618"
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).encode()
+    with serving(fake_service(api_keys=keys(good), admin_api_keys=keys(admin)).service) as address:
+        for key in (good, admin, wrong):
+            for headers in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}, {"authorization": key}):
+                raw(address, "GET", "/v1/models", headers, b"")
+                raw(address, "POST", "/v1/chat/completions", {**JSON, **headers}, body)
+                raw(address, "POST", "/reload", {**JSON, **headers}, b"{")
+                raw(address, "GET", f"/health?wait=x&key={key}", headers, b"")
+
+    logged = caplog.text + "".join(str(vars(record)) for record in caplog.records)
+    assert len([record for record in caplog.records if record.name == "access"]) >= 36
+    assert [key for key in (good, admin, wrong) if key in logged] == []
