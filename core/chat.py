@@ -34,14 +34,18 @@ async def check(service: Service, request: ChatRequest) -> None:
 async def begin(service: Service, request: ChatRequest, *, tenant: str = "", ends: float | None = None) -> Turn:
     """Start to answer what `check` has let pass; returns when the first piece is there. The caller closes the Turn.
 
-    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy and ModelUnavailable.
+    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
     """
+    # A small model that repeats itself would go on until the context is full: minutes of everybody's time.
+    most = request.max_completion_tokens or request.max_tokens or service.settings.max_tokens or None
     return await turns.begin(
-        service, request.model, lambda engine: _generation_request(engine, request, tenant, ends), ends
+        service, request.model, lambda engine: _generation_request(engine, request, most, tenant, ends), ends
     )
 
 
-def _generation_request(engine: Engine, request: ChatRequest, tenant: str, ends: float | None) -> GenerationRequest:
+def _generation_request(
+    engine: Engine, request: ChatRequest, max_tokens: int | None, tenant: str, ends: float | None
+) -> GenerationRequest:
     grammar = None
     if request.response_format is not None and (schema := request.response_format.wanted) is not None:
         grammar = constraints.grammar(schema, "response_format")
@@ -51,7 +55,7 @@ def _generation_request(engine: Engine, request: ChatRequest, tenant: str, ends:
     return GenerationRequest(
         prompt=templates.prompt(engine, plain(request.messages)),
         sampling=_sampling(request, engine.card.n_vocab),
-        max_tokens=request.max_completion_tokens or request.max_tokens,
+        max_tokens=max_tokens,
         n=request.n or 1,
         stop=(*stop, *templates.stops(engine.card)),
         grammar=grammar,

@@ -179,6 +179,12 @@ class Settings:
         "Sequences (n for each request) that may wait for a slot; a request that finds so many is answered 429.",
         whole(0, 10000),
     )
+    max_tokens: int = setting(
+        "MAX_TOKENS",
+        "2048",
+        "Most tokens of a chat answer whose request sets no max_tokens; 0: until the context is full.",
+        whole(0, 1 << 20),
+    )
     repack: Literal["auto", "on", "off"] = setting(
         "REPACK",
         "auto",

@@ -229,6 +229,18 @@ def test_nulls_are_absent_and_unknown_fields_pass() -> None:
     assert fake.engine.requests[0].sampling.temperature == 1.0
 
 
+def test_an_answer_has_a_bound_unless_it_is_switched_off() -> None:
+    """MAX_TOKENS bounds an answer whose request does not; 0 means until the context is full."""
+    default, own, off = fake_service(), fake_service(max_tokens=77), fake_service(max_tokens=0)
+
+    for fake in (default, own, off):
+        post(fake)
+        post(fake, max_tokens=5000)
+
+    bounds = [[request.max_tokens for request in fake.engine.requests] for fake in (default, own, off)]
+    assert bounds == [[2048, 5000], [77, 5000], [None, 5000]]
+
+
 def test_all_roles_and_kinds_of_content_are_read() -> None:
     """Developer speaks as system, parts are joined, null is nothing, a tool's history is kept."""
     fake = fake_service()
