@@ -1,7 +1,8 @@
 """The chat completion request: OpenAI's fields as far as a text model goes, and top_k, min_p, repeat_penalty.
 
-Fields that are not named here (`user`, `metadata`, `store`, `service_tier`, ...) are accepted and have no effect. An
-explicit null is the same as an absent field.
+Fields that are not named here (`user`, `metadata`, `store`, `service_tier`, ...) are accepted and have no effect. Those
+that would change the answer and are not supported are refused (`core.openai.unsupported`). An explicit null is the same
+as an absent field.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import InvalidRequest
+from core.openai import unsupported
 from core.openai.fields import (
     Bias,
     Choices,
@@ -29,6 +31,7 @@ from core.openai.fields import (
     TopLogprobs,
     nested_beyond,
 )
+from core.openai.unsupported import UnsupportedFields
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -62,7 +65,7 @@ class Message(Struct):
     function_call: FunctionCall | None = None
 
 
-class ChatRequest(Struct, kw_only=True):
+class ChatRequest(UnsupportedFields, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     model: str | None = None
     max_completion_tokens: MaxTokens | None = None
@@ -94,6 +97,7 @@ class ChatRequest(Struct, kw_only=True):
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         if self.modalities and "audio" in self.modalities:
             raise InvalidRequest("'modalities' may only hold 'text': this model makes no audio.", param="modalities")
+        unsupported.check(self)
         self._check_tools()
         for index, message in enumerate(self.messages):
             _check(message, f"messages[{index}]")

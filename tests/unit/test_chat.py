@@ -241,6 +241,44 @@ def test_an_answer_has_a_bound_unless_it_is_switched_off() -> None:
     assert bounds == [[2048, 5000], [77, 5000], [None, 5000]]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("chat_template_kwargs", {"enable_thinking": False}, "leave it out"),
+        ("reasoning_effort", "low", "leave it out"),
+        ("continue_final_message", True, "leave it out"),
+        ("add_generation_prompt", False, "leave it out"),
+        ("guided_json", {"type": "object"}, "use 'response_format'"),
+        ("repetition_penalty", 1.3, "use 'repeat_penalty'"),
+        ("max_new_tokens", 10, "use 'max_tokens'"),
+        ("min_tokens", 3, "leave it out"),
+        ("stop_token_ids", [1], "leave it out"),
+    ],
+)
+def test_fields_that_would_change_the_answer_are_refused(field: str, value: Any, instead: str) -> None:
+    """An answer that ignores them would be the answer to another request."""
+    fake = fake_service()
+
+    status, body = post(fake, **{field: value})
+
+    assert (status, body["error"]["param"]) == (400, field)
+    assert body["error"]["message"] == (
+        f"'{field}' is not supported, and without it the answer would be another; {instead}."
+    )
+    assert fake.engine.requests == []
+
+
+def test_unsupported_fields_pass_with_the_value_that_changes_nothing() -> None:
+    """Clients send their defaults; so does `parallel_tool_calls` without tools."""
+    neutral = {"chat_template_kwargs": {}, "repetition_penalty": 1.0, "best_of": 1, "typical_p": 1.0, "min_tokens": 0}
+    neutral |= {"reasoning_effort": None, "add_generation_prompt": True, "verbosity": "medium", "grammar": ""}
+    fake = fake_service()
+
+    status, _ = post(fake, **neutral, parallel_tool_calls=False, prompt_cache_key="k")
+
+    assert status == 200
+
+
 def test_all_roles_and_kinds_of_content_are_read() -> None:
     """Developer speaks as system, parts are joined, null is nothing, a tool's history is kept."""
     fake = fake_service()
