@@ -11,7 +11,8 @@
     │   ├── Unauthorized            401 invalid_api_key
     │   └── Forbidden               403 forbidden
     ├── Busy                        429 rate_limit_error         (+ Retry-After)
-    └── ModelUnavailable            503 model_unavailable        (+ Retry-After)
+    ├── ModelUnavailable            503 model_unavailable        (+ Retry-After)
+    └── DeadlineExceeded            504 timeout
 
 A class is a promise: its status, type and code are part of the API. Messages are written here or where the error is
 raised, never copied from a foreign exception, and say what was given, what is allowed and what to do.
@@ -126,3 +127,10 @@ class ModelUnavailable(ApiError):
     def __init__(self, message: str, *, retry_after: int | None = 5, param: str | None = None) -> None:
         super().__init__(message, param=param)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(ApiError):
+    """The time was up before the first token. An answer that has begun ends with finish_reason "length" instead."""
+
+    status = 504
+    code = "timeout"

@@ -97,7 +97,7 @@ async def begin(
 
     `model` is the name that the client asked for: while the request waited, another model may have taken its place.
     Raises what the lease, `build` and the engine raise: ModelUnavailable, ModelNotFound, InvalidRequest,
-    ContextOverflow, Busy.
+    ContextOverflow, Busy; DeadlineExceeded if there is no token when the time is up.
     """
     lease = await service.host.lease(ends)
     generation: Generation | None = None

@@ -26,7 +26,7 @@ from core.engine.pace import Pace
 from core.engine.sequence import Sequence
 from core.engine.steps import Step
 from core.engine.stream import PieceStream, deliver
-from core.errors import ApiError, Busy, ModelUnavailable
+from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
 
 log = logging.getLogger("slm.engine")
 
@@ -149,13 +149,10 @@ class Scheduler:
             return
         # An empty answer would look like one that the model gave.
         if sequence.begun:
-            message = (
-                f"The deadline passed before the first token: the prompt has {sequence.n_prompt} tokens. "
-                "Send a shorter one, or allow more time."
-            )
+            late = f"The deadline passed before the first token: the prompt has {sequence.n_prompt} tokens."
+            self._fail(sequence, DeadlineExceeded(f"{late} Send a shorter one, or allow more time."))
         else:
-            message = "The deadline passed before a slot was free."
-        self._fail(sequence, ModelUnavailable(message, retry_after=1))
+            self._fail(sequence, ModelUnavailable("The deadline passed before a slot was free.", retry_after=1))
 
     def _admit(self) -> None:
         """Give slots to those who wait, as the schedule says."""

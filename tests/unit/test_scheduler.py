@@ -15,7 +15,7 @@ from core.engine.generation import GenerationRequest, Sampling
 from core.engine.llama import Llama
 from core.engine.sampling import Sampler
 from core.engine.stream import PieceStream
-from core.errors import ApiError, ModelUnavailable
+from core.errors import ApiError, DeadlineExceeded, ModelUnavailable
 
 Load = Callable[..., Llama]
 
@@ -158,7 +158,7 @@ def test_a_deadline_in_the_prompt_is_not_an_empty_answer(tiny_engine: Load) -> N
             time.sleep(0.001)
 
     Watched(engine, before)
-    with pytest.raises(ModelUnavailable, match="before the first token: the prompt has 500 tokens"):
+    with pytest.raises(DeadlineExceeded, match="before the first token: the prompt has 500 tokens"):
         asyncio.run(ask(engine, request(1, 500, 20, deadline=deadline)))
 
 
