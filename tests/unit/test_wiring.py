@@ -1,10 +1,14 @@
 """The composition root: which sources the settings mean."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters.wiring import build, sources
+from core.engine import native
+from core.host import config_of
 from core.settings import Settings
 
 
@@ -28,3 +32,34 @@ def test_building_touches_neither_network_nor_disk(tmp_path: Path) -> None:
 
     assert (service.host.state().status, service.host.state().model) == ("unloaded", None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (0, True)),
+        ({"N_GPU_LAYERS": "7"}, (7, True)),
+        ({"N_GPU_LAYERS": "-1"}, (-1, True)),
+        ({"REPACK": "on"}, (0, True)),
+        ({"REPACK": "off"}, (0, False)),
+    ],
+)
+def test_settings_of_a_load_reach_llama_cpp(
+    tiny_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    expected: tuple[int, bool],
+) -> None:
+    """N_GPU_LAYERS and REPACK are what llama.cpp is asked for when it loads a file."""
+    bindings = native.bindings()
+    load, asked = bindings.llama_model_load_from_file, []
+
+    def spy(path: bytes, params: Any) -> Any:
+        asked.append((params.n_gpu_layers, params.use_extra_bufts))
+        return load(path, params)
+
+    monkeypatch.setattr(bindings, "llama_model_load_from_file", spy)
+    config = config_of(Settings.from_env(environ))
+    tiny_engine("llama", n_gpu_layers=config.n_gpu_layers, repack=config.repack)
+
+    assert asked == [expected]
