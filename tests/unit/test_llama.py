@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from core.engine import llama
 from core.engine.generation import GenerationRequest, Sampling
 from core.engine.llama import Llama
 from core.engine.stream import PieceStream
+from core.engine.vocabulary import Vocabulary
 from core.errors import ContextOverflow
 
 LoadTiny = Callable[..., Llama]
@@ -109,3 +111,21 @@ def test_a_request_that_fails_half_way_frees_what_it_made(
     asyncio.run(ask())
     assert freed == [0, 1]
     assert [stream.cancelled for stream in streams] == [True]
+
+
+def test_a_request_takes_over_a_tokenizer_that_is_being_prepared(tiny_engine: LoadTiny) -> None:
+    """It does not wait for the thread that prepares, which rests here until the request is done."""
+    engine = tiny_engine("llama-49k")
+    vocabulary = Vocabulary(engine._bindings, engine._model)
+    built: list[Any] = []
+
+    def rest() -> None:
+        if not built:
+            thread = threading.Thread(target=lambda: built.append(vocabulary.tokenizer()))
+            thread.start()
+            thread.join(60)
+            assert built
+
+    vocabulary.prepare(rest)
+    assert vocabulary.tokenizer() is built[0]
+    assert built[0].vocab_size == 49152
