@@ -18,7 +18,8 @@ from core.store.architecture import find_kind
 from core.store.hyperparameters import find_fault
 
 MAGIC = b"GGUF"
-MAX_HEADER = 256 << 20  # bytes; the largest vocabularies (262144 tokens with merges) need about 16 MB
+MAX_HEADER = 64 << 20  # bytes; the largest vocabularies (262144 tokens with merges) need about 16 MB
+MAX_STRINGS = 1 << 21  # in all arrays; those vocabularies have some 780000. Each costs a microsecond and up to 80 bytes
 MAX_METADATA = 1 << 16  # keys, and tensors: the largest models have some thousands
 MAX_KEY = 65535  # bytes of a key, by the GGUF specification
 KEEP = 1 << 20  # metadata strings over this many bytes are not kept; chat templates have up to some 50 kB
@@ -220,6 +221,17 @@ def _check_model(header: Header) -> None:
         raise MalformedGGUF("holds no tensors: it is a vocabulary, not a model")
 
 
+def _distinct(tokens: set[bytes], empty: bytearray) -> int:
+    """How many different tokens there are. `empty` has a 1 for each empty one.
+
+    llama.cpp names an empty token after its index: so they differ, but one may meet a token of that name.
+    """
+    distinct = len(tokens) + empty.count(1)
+    if 1 in empty:
+        distinct -= sum(b"[EMPTY_%d]" % index in tokens for index, flag in enumerate(empty) if flag)
+    return distinct
+
+
 class _Reader:
     """A cursor over the header, which it reads in growing pieces."""
 
@@ -229,6 +241,7 @@ class _Reader:
         self._size = size
         self._limit = min(size, MAX_HEADER)
         self._buffer = b""
+        self._strings = 0  # in the arrays so far
         self.position = 0
 
     def _need(self, end: int, what: str) -> None:
@@ -277,9 +290,13 @@ class _Reader:
         what = f"the array {key!r:.80}"
         if count * 8 > self._limit - self.position:
             raise MalformedGGUF(f"has {what} of {count} strings, more than the file can hold")
+        self._strings += count
+        if self._strings > MAX_STRINGS:
+            raise MalformedGGUF(f"has {self._strings} strings in its arrays; at most {MAX_STRINGS} can be right")
         length_at = _LENGTH.unpack_from
         buffer, position = self._buffer, self.position
         seen: set[bytes] = set()
+        empty = bytearray(count if unique else 0)
         for index in range(count):
             start = position + 8
             if start > len(buffer):
@@ -290,9 +307,11 @@ class _Reader:
                 if position > len(buffer):
                     self._need(position, what)
                     buffer = self._buffer
-                # An empty token is renamed after its index by llama.cpp, so empty ones differ.
-                seen.add(buffer[start:position] or b"[EMPTY_%d]" % index)
+                if position == start:
+                    empty[index] = 1
+                else:
+                    seen.add(buffer[start:position])
         self._need(position, what)
-        if unique and len(seen) != count:
-            raise MalformedGGUF(f"has {count - len(seen)} duplicate tokens in its vocabulary")
+        if unique and (duplicates := count - _distinct(seen, empty)):
+            raise MalformedGGUF(f"has {duplicates} duplicate tokens in its vocabulary")
         self.position = position

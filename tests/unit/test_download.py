@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ModelUnavailable
-from core.store import lock, target
+from core.errors import InvalidRequest, ModelUnavailable
+from core.store import download, lock, sidecar, target
 from core.store.reference import HuggingFace
 from core.store.source import DownloadCancelled, Found, Partial, Progress, RemoteFile
 from core.store.store import Store
@@ -125,13 +129,7 @@ def test_waiting_for_the_lock_can_be_cancelled(tmp_path: Path) -> None:
 
 def test_the_lock_is_not_needed_where_flock_is_not_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some network file systems have none; a download then goes on without."""
-    import errno
-    import fcntl
-
-    def refuse(_descriptor: int, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", no_flock)
     store = Store(tmp_path, (Breaking([]),))  # type: ignore[arg-type]
 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
@@ -163,3 +161,134 @@ def test_room_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
     """A MODELS_DIR that does not exist yet lies on the disk of its nearest parent."""
     assert target.free_disk(tmp_path / "a" / "b") > 0
     assert target.free_memory() > 0
+
+
+class Version:
+    """Delivers `content`, half of it before `between` is called. `digest`: whether it names their sha256."""
+
+    name, authority = "s3", False
+
+    def __init__(self, content: bytes, commit: str, between: Callable[[], None], *, digest: bool = True) -> None:
+        self.content, self.commit, self.between, self.digest = content, commit, between, digest
+        self.asked_from: list[int] = []
+
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+        digest = hashlib.sha256(self.content).hexdigest() if self.digest else None
+        return Found(self.name, reference, (RemoteFile("model.gguf", len(self.content), digest, "etag"),), self.commit)
+
+    def download(
+        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+    ) -> bool:
+        self.asked_from.append(partial.done)
+        half = len(self.content) // 2
+        if partial.done < half:
+            os.pwrite(partial.fd, self.content[:half], 0)
+            partial.landed(half)
+        self.between()
+        os.pwrite(partial.fd, self.content[half:], half)
+        partial.landed(len(self.content))
+        return True
+
+
+def no_flock(_descriptor: int, _operation: int) -> None:
+    raise OSError(errno.ENOLCK, "no locks")
+
+
+def local_flock(_descriptor: int, _operation: int) -> None:
+    """As between two hosts that each lock for themselves."""
+
+
+@pytest.mark.parametrize("flock", [no_flock, local_flock])
+@pytest.mark.parametrize("same", [False, True], ids=["two versions", "one version"])
+def test_two_hosts_that_do_not_see_each_others_locks_publish_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[[int, int], None], same: bool
+) -> None:
+    """One is in the middle while the other downloads and publishes: the file is one version, its sidecar no other's."""
+    monkeypatch.setattr(fcntl, "flock", flock)
+    other = CONTENT if same else files.padded_model(5000, seed=1)
+
+    def meanwhile() -> None:
+        fast = Store(tmp_path, (Version(other, "b" * 40, lambda: None),))  # type: ignore[arg-type]
+        fast.fetch(REFERENCE)
+
+    slow = Store(tmp_path, (Version(CONTENT, "a" * 40, meanwhile),))  # type: ignore[arg-type]
+    with suppress(ModelUnavailable):  # "Another process replaced what arrived": it is to be tried again
+        slow.fetch(REFERENCE)
+
+    path = tmp_path / "model.gguf"
+    assert path.read_bytes() in (CONTENT, other)
+    described = sidecar.read(path)
+    assert described is None or described.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["with a digest", "without"])
+def test_what_has_no_digest_is_not_resumed_beyond_a_restart_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: bool
+) -> None:
+    """After a power cut the note may be ahead of the data, and only a digest would tell."""
+
+    def break_off() -> None:
+        raise ModelUnavailable("broke off")
+
+    with pytest.raises(ModelUnavailable, match="broke off"):
+        Store(tmp_path, (Version(CONTENT, "a" * 40, break_off, digest=digest),)).fetch(REFERENCE)  # type: ignore[arg-type]
+    again = Version(CONTENT, "a" * 40, break_off, digest=digest)
+    with pytest.raises(ModelUnavailable, match="broke off"):
+        Store(tmp_path, (again,)).fetch(REFERENCE)  # type: ignore[arg-type]
+    monkeypatch.setattr(download, "_boot_id", lambda: "another")
+    later = Version(CONTENT, "a" * 40, lambda: None, digest=digest)
+    Store(tmp_path, (later,)).fetch(REFERENCE)  # type: ignore[arg-type]
+
+    half = len(CONTENT) // 2
+    assert (again.asked_from, later.asked_from) == ([half], [half if digest else 0])
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
+    """Whoever may write into MODELS_DIR must not have the server write elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / ".model.gguf.lock").symlink_to(victim)
+    (folder / f".model.gguf.json.{os.getpid()}-{threading.get_ident()}").symlink_to(victim)
+    with pytest.raises(ModelUnavailable):
+        Store(folder, (Breaking([]),)).fetch(REFERENCE)  # type: ignore[arg-type]
+    (folder / ".model.gguf.lock").unlink()
+    Store(folder, (Breaking([]),)).fetch(REFERENCE)  # type: ignore[arg-type]
+
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_put_by_hand_is_not_replaced_in_the_last_place_either(tmp_path: Path) -> None:
+    """Where `hf download --local-dir` puts things: the client is asked to move it."""
+    own = [
+        files.write(tmp_path, name, files.padded_model(4000, seed=seed))
+        for seed, name in ((2, "model.gguf"), (3, "org/repo/model.gguf"))
+    ]
+    before = [path.read_bytes() for path in own]
+    with pytest.raises(InvalidRequest, match=r"'org/repo/model.gguf' in MODELS_DIR is another file"):
+        Store(tmp_path, (Breaking([]),)).fetch(REFERENCE)  # type: ignore[arg-type]
+
+    assert [path.read_bytes() for path in own] == before
+
+
+def test_a_full_disk_leaves_the_next_holders_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the lock is free nothing is removed any more: the partial file may be another process's."""
+    removed: list[str] = []
+    real = os.unlink
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    def unlink(path: str, **options: int) -> None:
+        removed.append(Path(path).suffix)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(os, "remove", unlink)
+    with pytest.raises(ModelUnavailable):
+        Store(tmp_path, (Version(CONTENT, "a" * 40, full),)).fetch(REFERENCE)  # type: ignore[arg-type]
+
+    assert removed[-1] == ".lock"
+    assert removed.count(".lock") == 1
+    assert list(tmp_path.iterdir()) == []

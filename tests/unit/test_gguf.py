@@ -135,6 +135,7 @@ def test_a_file_that_ends_while_it_is_read_is_refused() -> None:
         (files.gguf(files.llama_metadata(n_vocab=260)), "no tensors"),
         (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["a", "b", "a"])), "1 duplicate tokens"),
         (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "[EMPTY_0]"])), "1 duplicate tokens"),
+        (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "", "a", "", "a"])), "1 duplicate tokens"),
         (files.gguf(files.llama_metadata(), [("a", (2,), bytes(8)), ("a", (2,), bytes(8))]), "duplicate tensor"),
         (files.gguf(files.llama_metadata(), [("n" * 64, (2,), bytes(8))]), "64 bytes; at most 63"),
         (files.gguf(files.llama_metadata(), [("a", (1, 1, 1, 1, 1), bytes(4))]), "5 dimensions"),
@@ -169,6 +170,26 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
 
     with pytest.raises(gguf.MalformedGGUF, match="multiple of 32"):
         parse(bytes(content))
+
+
+@pytest.mark.parametrize("counts", [[33_000_000], [7_000_000], [(1 << 21) + 1]])
+def test_a_header_of_millions_of_strings_is_refused_unread(counts: list[int]) -> None:
+    """Zeros cost nothing on the wire, compressed, and a Python object each here: their number is bounded."""
+    refuse_strings(counts)
+
+
+def test_the_strings_of_all_arrays_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MAX_STRINGS", 1000)
+    refuse_strings([500, 500, 1])
+
+
+def refuse_strings(counts: list[int]) -> None:
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, len(counts))
+    for index, count in enumerate(counts):
+        content += files.string(f"array.{index}") + struct.pack("<IIQ", 9, 8, count)
+        content += bytes(8 * count if index < len(counts) - 1 else 0)
+    with pytest.raises(gguf.MalformedGGUF, match=r"strings in its arrays; at most|more than the file can hold"):
+        parse(content, 1 << 30)
 
 
 def test_a_hostile_string_is_not_read_into_memory() -> None:
