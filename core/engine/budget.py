@@ -1,4 +1,5 @@
-"""Budget: what one rendering of a foreign chat template may use, in steps, characters and seconds. Knows no Jinja."""
+"""Budget: what one rendering of a foreign chat template may use: steps, characters, list items, seconds. Knows no
+Jinja."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
+STEPS = 200_000  # besides those for the input
 LONGEST = 1 << 24  # most characters of one string
 SECONDS = 5.0
 DEPTH = 100  # most containers within each other
@@ -29,13 +31,15 @@ class Budget:
 
     steps: int
     characters: int
+    items: int
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         """Grows with the input: a template may look at each message some hundred times, but not without end."""
         size = _Size()
         size.measure(variables)
-        self.steps = 200_000 + 200 * size.steps
+        self.steps = STEPS + 200 * size.steps
         self.characters = (1 << 26) + 64 * size.characters
+        self.items = (1 << 20) + 16 * size.steps + 4 * size.characters
         self.ends = time.monotonic() + SECONDS
 
     def take(self, characters: int = 0, steps: int = 1) -> None:
@@ -47,6 +51,13 @@ class Budget:
             raise Runaway("takes too many steps" if self.steps < 0 else "handles too much text")
         if time.monotonic() > self.ends:
             raise Runaway(f"takes more than {SECONDS:g} seconds")
+
+    def take_items(self, count: int) -> None:
+        """For a list: an item is 8 bytes and up to 64 for a value of its own."""
+        self.items -= count
+        if self.items < 0:
+            raise Runaway("makes lists of too many items")
+        self.take()
 
     def measure(self, value: Any, depth: int = 0) -> None:
         """Take what the text of `value` will need. Values may hold each other, so that can be exponential."""
@@ -76,12 +87,17 @@ class _Size(Budget):
         self.characters += characters
 
 
-current: ContextVar[Budget | None] = ContextVar("budget", default=None)  # None while a template is compiled
+current: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 
 def take(characters: int = 0, steps: int = 1) -> None:
     if (budget := current.get()) is not None:
         budget.take(characters, steps)
+
+
+def take_items(count: int) -> None:
+    if (budget := current.get()) is not None:
+        budget.take_items(count)
 
 
 def measure(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 A template comes with a downloaded model, so it is foreign code. Jinja's immutable sandbox keeps it away from Python's
 internals but lets it loop and grow strings without end. Here every loop, call, operator and output draws on a budget,
-and what makes long strings from short ones is measured before it is done.
+and what makes long strings or lists from short ones is measured before it is done. Compilation draws on one, too, and
+folds no constants.
 
 Otherwise templates run as in transformers: trim_blocks, lstrip_blocks, loop controls, `tojson` without HTML escapes,
 `raise_exception`, `strftime_now`; `{% generation %}` is ignored. Import this module when a template is needed, not
@@ -18,18 +19,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, Template, nodes
+from jinja2 import Environment, Template, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from core.engine import budget
-from core.engine.budget import Broken, Budget, Refused, Runaway, measure, take
+from core.engine.budget import Broken, Budget, Refused, Runaway, measure, take, take_items
+from core.engine.measures import (
+    WIDE,
+    check_growth,
+    check_integer,
+    check_operator,
+    compared,
+    guarded_filter,
+    guarded_test,
+)
 
 SOURCE = 1 << 18  # most characters of a template; the longest known to us has 20,000
 
-_COUNTED, _JOINED = "counted iterable", "joined operands"  # filters that no template can name: they hold a space
+# Filters that no template can name: they hold a space.
+_COUNTED, _JOINED, _MADE, _COMPARED = "counted iterable", "joined operands", "made here", "compared operand"
 _FILTERS = frozenset(
     (
         *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float"),
@@ -38,10 +50,10 @@ _FILTERS = frozenset(
         *("string", "striptags", "title", "trim", "truncate", "unique", "upper", "urlencode", "wordcount"),
     )
 )
-_STRINGIFY = frozenset(("e", "escape", "forceescape", "indent", "replace", "string", "truncate", "urlencode"))
-_LONG_STRING_METHODS = frozenset(("center", "expandtabs", "ljust", "rjust", "translate", "zfill"))
-_WIDE = re.compile(r"\d{4}|\*|:[^{}]*\{")  # a field width that is long, or taken from an argument
-_INTEGER_BITS = 4096
+_COMPARISONS = (
+    *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in"),
+)
+_LONG_STRING_METHODS = frozenset(("center", "encode", "expandtabs", "ljust", "rjust", "translate", "zfill"))
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
@@ -68,17 +80,23 @@ def compiled(source: str) -> Template:
     if len(source) > SOURCE:
         raise Broken(f"it has {len(source)} characters; the most is {SOURCE}")
     environment = _environment()
+    token = budget.current.set(Budget({}))
     try:
         tree = environment.parse(source)
         _bound(tree, environment)
         code = environment.compile(tree)
     except Exception as error:  # Jinja's errors, and RecursionError, MemoryError, SyntaxError of Python's
         raise Broken(f"{type(error).__name__}: {error}") from error
+    finally:
+        budget.current.reset(token)
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
 def _bound(tree: nodes.Template, environment: Environment) -> None:
-    """Make every loop count its rounds, weighed by the text they put out, and every `~` measure its operands."""
+    """Make every loop count its rounds, weighed by the text they put out, every `~` and comparison measure its
+    operands, and every slice and literal count its items."""
+    for constant in tree.find_all(nodes.Const):
+        check_integer(constant.value)
     for loop in tree.find_all(nodes.For):
         if loop.recursive:
             raise Broken("recursive loops are not supported")
@@ -86,7 +104,52 @@ def _bound(tree: nodes.Template, environment: Environment) -> None:
         loop.iter = nodes.Filter(loop.iter, _COUNTED, [nodes.Const(weight)], [], None, None)
     for joined in list(tree.find_all(nodes.Concat)):
         joined.nodes = [nodes.Filter(nodes.List(joined.nodes), _JOINED, [], [], None, None)]
+    _Wrapping().visit(tree)
     tree.set_environment(environment)
+
+
+class _Wrapping(NodeTransformer):
+    """Puts a filter round what Jinja compiles to bare Python, which no hook of the sandbox sees."""
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._wrapped(node, _MADE) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return self._wrapped(node, _MADE)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return self._wrapped(node, _MADE) if node.ctx == "load" else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = self._wrapped(node.expr, _COMPARED)
+        for operand in node.ops:
+            operand.expr = self._wrapped(operand.expr, _COMPARED)
+        return node
+
+    @staticmethod
+    def _wrapped(node: nodes.Expr, name: str) -> nodes.Filter:
+        return nodes.Filter(node, name, [], [], None, None)
+
+
+def _made(value: Any) -> Any:
+    """A slice or a literal, counted. A tuple may be hashed, which goes through all that it holds."""
+    if isinstance(value, str):
+        take(len(value))
+    elif isinstance(value, list | tuple):
+        take_items(len(value))
+        if isinstance(value, tuple):
+            measure(value)
+    return value
+
+
+@pass_context
+def _put_out(context: Any, value: Any) -> Any:
+    """Jinja's `finalize`. One that takes the context keeps the compiler from computing constant output by itself."""
+    return measure(value)
 
 
 def _counted(iterable: Iterable[Any], weight: int) -> Iterator[Any]:
@@ -116,77 +179,27 @@ def _tojson(
 
 
 def _raise_exception(message: Any) -> None:
-    raise Refused(str(message)[:300])
+    raise Refused(str(measure(message))[:300])
 
 
 def _strftime_now(form: Any) -> str:
-    form = str(form)
+    form = str(measure(form))
     if len(form) > 100 or re.search(r"\d{3}", form):
         raise Runaway("asks for a date that is too long")
     return datetime.now().astimezone().strftime(form)
 
 
-def _check_growth(text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Measure what `replace`, `join` and `indent` are about to make of `text`."""
-    given = (*args, *kwargs.values())
-    if name == "replace" and len(given) >= 2:
-        old, new = str(given[0]), str(given[1])
-        take(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-    elif name == "indent":
-        width = given[0] if given else 4
-        take(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else int(width)))
-
-
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is measured: what it turns into text, and what comes of it."""
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context may be passed before the value
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        take()
-        value, rest = args[first], args[first + 1 :]
-        if name == "join":
-            value = list(value)
-            separator = str(rest[0] if rest else kwargs.get("d", ""))
-            take(len(separator) * len(value))
-            args = (*args[:first], value, *rest)
-        if name == "join" or name in _STRINGIFY:
-            measure(value)
-        if isinstance(value, str):
-            _check_growth(value, name, rest, kwargs)
-        result = function(*args, **kwargs)
-        if isinstance(result, str):
-            take(len(result), 0)
-        return result
-
-    return guarded
-
-
-def _check_operator(operator: str, left: Any, right: Any) -> None:
-    """Measure what `+`, `*`, `**` and `%` are about to make."""
-    take()
-    if operator == "%" and isinstance(left, str):
-        if _WIDE.search(left):
-            raise Runaway("formats with a wide field")
-        measure((left, right))
-    elif isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * max(1, abs(right)) if operator == "**" else left.bit_length() + right.bit_length()
-        if bits > _INTEGER_BITS:
-            raise Runaway(f"computes a number of more than {_INTEGER_BITS} bits")
-    elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-        take(len(left) + len(right))
-    elif operator == "*":
-        for times, repeated in ((left, right), (right, left)):
-            if isinstance(times, int) and hasattr(repeated, "__len__"):
-                take(max(0, times) * len(repeated))
-
-
 class _Bounded(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
+    intercepted_unops = frozenset(("+", "-"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _check_operator(operator, left, right)
+        check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def call_unop(self, context: Any, operator: str, arg: Any) -> Any:
+        take()
+        return super().call_unop(context, operator, arg)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         take()
@@ -195,14 +208,22 @@ class _Bounded(ImmutableSandboxedEnvironment):
             if name == "join" and args:
                 args = (measure(list(args[0])), *args[1:])
                 take(len(owner) * len(args[0]))
-            _check_growth(owner, name, args, kwargs)
+            check_growth(owner, name, args, kwargs)
+        elif isinstance(owner, list | tuple):
+            measure((owner, args))  # `index` and `count` compare
+        take_items(len(args))
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str):
             take(len(result), 0)
+        elif isinstance(result, list | tuple | dict):
+            take_items(len(result))
+        check_integer(result)
         return result
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in _LONG_STRING_METHODS:
+            return False
+        if isinstance(obj, int | float | bytes | bytearray):  # `to_bytes` makes as many as it is asked for
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -212,7 +233,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             return None
 
         def form(*args: Any, **kwargs: Any) -> str:
-            if _WIDE.search(value.__self__):
+            if WIDE.search(value.__self__):
                 raise SecurityError("format with a wide field")
             measure((args, kwargs))
             return wrapped(*args, **kwargs)
@@ -236,12 +257,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         optimized=False,  # constants must not be folded outside of the budget
-        finalize=measure,
+        finalize=_put_out,
         cache_size=0,
         extensions=["jinja2.ext.loopcontrols", _Generation],
     )
-    environment.filters = {name: _guarded(name, environment.filters[name]) for name in _FILTERS}
-    environment.filters |= {_COUNTED: _counted, _JOINED: _joined, "tojson": _tojson}
+    environment.filters = {name: guarded_filter(name, environment.filters[name]) for name in _FILTERS}
+    environment.filters |= {_COUNTED: _counted, _JOINED: _joined, _MADE: _made, _COMPARED: compared, "tojson": _tojson}
+    environment.tests |= {name: guarded_test(environment.tests[name]) for name in _COMPARISONS}
     environment.globals.pop("lipsum")
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment

@@ -1,4 +1,5 @@
 import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -238,19 +239,91 @@ HOSTILE = {
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "long source": "x" * 300_000,
+    "round up": "{{ 1 | round(3000000, 'ceil') }}",
+    "round down": "{{ 1 | round(-3000000, 'floor') }}",
+    "round by name": "{{ 1 | round(method='common', precision=-3000000) }}",
+    "round in map": "{{ [1] | map('round', 3000000, 'ceil') | list }}",
+    "a giant literal": "{{ 0x" + "f" * 200_000 + " }}",
+    "a giant number in hexadecimal": "{% set a = ('f' * 400000) | int(0, 16) %}{{ (a // 3) > 0 }}",
+    "division": "{{ (2 ** 4000) // (1 - 2 ** 4000) }}",
+    "subtraction": "{% set n = namespace(x=2**2000) %}"
+    "{% for i in range(99999) %}{% set n.x = n.x - -n.x %}{% endfor %}",
+    "bytes of a number": "{{ (1).to_bytes(10**9) | length }}",
+    "bytes of a string": "{{ 'a'.encode().center(10**9) | length }}",
+    "lists of ranges": "{% set n = namespace(x=[]) %}{% for i in range(40) %}"
+    "{% set n.x = n.x + [range(99999) | list] %}{% endfor %}",
+    "lists of mapped ranges": "{% set n = namespace(x=[]) %}{% for i in range(40) %}"
+    "{% set n.x = n.x + [range(99999) | map('abs') | list] %}{% endfor %}",
+    "lists of splits": "{% set s = 'a ' * 99999 %}{% set n = namespace(x=[]) %}{% for i in range(99) %}"
+    "{% set n.x = n.x + [s.split()] %}{% endfor %}",
+    "lists of characters": "{{ ('a' * 9999999) | list | length }}",
+    "slices of a list": "{% set l = range(99999) | list %}{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
+    "{% set n.x = n.x + [l[1:]] %}{% endfor %}",
+    "slices of a string": "{% set s = 'a' * 9999999 %}{% set n = namespace(x=[]) %}{% for i in range(999) %}"
+    "{% set n.x = n.x + [s[1:]] %}{% endfor %}",
+    "literals in a macro": "{% macro m(n) %}{% set n.x = n.x + [[" + "1," * 20_000 + "]] %}{% endmacro %}"
+    "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{{ m(n) }}{% endfor %}",
+    "comparison of nests": NESTS + NESTS.replace(" n ", " o ").replace("n.x", "o.x") + "{{ n.x == o.x }}",
+    "a test of nests": NESTS + NESTS.replace(" n ", " o ").replace("n.x", "o.x") + "{{ n.x is eq o.x }}",
+    "membership of nests": NESTS + NESTS.replace(" n ", " o ").replace("n.x", "o.x") + "{{ n.x in [o.x] }}",
+    "counting nests": NESTS + NESTS.replace(" n ", " o ").replace("n.x", "o.x") + "{{ [n.x].count(o.x) }}",
+    "hashing nests": NESTS.replace("[n.x, n.x]", "(n.x, n.x)") + "{{ {n.x: 1} }}",
+    "sorting nests": NESTS + NESTS.replace(" n ", " o ").replace("n.x", "o.x") + "{{ [n.x, o.x] | sort }}",
+    "nests in upper case": NESTS + "{{ n.x | upper }}",
+    "replacing by nests": NESTS + "{{ 'a' | replace('a', n.x) }}",
+    "joining by nests": NESTS + "{{ ['a'] | join(n.x) }}",
+    "refusing with nests": NESTS + "{{ raise_exception(n.x) }}",
+    "a date of nests": NESTS + "{{ strftime_now(n.x) }}",
     "internals": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "the environment": "{{ messages.append({}) }}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_stopped(name: str) -> None:
+def test_a_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops without end, strings and numbers without bound, and ways out of the sandbox end as a clear error, soon."""
+    if NESTS in HOSTILE[name]:
+        monkeypatch.setattr(budget, "STEPS", 20_000)  # enough to see it end, in a tenth of the time
     began = time.thread_time()  # not the clock: the machine may be busy
 
     with pytest.raises((Runaway, Broken)):
         jinja.render(HOSTILE[name], {"messages": [said("Hi")]})
     assert time.thread_time() - began < budget.SECONDS + 2
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' | replace('a', 'LONG') | replace('a', 'LONG') | replace('a', 'LONG') | length }}",
+        "{% autoescape 'a' | replace('a', 'LONG') | replace('a', 'LONG') | replace('a', 'LONG') %}{% endautoescape %}",
+    ],
+)
+def test_compiling_computes_no_constants(source: str) -> None:
+    """A chain of literal filters would make a gigabyte while the template is compiled; it is left to the rendering."""
+    source = source.replace("LONG", "a" * 1000)
+    tracemalloc.start()
+    try:
+        jinja.compiled(source)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 16_000_000
+    with pytest.raises(Runaway):
+        jinja.render(source, {})
+
+
+def test_ordinary_numbers_lists_and_comparisons_are_within_the_budget() -> None:
+    """What templates do with them."""
+    source = (
+        "{{ 7 // 2 }} {{ 1.257 | round(2) }} {{ -3 }} {{ 7 / 2 }} {{ 5 - 2 }} {{ messages[1:] | length }} "
+        "{{ messages[::-1][0].content }} {{ [1, 2] == [1, 2] }} {{ 'a' in ('a', 'b') }} {{ 3 is in [3] }} "
+        "{{ messages[0]['content'][:2] }} {{ range(3) | map('string') | list }} {{ 'a b'.split() }}"
+    )
+
+    assert jinja.render(source, {"messages": [said("one"), said("two")]}) == (
+        "3 1.26 -3 3.5 3 1 two True True True on ['0', '1', '2'] ['a', 'b']"
+    )
 
 
 def test_a_runaway_template_is_told_as_such() -> None:
