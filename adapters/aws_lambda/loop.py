@@ -80,6 +80,7 @@ class Runtime:
 
     async def run(self) -> int:
         """Serve until the Runtime API is gone (1), the start fails (1, 64, 65) or SIGTERM (0): the exit status."""
+        # On demand Lambda sends SIGTERM only where an extension is registered; Managed Instances always do.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.stop)
         apis = [RuntimeAPI(self._environ["AWS_LAMBDA_RUNTIME_API"]) for _ in range(self._concurrency)]
         readying = asyncio.ensure_future(self._when_ready())

