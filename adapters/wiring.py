@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from adapters.huggingface import Hub
 from core.downloads import Downloads
@@ -20,6 +22,9 @@ from core.timeline import Timeline
 
 if TYPE_CHECKING:
     from adapters.s3 import S3Storage
+
+
+log = logging.getLogger(__name__)
 
 
 def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bool = False) -> Service:
@@ -45,6 +50,8 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
 def sources(settings: Settings) -> tuple[Source, ...]:
     """In the order in which they are asked: S3 is near, the hub is far. The S3 module's import (30 ms, mostly
     http.client) is left out of a start that has no use for it; /load can still name s3://."""
+    if settings.hf_token and _is_open(settings.hf_endpoint):
+        log.warning("HF_ENDPOINT=%s is not https: HF_TOKEN crosses the network in clear", settings.hf_endpoint)
     hub = Hub(
         settings.hf_endpoint,
         settings.hf_token,
@@ -53,6 +60,12 @@ def sources(settings: Settings) -> tuple[Source, ...]:
     )
     wanted = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
     return (s3(settings), hub) if wanted else (hub, _LateS3(settings))
+
+
+def _is_open(url: str) -> bool:
+    """Whether others on the way can read what is sent there."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
 
 
 def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -> Mirror | None:

@@ -63,3 +63,22 @@ def test_settings_of_a_load_reach_llama_cpp(
     tiny_engine("llama", n_gpu_layers=config.n_gpu_layers, repack=config.repack)
 
     assert asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "token", "warned"),
+    [
+        ("http://hub.example", "t", True),
+        ("http://hub.example", None, False),
+        ("https://hub.example", "t", False),
+        ("http://localhost:8080", "t", False),
+        ("http://[::1]:8080", "t", False),
+    ],
+)
+def test_a_token_in_clear_is_warned_of(
+    caplog: pytest.LogCaptureFixture, endpoint: str, token: str | None, warned: bool
+) -> None:
+    """A hub over plain HTTP is fine on this machine only."""
+    sources(Settings(hf_endpoint=endpoint, hf_token=token))
+
+    assert ("HF_TOKEN crosses the network in clear" in caplog.text) == warned
