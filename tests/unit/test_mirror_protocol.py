@@ -1,0 +1,134 @@
+"""The mirror's protocol, explored exhaustively: whatever is interleaved, crashes or is lost, nothing wrong is served.
+
+A process looks (manifest, then blob), takes the lease, looks again, completes the blob if it is missing, writes the
+manifest over the one that it saw, and gives the lease back. Each step below is one request to S3.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+import pytest
+
+
+class Process(NamedTuple):
+    at: str = "look"
+    lease: int = 0  # the version of the lease that it wrote
+    manifest: int = 0  # the version of the manifest that it saw
+    etag: int = 0  # of the blob that it saw or wrote
+
+
+class State(NamedTuple):
+    lease: int  # version, 0: none
+    expired: bool
+    blob: int  # ETag, 0: none
+    manifest: tuple[int, int]  # (version, ETag that it names), (0, 0): none
+    processes: tuple[Process, ...]
+    expiries: int
+    crashes: int
+    losses: int  # answers that may be lost after the write was done
+    removals: int  # of the blob, by a lifecycle rule or a person
+    fresh: int = 1  # the next version
+
+
+def is_whole(state: State) -> bool:
+    return state.blob != 0 and state.manifest[1] == state.blob
+
+
+def successors(state: State):
+    """Every state that one step leads to."""
+    if state.lease and not state.expired and state.expiries:
+        yield state._replace(expired=True, expiries=state.expiries - 1)
+    if state.blob and state.removals:
+        yield state._replace(blob=0, removals=state.removals - 1)
+    for index, process in enumerate(state.processes):
+        if process.at in ("done", "dead"):
+            continue
+        others = state.processes[:index] + state.processes[index + 1 :]
+        if state.crashes:
+            yield state._replace(processes=(*others, Process("dead")), crashes=state.crashes - 1)
+        for after, change in steps(state, process):
+            yield state._replace(processes=(*others, after), **change)
+
+
+def steps(state: State, process: Process):  # noqa: C901 - one case for each request
+    """(the process afterwards, what changes in S3) of each outcome of its next request."""
+    fresh = {"fresh": state.fresh + 1}
+    lost = {"losses": state.losses - 1} if state.losses else None
+    match process.at:
+        case "look":
+            yield Process("done" if is_whole(state) else "acquire"), {}
+        case "acquire" if not state.lease or state.expired:  # a lost answer reads its own name and is the same
+            yield Process("read manifest", lease=state.fresh), {"lease": state.fresh, "expired": False, **fresh}
+        case "read manifest":
+            yield process._replace(at="read blob", manifest=state.manifest[0]), {}
+        case "read blob":
+            seen = process._replace(etag=state.blob, at="put manifest" if state.blob else "renew")
+            yield (process._replace(at="release") if is_whole(state) else seen), {}
+        case "renew":
+            if state.lease == process.lease:
+                after = process._replace(at="complete", lease=state.fresh)
+                yield after, {"lease": state.fresh, "expired": False, **fresh}
+            else:
+                yield Process("look"), {}
+        case "complete":  # only where nothing is; a lost answer finds the blob and goes on with it
+            etag = state.blob or state.fresh
+            yield process._replace(at="put manifest", etag=etag), {"blob": etag, **fresh}
+        case "put manifest":
+            if state.manifest[0] == process.manifest:
+                written = {"manifest": (state.fresh, process.etag), **fresh}
+                yield process._replace(at="release"), written
+                if lost:
+                    yield process._replace(at="release lost"), {**written, **lost}
+            else:
+                yield process._replace(at="release lost"), {}
+        case "release" | "release lost":
+            after = Process("done" if process.at == "release" else "look")
+            yield after, {"lease": 0, "expired": False} if state.lease == process.lease else {}
+
+
+def canonical(state: State) -> tuple:
+    """Versions matter by equality only, and the processes are alike."""
+    names = {0: 0}
+
+    def name(version):
+        return names.setdefault(version, len(names))
+
+    lease, blob = name(state.lease), name(state.blob)
+    manifest = tuple(map(name, state.manifest))
+    processes = [(each.at, name(each.lease), name(each.manifest), name(each.etag)) for each in sorted(state.processes)]
+    return (lease, state.expired, blob, manifest, tuple(processes), *state[5:9])
+
+
+def heals(state: State) -> bool:
+    """Whether one more process, with the lease run out, makes the mirror whole."""
+    state = state._replace(processes=(Process(),), expired=True, expiries=0, crashes=0, losses=0, removals=0)
+    while state.processes[0].at != "done":
+        state = next(successors(state))
+    return is_whole(state)
+
+
+@pytest.mark.parametrize(
+    ("uploaders", "expiries", "crashes", "losses", "removals"), [(3, 2, 2, 1, 0), (2, 2, 1, 1, 1), (3, 1, 1, 0, 1)]
+)
+def test_every_interleaving(uploaders, expiries, crashes, losses, removals):
+    """Who says done has left a manifest that names the blob; whatever is left, one more process makes it whole."""
+    first = State(0, False, 0, (0, 0), (Process(),) * uploaders, expiries, crashes, losses, removals)
+    seen, queue, ends = {canonical(first)}, deque([first]), 0
+    while queue:
+        state = queue.popleft()
+        following = list(successors(state))
+        for after in following:
+            assert removals or not state.blob or after.blob == state.blob, "a blob was written twice"
+            if (key := canonical(after)) not in seen:
+                seen.add(key)
+                queue.append(after)
+        if all(each.at in ("done", "dead") for each in state.processes):
+            ends += 1
+            if not removals and any(each.at == "done" for each in state.processes):
+                assert is_whole(state), state
+            assert heals(state), state
+        else:
+            held = state.lease and not state.expired
+            assert following or held, "nobody can go on"
+    assert ends > 10
+    assert len(seen) > 1000
