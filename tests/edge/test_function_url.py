@@ -209,9 +209,10 @@ def _switches(pid: int) -> int:
 
 
 def _frozen(pid: int) -> bool:
-    """Whether the process is stopped, within the time that reporting may take."""
+    """Whether all threads of the process are stopped, within the time that reporting may take."""
     for _ in range(300):
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+        threads = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+        if set(threads) == {"T"}:
             return True
         time.sleep(0.01)
     return False

@@ -212,7 +212,11 @@ def tiny_service(
 ) -> Iterator[Service]:
     """The service as it is wired for production, on a tiny model."""
     folder = tmp_path_factory.mktemp("models")
-    service = build(Settings(models_dir=folder, model_path=str(tiny("llama-49k")), model_aliases=(MODEL,), n_ctx=1024))
+    service = build(
+        Settings(
+            models_dir=folder, model_path=str(tiny("llama-49k")), model_aliases=(MODEL,), n_ctx=1024, local_admin=True
+        )
+    )
     state = runner.run(service.host.wait_ready(60))
     assert state.status == "ready", state
     yield service
