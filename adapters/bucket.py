@@ -90,7 +90,7 @@ class Bucket:
         return url, sign(method, url, headers, EMPTY_SHA256, credentials, self._region, "s3"), credentials
 
     def _read(self, method: str, key: str, headers: Mapping[str, str], most: int) -> Reply | None:
-        where, stale = f"s3://{self.name}/{key}", None
+        where, stale, moves = f"s3://{self.name}/{key}", None, 0
         while True:  # at most thrice: as configured, in the bucket's region, with new credentials
             reply, credentials = self._persist(method, key, headers, most, stale)
             reason = _reason(reply)
@@ -100,7 +100,8 @@ class Bucket:
                 if "NoSuchBucket" in reason:
                     raise ModelUnavailable(f"There is no bucket {self.name!r}; check S3_BUCKET.", retry_after=None)
                 return None
-            if self._moved(reply):
+            if moves == 0 and self._moved(reply):
+                moves += 1
                 continue
             if reply.status not in (400, 401, 403):
                 raise ModelUnavailable(f"{where} could not be read ({reason}). Try again later.")

@@ -1,11 +1,11 @@
 """Connection: one keep-alive HTTP/1.1 connection to whatever host the URL names, on the standard library.
 
-Knows no AWS and no retries. Proxies from the environment are not used: on Lambda there are none, and elsewhere the hub
-and boto3, which honour them, do the work.
+Knows no AWS and no retries. HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY count, as for the hub and boto3.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import os
@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
     import ssl
@@ -31,6 +31,45 @@ def tls_context() -> ssl.SSLContext:
     import ssl
 
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
+
+
+def proxy_of(url: SplitResult) -> SplitResult | None:
+    """The proxy that the environment names for a URL. Looks no further unless there is one: it costs an import."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    proxies = getproxies_environment()
+    address = proxies.get(url.scheme) or proxies.get("all")
+    if not address or proxy_bypass(url.netloc.rpartition("@")[2]):
+        return None
+    proxy = urlsplit(address if "://" in address else f"http://{address}")
+    if proxy.scheme != "http" or proxy.hostname is None:
+        raise Broken(f"a proxy is named http://host:port, got one with {proxy.scheme}://")
+    return proxy
+
+
+def proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def _connect(url: SplitResult, proxy: SplitResult | None, timeout: float) -> HTTPConnection:
+    host, port = url.hostname or "", url.port
+    if url.scheme == "https":
+        via = (host, port) if proxy is None else (proxy.hostname or "", proxy.port or 80)
+        secure = HTTPSConnection(*via, timeout=timeout, context=tls_context())
+        if proxy is not None:
+            secure.set_tunnel(host, port or 443, proxy_headers(proxy))
+        secure.connect()
+        return secure
+    plain = HTTPConnection(
+        *((host, port) if proxy is None else (proxy.hostname or "", proxy.port or 80)), timeout=timeout
+    )
+    plain.connect()
+    return plain
 
 
 class Connection:
@@ -54,16 +93,14 @@ class Connection:
         if host != self._host or self._response is None or not self._response.isclosed():
             self.close()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        proxy = proxy_of(parts)
+        if proxy is not None and parts.scheme == "http":  # a proxy of plain HTTP wants the whole address
+            target = f"{parts.scheme}://{parts.netloc}{target}"
+            headers = {**headers, **proxy_headers(proxy)}
         with self._closed_by_failure():
             connection = self._connection
             if connection is None:
-                if parts.scheme == "https":
-                    connection = HTTPSConnection(
-                        parts.hostname or "", parts.port, timeout=self._timeout, context=tls_context()
-                    )
-                else:
-                    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=self._timeout)
-                connection.connect()
+                connection = _connect(parts, proxy, self._timeout)
                 self._connection, self._host, self._socket = connection, host, connection.sock
             if self._aborted:
                 raise Broken("aborted")

@@ -64,6 +64,8 @@ def _get(endpoint: str, arn: str, region: str, credentials: CredentialChain) -> 
             connection.request("POST", "/", body, headers)
             response = connection.getresponse()
             reply = json.loads(response.read(1 << 20))
+            if not isinstance(reply, dict):
+                raise ValueError
         except (OSError, HTTPException, ValueError) as error:
             problem = f"no answer from Secrets Manager ({type(error).__name__})"
             continue
