@@ -15,6 +15,7 @@ from core.store.reference import S3, HuggingFace, pin
 from core.store.source import Damaged
 from core.store.store import Store
 from tests import gguf_files
+from tests.edge.fault_proxy import FaultProxy, Header, Reset, Short, Status, WrongBytes
 from tests.edge.hub_double import HubDouble, Repo
 from tests.edge.s3_double import BUCKET, bucket, moto_server, s3_client
 
@@ -194,3 +195,37 @@ def test_mirror_of_another_version_than_the_pinned_one(serving):
     assert arrived(store.open(pin(REFERENCE, (SHA256,)))) == MODEL
     with pytest.raises(InvalidRequest, match="as asked"):
         store.open(pin(REFERENCE, ("0" * 64,)))
+
+
+LASTING = [
+    Reset(after=10),
+    Short(after=10),
+    WrongBytes(),
+    Status(403, "AccessDenied"),
+    Status(404, "NoSuchKey"),
+    Status(412, "PreconditionFailed"),
+    Status(503, "SlowDown"),
+    Header("ETag", '"another"'),
+]
+
+
+@pytest.mark.parametrize("target", ["disk", "memory"])
+@pytest.mark.parametrize("where", ["bytes=0-", r"bytes=2097152-", r"bytes=6291456-"], ids=["header", "middle", "last"])
+@pytest.mark.parametrize("fault", LASTING, ids=repr)
+def test_lasting_fault_of_the_mirror(serving, port, tmp_path, fault, where, target):
+    """A fault of the mirror that lasts, in any block, ends in the hub's bytes: at once, or on the next try."""
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.plan(fault, times=100, matching=f"(?i)range: {where}")
+        reader = bucket(proxy.port)
+        storage = S3Storage(lambda name: reader, mirror=reader, threads=4, part_bytes=ranged.BLOCK_BYTES)
+        store = Store(tmp_path / "models", (storage, Hub(serving.hub.url, backoff_s=0.01)), target=target)
+        try:
+            served = arrived(store.open(REFERENCE))
+        except ModelUnavailable:
+            assert target == "memory"
+            served = arrived(store.open(REFERENCE))
+        reader.close()
+
+    assert served == MODEL
+    assert proxy.faults
+    assert serving.hub.gets()
