@@ -44,7 +44,7 @@ def bindings() -> Any:
 
     The package's own `__init__` imports numpy, jinja2 and diskcache for the high-level class, which is not used here:
     0.75 s and 44 MB. An empty package put in its place first leaves 0.12 s and 23 MB (measured with llama-cpp-python
-    0.3.36; a test in tests/house watches over it).
+    0.3.36; a test in tests/conventions watches over it).
     """
     global _bindings
     with _lock:

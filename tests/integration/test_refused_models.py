@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from tests.edge.test_local_process import process
+from tests.integration.test_local_process import process
 
 ADMIN = {"x-api-key": "admin"}
 REFUSED = ("bert", "t5", "llada")

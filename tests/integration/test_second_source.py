@@ -15,9 +15,9 @@ from core.store.reference import S3, HuggingFace, pin
 from core.store.source import Damaged
 from core.store.store import Store
 from tests import gguf_files
-from tests.edge.fault_proxy import FaultProxy, Header, Reset, Short, Status, WrongBytes
-from tests.edge.hub_double import HubDouble, Repo
-from tests.edge.s3_double import BUCKET, bucket, moto_server, s3_client
+from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Status, WrongBytes
+from tests.integration.hub_double import HubDouble, Repo
+from tests.integration.s3_double import BUCKET, bucket, moto_server, s3_client
 
 TENSOR = random.Random(11).randbytes(4 * 1024 * 1700)
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR)])  # 7 MB: four blocks

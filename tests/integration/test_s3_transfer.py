@@ -17,8 +17,8 @@ from adapters import ranged
 from adapters.checksum import Sha256
 from adapters.ranged import Transfer
 from core.errors import ModelUnavailable
-from tests.edge.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
-from tests.edge.range_server import PlainOrigin, RangeServer
+from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
+from tests.integration.range_server import PlainOrigin, RangeServer
 
 BLOCK = 1000
 BODY = random.Random(7).randbytes(20_500)
@@ -317,7 +317,7 @@ def test_frozen(server, tmp_path):
         script = f"""
             import os, sys
             sys.path[:0] = {[str(p) for p in sys.path if p]!r}
-            from tests.edge.range_server import PlainOrigin
+            from tests.integration.range_server import PlainOrigin
             from adapters.ranged import Transfer
             fd = os.open({str(target)!r}, os.O_RDWR | os.O_CREAT)
             download = Transfer(PlainOrigin({proxy.url!r}), fd, {len(BODY)}, block_bytes={BLOCK},

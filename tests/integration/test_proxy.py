@@ -10,7 +10,7 @@ from adapters.bucket import Bucket, Reply
 from adapters.connection import Connection
 from adapters.credentials import CredentialChain
 from core.errors import ModelUnavailable
-from tests.edge.s3_double import ENVIRON
+from tests.integration.s3_double import ENVIRON
 
 
 @pytest.fixture

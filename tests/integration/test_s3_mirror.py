@@ -27,8 +27,8 @@ from core.store import gguf
 from core.store.reference import HuggingFace
 from core.store.source import Found, RemoteFile
 from tests import gguf_files
-from tests.edge.fault_proxy import FaultProxy, Status
-from tests.edge.s3_double import BUCKET, bucket, clean_environ, moto_server, s3_client
+from tests.integration.fault_proxy import FaultProxy, Status
+from tests.integration.s3_double import BUCKET, bucket, clean_environ, moto_server, s3_client
 
 COMMIT, OLD_COMMIT = "c" * 40, "0" * 40
 TENSOR = random.Random(5).randbytes(4 * 1024 * 5000)  # 20 MB: three parts of an upload, ten blocks
@@ -503,8 +503,8 @@ def test_ten_processes_upload_once(port, client, path):
     script = """
         import sys
         from pathlib import Path
-        from tests.edge.s3_double import bucket, s3_client
-        from tests.edge import test_s3_mirror as t
+        from tests.integration.s3_double import bucket, s3_client
+        from tests.integration import test_s3_mirror as t
         from adapters import s3_mirror
         from adapters.upload import Upload
         s3_mirror.RETRY_S = 0.3
@@ -545,8 +545,8 @@ def test_killed_uploader(port, client, path):
     script = """
         import sys, time
         from pathlib import Path
-        from tests.edge.s3_double import bucket, s3_client
-        from tests.edge import test_s3_mirror as t
+        from tests.integration.s3_double import bucket, s3_client
+        from tests.integration import test_s3_mirror as t
         client = s3_client(PORT)
         upload_part = client.upload_part
         def slow(**arguments):

@@ -29,8 +29,8 @@ from core.store.reference import S3, HuggingFace
 from core.store.source import DownloadCancelled, Found, RemoteFile
 from core.store.store import Store
 from tests import gguf_files
-from tests.edge.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
-from tests.edge.s3_double import BUCKET, ENVIRON, bucket, clean_environ, moto_server, s3_client
+from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
+from tests.integration.s3_double import BUCKET, ENVIRON, bucket, clean_environ, moto_server, s3_client
 
 COMMIT = "d" * 40
 TENSOR = random.Random(6).randbytes(4 * 1024 * 1700)

@@ -9,8 +9,8 @@ import sys
 from adapters.s3 import S3Storage
 from core.store.reference import parse
 from tests import gguf_files
-from tests.edge.hub_double import HubDouble, Repo
-from tests.edge.s3_double import BUCKET, bucket, clean_environ, moto_server
+from tests.integration.hub_double import HubDouble, Repo
+from tests.integration.s3_double import BUCKET, bucket, clean_environ, moto_server
 
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 700), random.Random(8).randbytes(4 * 1024 * 700))])
 
