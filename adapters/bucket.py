@@ -15,9 +15,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adapters.aws.credentials import CredentialChain
+from adapters.aws.sigv4 import EMPTY_SHA256, Credentials, quote_key, sign
 from adapters.connection import Broken, Connection
-from adapters.credentials import CredentialChain
-from adapters.sigv4 import EMPTY_SHA256, Credentials, quote_key, sign
 from core.errors import ModelUnavailable
 
 ATTEMPTS = 5

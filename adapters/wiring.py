@@ -87,8 +87,8 @@ def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -
 
 def s3(settings: Settings) -> S3Storage:
     """Reads s3:// references, and the mirror in S3_BUCKET unless S3_MIRROR=off."""
+    from adapters.aws.credentials import CredentialChain
     from adapters.bucket import Bucket
-    from adapters.credentials import CredentialChain
     from adapters.s3 import S3Storage
 
     chain = CredentialChain()

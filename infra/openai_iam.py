@@ -18,8 +18,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters.credentials import CredentialChain
-from adapters.sigv4 import sign
+from adapters.aws.credentials import CredentialChain
+from adapters.aws.sigv4 import sign
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -82,7 +82,7 @@ class Boot:
         """The keys in the secret, none if there is no secret. Raises SettingsError."""
         if self.settings.api_keys_secret is None:
             return frozenset()
-        from adapters.aws_lambda.secret import read_keys
+        from adapters.aws.secrets import read_keys
 
         with self.timeline.phase("secret"):
             return read_keys(self.settings.api_keys_secret, self._environ)

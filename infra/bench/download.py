@@ -45,8 +45,8 @@ class _Partial:
 
 
 def _ours(url: str, name: str) -> Any:
+    from adapters.aws.credentials import CredentialChain
     from adapters.bucket import Bucket
-    from adapters.credentials import CredentialChain
     from adapters.s3 import S3Storage
     from core.store.reference import HuggingFace
 

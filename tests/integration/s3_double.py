@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import boto3
 from botocore.config import Config
 
+from adapters.aws.credentials import CredentialChain
 from adapters.bucket import Bucket
-from adapters.credentials import CredentialChain
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 BUCKET = "models"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from adapters.aws_lambda.secret import read_keys
+from adapters.aws.secrets import read_keys
 from core.settings import SettingsError, keys
 
 ARN = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm-AbCdEf"

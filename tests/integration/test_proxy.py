@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from adapters import bucket as bucket_module
+from adapters.aws.credentials import CredentialChain
 from adapters.bucket import Bucket, Reply
 from adapters.connection import Connection
-from adapters.credentials import CredentialChain
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON
 

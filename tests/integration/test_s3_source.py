@@ -19,11 +19,11 @@ import pytest
 
 from adapters import bucket as bucket_module
 from adapters import ranged
+from adapters.aws.credentials import CredentialChain
+from adapters.aws.sigv4 import Credentials
 from adapters.bucket import Bucket, Denied
-from adapters.credentials import CredentialChain
 from adapters.s3 import S3Storage
 from adapters.s3_mirror import S3Mirror
-from adapters.sigv4 import Credentials
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import S3, HuggingFace
 from core.store.source import DownloadCancelled, Found, RemoteFile

@@ -117,7 +117,7 @@ def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> Non
 
 def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """The secret is read beside the load; its keys count like those in API_KEYS, and can be renewed."""
-    from adapters.aws_lambda import secret
+    from adapters.aws import secrets as secret
 
     monkeypatch.setattr(secret, "read_keys", lambda arn, environ: keys("from-secret"))
     environ = {"API_KEYS": "a", "API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}
@@ -130,7 +130,7 @@ def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytes
 
 def test_a_secret_that_cannot_be_read_stops_the_start(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """A URL without its keys is not served."""
-    from adapters.aws_lambda import secret
+    from adapters.aws import secrets as secret
 
     def fail(arn: str, environ: Any) -> Any:
         raise SettingsError("API_KEYS_SECRET cannot be read: no answer.")

@@ -12,7 +12,7 @@ from botocore.credentials import Credentials as BotocoreCredentials
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.sigv4 import EMPTY_SHA256, UNSIGNED_PAYLOAD, Credentials, quote_key, quote_query, sign
+from adapters.aws.sigv4 import EMPTY_SHA256, UNSIGNED_PAYLOAD, Credentials, quote_key, quote_query, sign
 
 NOW = datetime.datetime(2026, 11, 22, 1, 2, 3)
 KEY = "AKIDEXAMPLE"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from adapters.credentials import CredentialChain
-from adapters.sigv4 import sign
+from adapters.aws.credentials import CredentialChain
+from adapters.aws.sigv4 import sign
 from core.errors import ModelUnavailable
 from core.settings import SettingsError, keys
 

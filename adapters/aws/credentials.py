@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from adapters.sigv4 import Credentials
+from adapters.aws.sigv4 import Credentials
 from core.errors import ModelUnavailable
 
 ECS_ADDRESS = "http://169.254.170.2"
