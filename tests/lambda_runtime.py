@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from adapters.aws_lambda.loop import Runtime
+from adapters.aws_lambda.runtime import Runtime
 from infra.function_url_event import to_event
 from infra.runtime_api import RuntimeAPIServer
 from infra.runtime_api_exchange import Behaviour, Exchange

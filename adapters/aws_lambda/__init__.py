@@ -8,7 +8,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "handler":
-        from adapters.aws_lambda.standard import make_handler
+        from adapters.aws_lambda.mangum_handler import make_handler
 
         globals()["handler"] = handler = make_handler()
         return handler

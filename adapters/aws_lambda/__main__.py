@@ -36,14 +36,15 @@ def main() -> int:
 
 def _serve() -> int:
     prefetch.begin(os.environ)
-    from adapters.aws_lambda.boot import Boot  # before asyncio and the web framework: it starts the load
+    from adapters.aws_lambda.start import Boot  # before asyncio and the web framework: it starts the load
 
     boot = Boot(os.environ)
     with boot.timeline.phase("imports"):
         import asyncio
 
         from adapters.asgi import Endpoint
-        from adapters.aws_lambda import loop, snapstart
+        from adapters.aws_lambda import runtime as loop
+        from adapters.aws_lambda import snapstart
         from adapters.logs import configure
 
         # The first request needs these, at a time when the CPU may be down to the memory's share. Here they cost

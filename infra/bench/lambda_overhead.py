@@ -61,7 +61,7 @@ app = Starlette(routes=[Route("/tiny", tiny), Route("/events", events)])
 """
 OURS = f"""{APPLICATION}
 import os, sys
-from adapters.aws_lambda.loop import Runtime
+from adapters.aws_lambda.runtime import Runtime
 sys.exit(asyncio.run(Runtime(app, os.environ, mode=os.environ["RESPONSE_MODE"]).run()))
 """
 THEIRS = f"""{APPLICATION}

@@ -41,7 +41,7 @@ def test_handlers_and_core_import_nothing_heavy() -> None:
 
 def test_a_function_urls_event_needs_no_framework() -> None:
     """The Lambda runtime reads payload 2.0 and serves the endpoint by itself: neither Mangum nor Starlette."""
-    modules = ("adapters.aws_lambda.boot", "adapters.aws_lambda.loop", "adapters.asgi", "adapters.logs")
+    modules = ("adapters.aws_lambda.start", "adapters.aws_lambda.runtime", "adapters.asgi", "adapters.logs")
 
     assert set() == imported_by(*modules) & {*HEAVY, "starlette", "anyio"}
 

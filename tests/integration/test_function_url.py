@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import asyncio, os, sys, threading, time
 from adapters.asgi import create_app
-from adapters.aws_lambda.loop import Runtime
+from adapters.aws_lambda.runtime import Runtime
 from core.loader import Loading
 from core.settings import keys
 from tests.fakes import FakeHost, ScriptedEngine, fake_service

@@ -85,7 +85,7 @@ def test_a_stream_is_refused() -> None:
 
 def test_query_parameters_of_reading_operations() -> None:
     """Fields beside a GET operation are its query."""
-    from adapters.aws_lambda import direct
+    from adapters.aws_lambda import operations as direct
 
     scope, body = direct.to_request({"operation": "health", "wait": 1})
 

@@ -119,7 +119,7 @@ def test_the_process_ends_when_there_are_no_more_events(status: int) -> None:
 
 def test_an_unreachable_runtime_api_ends_the_process() -> None:
     """No connection is an exit status, not a traceback."""
-    from adapters.aws_lambda.loop import Runtime
+    from adapters.aws_lambda.runtime import Runtime
 
     assert asyncio.run(Runtime(json_app(), {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:1"}).run()) == 1
 
@@ -324,7 +324,7 @@ def test_a_hiccup_of_next_ends_no_other_answer() -> None:
 
 def test_loops_that_get_no_more_events_let_the_others_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its retries a loop ends; the process ends when the last answer is out, with status 1."""
-    from adapters.aws_lambda import loop
+    from adapters.aws_lambda import runtime as loop
 
     monkeypatch.setattr(loop, "RETRIES_S", (0.0,))
     begun, released = asyncio.Event(), asyncio.Event()

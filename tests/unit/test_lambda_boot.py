@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from adapters.aws_lambda import boot
-from adapters.aws_lambda.boot import Boot, read_settings, set_defaults
+from adapters.aws_lambda import start as boot
+from adapters.aws_lambda.start import Boot, read_settings, set_defaults
 from core.downloads import Downloads
 from core.service import Service
 from core.settings import SettingsError, keys
@@ -179,7 +179,7 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
 
 def test_the_load_is_started_before_the_heavy_imports() -> None:
     """What must be imported before loading can begin is small: no event loop, no web framework, no HTTP."""
-    code = "import sys, adapters.aws_lambda.boot; print(*sorted(name.partition('.')[0] for name in sys.modules))"
+    code = "import sys, adapters.aws_lambda.start; print(*sorted(name.partition('.')[0] for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
     assert set() == set(done.stdout.split()) & {"asyncio", "starlette", "mangum", "msgspec", "http", "ssl", "botocore"}
@@ -187,9 +187,7 @@ def test_the_load_is_started_before_the_heavy_imports() -> None:
 
 def test_nothing_is_built_on_import() -> None:
     """Importing the package reads no setting and builds no handler."""
-    code = (
-        "import adapters.aws_lambda.loop, adapters.aws_lambda.__main__; print('handler' in vars(adapters.aws_lambda))"
-    )
+    code = "import adapters.aws_lambda.runtime, adapters.aws_lambda.__main__; print('handler' in vars(adapters.aws_lambda))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
     assert done.stdout.strip() == "False"

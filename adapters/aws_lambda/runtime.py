@@ -14,7 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from adapters.aws_lambda import context, direct, events, snapstart
+from adapters.aws_lambda import context, events, snapstart
+from adapters.aws_lambda import operations as direct
 from adapters.aws_lambda.answer import BufferedAnswer, StreamedAnswer
 from adapters.aws_lambda.cycle import App, Cycle, Receive, Send
 from adapters.aws_lambda.failure import Failure, envelope

@@ -6,9 +6,9 @@ import os
 import time
 from typing import Any
 
-from adapters.aws_lambda.boot import Boot
 from adapters.aws_lambda.cycle import App, Receive, Send
 from adapters.aws_lambda.events import principal
+from adapters.aws_lambda.start import Boot
 
 
 def make_handler() -> Any:
