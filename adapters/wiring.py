@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from adapters.huggingface import Hub
+from adapters.huggingface.source import Hub
 from core.downloads import Downloads
 from core.host import Host
 from core.service import Service

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from adapters import ranged
-from adapters.huggingface import Hub
+from adapters.huggingface.source import Hub
 from adapters.s3 import S3Storage
 from adapters.s3_mirror import S3Mirror
 from core.errors import InvalidRequest, ModelUnavailable

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from hub_double import Fault, HubDouble
 
-from adapters.huggingface import Hub
+from adapters.huggingface.source import Hub
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.reference import File, HuggingFace, parse
@@ -492,7 +492,7 @@ class _Mirror:
 FETCH = """
 import sys
 from pathlib import Path
-from adapters.huggingface import Hub
+from adapters.huggingface.source import Hub
 from core.store.reference import HuggingFace
 from core.store.store import Store
 print(Store(Path(sys.argv[1]), (Hub(sys.argv[2], backoff_s=0.01),)).fetch(HuggingFace("org/repo", "model.gguf")).status)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from adapters.hub_errors import explain, is_transient
+from adapters.huggingface.errors import explain, is_transient
 from core.errors import ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, split_files
