@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.admin_key import admin_key
-from adapters.local import configured
-from adapters.terminal import ProgressLine, banner
+from adapters.local.__main__ import configured
+from adapters.local.admin_key import admin_key
+from adapters.local.terminal import ProgressLine, banner
 from core.host import HostState
 from core.loader import Loading
 from core.settings import Settings, SettingsError, keys

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from adapters.admin_key import admin_key
+from adapters.local.admin_key import admin_key
 from core.settings import Settings, SettingsError, keys
 from core.timeline import Timeline
 from core.version import VERSION
@@ -82,8 +82,8 @@ def serve(settings: Settings, timeline: Timeline) -> int:
     service = build(settings, timeline)
     service.host.start()  # llama.cpp loads while Python imports the server
     with timeline.phase("import server"):
+        from adapters.local.terminal import ProgressLine, banner
         from adapters.server import Server, address_of, listen
-        from adapters.terminal import ProgressLine, banner
 
     try:
         listener = listen(settings.host, settings.port)
