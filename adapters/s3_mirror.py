@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.index import Index
 from adapters.lease import Lease, LeaseLost, code
-from adapters.ref import Ref
-from adapters.s3 import Layout, S3File, S3Storage
+from adapters.s3.index import Index
+from adapters.s3.ref import Ref
+from adapters.s3.source import Layout, S3File, S3Storage
 from adapters.upload import Upload, UploadFailed
 from core.errors import ModelUnavailable
 from core.store.partial import sha256_of

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters.lease import Lease, LeaseLost, code, refused
-from adapters.manifest import Manifest
 from adapters.ranged import BLOCK_BYTES
+from adapters.s3.manifest import Manifest
 from core.store import gguf
 
 if TYPE_CHECKING:

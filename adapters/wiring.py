@@ -21,7 +21,7 @@ from core.store.store import Store
 from core.timeline import Timeline
 
 if TYPE_CHECKING:
-    from adapters.s3 import S3Storage
+    from adapters.s3.source import S3Storage
 
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -
     """Uploads to S3_BUCKET what the hub delivered, if S3_MIRROR=write."""
     if settings.s3_bucket is None or settings.s3_mirror != "write":
         return None
-    from adapters.s3 import S3Storage
+    from adapters.s3.source import S3Storage
     from adapters.s3_mirror import S3Mirror, boto3_client
 
     storage = next(source for source in asked if isinstance(source, S3Storage))
@@ -88,8 +88,8 @@ def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -
 def s3(settings: Settings) -> S3Storage:
     """Reads s3:// references, and the mirror in S3_BUCKET unless S3_MIRROR=off."""
     from adapters.aws.credentials import CredentialChain
-    from adapters.bucket import Bucket
-    from adapters.s3 import S3Storage
+    from adapters.s3.bucket import Bucket
+    from adapters.s3.source import S3Storage
 
     chain = CredentialChain()
 

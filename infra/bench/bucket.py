@@ -21,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapters.manifest import Manifest
 from adapters.ranged import BLOCK_BYTES
-from adapters.ref import Ref
-from adapters.s3 import Layout, origin
+from adapters.s3.manifest import Manifest
+from adapters.s3.ref import Ref
+from adapters.s3.source import Layout, origin
 from core.store import gguf
 from core.store.reference import HuggingFace
 from infra.bench.process import free_port

@@ -46,8 +46,8 @@ class _Partial:
 
 def _ours(url: str, name: str) -> Any:
     from adapters.aws.credentials import CredentialChain
-    from adapters.bucket import Bucket
-    from adapters.s3 import S3Storage
+    from adapters.s3.bucket import Bucket
+    from adapters.s3.source import S3Storage
     from core.store.reference import HuggingFace
 
     bucket = Bucket(BUCKET, credentials=CredentialChain(), endpoint_url=url)

@@ -11,7 +11,7 @@ import boto3
 from botocore.config import Config
 
 from adapters.aws.credentials import CredentialChain
-from adapters.bucket import Bucket
+from adapters.s3.bucket import Bucket
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 BUCKET = "models"

@@ -5,10 +5,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from adapters import bucket as bucket_module
 from adapters.aws.credentials import CredentialChain
-from adapters.bucket import Bucket, Reply
 from adapters.connection import Connection
+from adapters.s3.bucket import Bucket, Reply
+from adapters.s3.source import bucket as bucket_module
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON
 

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 
-from adapters.s3 import S3Storage
+from adapters.s3.source import S3Storage
 from core.store.reference import parse
 from tests import gguf_files
 from tests.integration.hub_double import HubDouble, Repo

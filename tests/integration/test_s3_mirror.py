@@ -18,9 +18,9 @@ from botocore.exceptions import ClientError
 
 from adapters import s3_mirror as s3_mirror_module
 from adapters.lease import Lease, LeaseLost
-from adapters.manifest import Manifest
-from adapters.ref import Ref
-from adapters.s3 import S3Storage
+from adapters.s3.manifest import Manifest
+from adapters.s3.ref import Ref
+from adapters.s3.source import S3Storage
 from adapters.s3_mirror import S3Mirror
 from core.errors import ModelUnavailable
 from core.store import gguf

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters import bucket as bucket_module
 from adapters import ranged
 from adapters.aws.credentials import CredentialChain
 from adapters.aws.sigv4 import Credentials
-from adapters.bucket import Bucket, Denied
-from adapters.s3 import S3Storage
+from adapters.s3.bucket import Bucket, Denied
+from adapters.s3.source import S3Storage
+from adapters.s3.source import bucket as bucket_module
 from adapters.s3_mirror import S3Mirror
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import S3, HuggingFace

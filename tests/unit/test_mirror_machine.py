@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from adapters import s3_mirror
-from adapters.bucket import Reply
-from adapters.manifest import Manifest
-from adapters.ref import Ref
-from adapters.s3 import S3Storage
+from adapters.s3.bucket import Reply
+from adapters.s3.manifest import Manifest
+from adapters.s3.ref import Ref
+from adapters.s3.source import S3Storage
 from adapters.s3_mirror import S3Mirror
 from core.store.reference import HuggingFace
 from core.store.source import Found, RemoteFile
@@ -60,7 +60,7 @@ class MemoryS3:
             self.objects[key] = (body, f'"{self.serial}"', self.now)
             return {"ETag": self.objects[key][1]}
 
-    # `adapters.bucket.Bucket`
+    # `adapters.s3.bucket.Bucket`
 
     name = "models"
 

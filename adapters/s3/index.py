@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from adapters.bucket import Bucket, Denied, Reply
 from adapters.lease import missing, refused
-from adapters.manifest import MalformedManifest, Manifest
-from adapters.ref import Ref
-from adapters.s3 import Layout, origin
+from adapters.s3.bucket import Bucket, Denied, Reply
+from adapters.s3.manifest import MalformedManifest, Manifest
+from adapters.s3.ref import Ref
+from adapters.s3.source import Layout, origin
 from adapters.upload import Target
 from core.store.reference import HuggingFace
 from core.store.source import RemoteFile

@@ -4,8 +4,8 @@ The mirror's layout: immutable bytes under their sha256, and small pointers to t
 
     <prefix>/blobs/<sha256>                               the bytes of a file
     <prefix>/blobs/<sha256>.lease                         while a process uploads them (`adapters.lease`)
-    <prefix>/org/repo/<commit>/file.gguf.manifest.json    which blob the file is, and its digests (`adapters.manifest`)
-    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.ref`)
+    <prefix>/org/repo/<commit>/file.gguf.manifest.json    which blob the file is, and its digests (`adapters.s3.manifest`)
+    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.s3.ref`)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from adapters import memory
-from adapters.bucket import Bucket, Denied, Reply
 from adapters.checksum import Checksum, Sha256, s3_values, strongest
-from adapters.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.ranged import BLOCK_BYTES, Transfer
-from adapters.ref import Ref
+from adapters.s3.bucket import Bucket, Denied, Reply
+from adapters.s3.manifest import SUFFIX, MalformedManifest, Manifest
+from adapters.s3.ref import Ref
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files
