@@ -72,8 +72,8 @@ def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -
     """Uploads to S3_BUCKET what the hub delivered, if S3_MIRROR=write."""
     if settings.s3_bucket is None or settings.s3_mirror != "write":
         return None
+    from adapters.s3.mirror.mirror import S3Mirror, boto3_client
     from adapters.s3.source import S3Storage
-    from adapters.s3_mirror import S3Mirror, boto3_client
 
     storage = next(source for source in asked if isinstance(source, S3Storage))
     return S3Mirror(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.s3_mirror import S3Mirror, boto3_client
+from adapters.s3.mirror.mirror import S3Mirror, boto3_client
 from adapters.wiring import s3, sources
 from core.errors import ApiError, InvalidRequest
 from core.settings import Settings, SettingsError

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from adapters.lease import missing, refused
 from adapters.s3.bucket import Bucket, Denied, Reply
 from adapters.s3.manifest import MalformedManifest, Manifest
+from adapters.s3.mirror.lock import missing, refused
+from adapters.s3.mirror.upload import Target
 from adapters.s3.ref import Ref
 from adapters.s3.source import Layout, origin
-from adapters.upload import Target
 from core.store.reference import HuggingFace
 from core.store.source import RemoteFile
 

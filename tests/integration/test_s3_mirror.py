@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from adapters import s3_mirror as s3_mirror_module
-from adapters.lease import Lease, LeaseLost
 from adapters.s3.manifest import Manifest
+from adapters.s3.mirror import mirror as s3_mirror_module
+from adapters.s3.mirror.lock import Lease, LeaseLost
+from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
 from adapters.s3.source import S3Storage
-from adapters.s3_mirror import S3Mirror
 from core.errors import ModelUnavailable
 from core.store import gguf
 from core.store.reference import HuggingFace
@@ -506,7 +506,7 @@ def test_ten_processes_upload_once(port, client, path):
         from tests.integration.s3_double import bucket, s3_client
         from tests.integration import test_s3_mirror as t
         from adapters import s3_mirror
-        from adapters.upload import Upload
+        from adapters.s3.mirror.upload import Upload
         s3_mirror.RETRY_S = 0.3
         client = s3_client(PORT)
         bench = t.Bench(PORT, client)

@@ -8,8 +8,8 @@ import pytest
 
 from adapters import ranged
 from adapters.huggingface.source import Hub
+from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.source import S3Storage
-from adapters.s3_mirror import S3Mirror
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store.reference import S3, HuggingFace, pin
 from core.store.source import Damaged

@@ -17,12 +17,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from adapters import s3_mirror
 from adapters.s3.bucket import Reply
 from adapters.s3.manifest import Manifest
+from adapters.s3.mirror import mirror as s3_mirror
+from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
 from adapters.s3.source import S3Storage
-from adapters.s3_mirror import S3Mirror
 from core.store.reference import HuggingFace
 from core.store.source import Found, RemoteFile
 from tests import gguf_files

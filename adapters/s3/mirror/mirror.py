@@ -2,7 +2,7 @@
 
 A server uploads in a thread of its own. On Lambda nothing runs between invocations, so the runtime's loop calls
 `run_pending` after an answer's last byte, before it asks for the next event; what is not finished then goes on after
-the next one. `adapters.lease` sees to it that of fifty cold starts one uploads.
+the next one. `adapters.s3.mirror.lock` sees to it that of fifty cold starts one uploads.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.lease import Lease, LeaseLost, code
 from adapters.s3.index import Index
+from adapters.s3.mirror.lock import Lease, LeaseLost, code
+from adapters.s3.mirror.upload import Upload, UploadFailed
 from adapters.s3.ref import Ref
 from adapters.s3.source import Layout, S3File, S3Storage
-from adapters.upload import Upload, UploadFailed
 from core.errors import ModelUnavailable
 from core.store.partial import sha256_of
 from core.store.reference import HuggingFace, is_commit
