@@ -42,10 +42,10 @@ def _serve() -> int:
     with boot.timeline.phase("imports"):
         import asyncio
 
-        from adapters.asgi import Endpoint
         from adapters.aws_lambda import runtime as loop
         from adapters.aws_lambda import snapstart
         from adapters.logs import configure
+        from adapters.serving.asgi import Endpoint
 
         # The first request needs these, at a time when the CPU may be down to the memory's share. Here they cost
         # nothing: the tensors load in C, without the interpreter's lock.

@@ -16,8 +16,8 @@ def make_handler() -> Any:
     boot = Boot(os.environ)
     from mangum import Mangum
 
-    from adapters.asgi import create_app
     from adapters.logs import configure
+    from adapters.serving.asgi import create_app
 
     configure(boot.settings)
     # lifespan="off": Mangum would start and stop the application with every event.

@@ -83,7 +83,7 @@ def serve(settings: Settings, timeline: Timeline) -> int:
     service.host.start()  # llama.cpp loads while Python imports the server
     with timeline.phase("import server"):
         from adapters.local.terminal import ProgressLine, banner
-        from adapters.server import Server, address_of, listen
+        from adapters.serving.server import Server, address_of, listen
 
     try:
         listener = listen(settings.host, settings.port)

@@ -41,12 +41,12 @@ def test_handlers_and_core_import_nothing_heavy() -> None:
 
 def test_a_function_urls_event_needs_no_framework() -> None:
     """The Lambda runtime reads payload 2.0 and serves the endpoint by itself: neither Mangum nor Starlette."""
-    modules = ("adapters.aws_lambda.start", "adapters.aws_lambda.runtime", "adapters.asgi", "adapters.logs")
+    modules = ("adapters.aws_lambda.start", "adapters.aws_lambda.runtime", "adapters.serving.asgi", "adapters.logs")
 
     assert set() == imported_by(*modules) & {*HEAVY, "starlette", "anyio"}
 
 
-@pytest.mark.parametrize("module", ["adapters.asgi", "adapters.wiring", "adapters.logs"])
+@pytest.mark.parametrize("module", ["adapters.serving.asgi", "adapters.wiring", "adapters.logs"])
 def test_adapters_of_the_cold_path_import_nothing_heavy(module: str) -> None:
     """The application and its wiring load their sources' libraries when a source is used."""
     assert set() == imported_by(module) & set(HEAVY)
@@ -56,7 +56,7 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     """No thread, no file and no logging handler comes from an import."""
     code = (
         "import sys, threading, logging; sys.path.insert(0, sys.argv[1]);"
-        "import adapters.asgi, adapters.wiring, adapters.logs, adapters.local, handlers.dispatch;"
+        "import adapters.serving.asgi, adapters.wiring, adapters.logs, adapters.local, handlers.dispatch;"
         "assert threading.active_count() == 1, threading.enumerate();"
         "assert not logging.getLogger().handlers"
     )

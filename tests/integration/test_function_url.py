@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 # A process like the image's, with a scripted engine instead of llama.cpp, and routes that misbehave.
 PROGRAM = """
 import asyncio, os, sys, threading, time
-from adapters.asgi import create_app
+from adapters.serving.asgi import create_app
 from adapters.aws_lambda.runtime import Runtime
 from core.loader import Loading
 from core.settings import keys

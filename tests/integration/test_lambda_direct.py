@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from adapters.asgi import create_app
+from adapters.serving.asgi import create_app
 from core.errors import ModelUnavailable
 from core.settings import keys
 from infra.runtime_api_exchange import Exchange

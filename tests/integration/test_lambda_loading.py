@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from adapters.asgi import create_app
+from adapters.serving.asgi import create_app
 from core.errors import ModelUnavailable
 from core.host import Loading
 from core.settings import keys

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import uvicorn
 
-from adapters.asgi import create_app
+from adapters.serving.asgi import create_app
 from core.settings import keys
 from infra.function_url_event import from_buffered, to_event
 from tests.fakes import ScriptedEngine, fake_service

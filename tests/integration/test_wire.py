@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from adapters.protocol import Limits
+from adapters.serving.protocol import Limits
 from core.settings import keys
 from infra.bench.wire import KEY, attack
 from tests.fakes import ScriptedEngine, fake_service

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from adapters.asgi import to_request
+from adapters.serving.asgi import to_request
 
 
 def scope(path: str) -> dict[str, Any]:

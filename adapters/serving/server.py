@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from adapters.asgi import create_app
-from adapters.protocol import BoundedProtocol, Connections, Limits
+from adapters.serving.asgi import create_app
+from adapters.serving.protocol import BoundedProtocol, Connections, Limits
 from core.service import Service
 
 SLOW_READER_S = 5  # after the last answer has ended, for its bytes to be taken
