@@ -101,9 +101,9 @@ class Hub:
 
     def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
         """In parallel ranged reads of our own. Returns when all is there: the hub names one sha256, for the whole."""
-        from adapters import memory
-        from adapters.checksum import Sha256
-        from adapters.ranged import Transfer
+        from adapters.transfer import memfd as memory
+        from adapters.transfer.checksum import Sha256
+        from adapters.transfer.transfer import Transfer
 
         file = found.files[0]
         expected = next(iter(found.reference.sha256), file.sha256)
@@ -209,7 +209,7 @@ class Hub:
 
 
 class _Origin:
-    """An `adapters.ranged.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
+    """An `adapters.transfer.transfer.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
 
     etag: str | None = None  # the CDN's is of no account: the sha256 of the whole decides
 

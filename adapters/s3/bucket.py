@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from adapters.aws.credentials import CredentialChain
 from adapters.aws.sigv4 import EMPTY_SHA256, Credentials, quote_key, sign
-from adapters.connection import Broken, Connection
+from adapters.transfer.connection import Broken, Connection
 from core.errors import ModelUnavailable
 
 ATTEMPTS = 5

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from adapters.ranged import MAX_BLOCK_BYTES
+from adapters.transfer.transfer import MAX_BLOCK_BYTES
 
 FORMAT = 2
 SUFFIX = ".manifest.json"

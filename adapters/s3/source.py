@@ -16,12 +16,12 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adapters import memory
-from adapters.checksum import Checksum, Sha256, s3_values, strongest
-from adapters.ranged import BLOCK_BYTES, Transfer
 from adapters.s3.bucket import Bucket, Denied, Reply
 from adapters.s3.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.s3.ref import Ref
+from adapters.transfer import memfd as memory
+from adapters.transfer.checksum import Checksum, Sha256, s3_values, strongest
+from adapters.transfer.transfer import BLOCK_BYTES, Transfer
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files

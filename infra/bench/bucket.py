@@ -21,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapters.ranged import BLOCK_BYTES
 from adapters.s3.manifest import Manifest
 from adapters.s3.ref import Ref
 from adapters.s3.source import Layout, origin
+from adapters.transfer.transfer import BLOCK_BYTES
 from core.store import gguf
 from core.store.reference import HuggingFace
 from infra.bench.process import free_port

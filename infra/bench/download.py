@@ -80,7 +80,7 @@ def ours_memory(url: str, key: str, target: Path) -> Callable[[], None]:
 
 
 def plain_get(url: str, key: str, target: Path) -> Callable[[], None]:
-    from adapters.connection import Connection
+    from adapters.transfer.connection import Connection
 
     connection = Connection(30.0)
 

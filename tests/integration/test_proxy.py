@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from adapters.aws.credentials import CredentialChain
-from adapters.connection import Connection
 from adapters.s3.bucket import Bucket, Reply
 from adapters.s3.source import bucket as bucket_module
+from adapters.transfer.connection import Connection
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON
 

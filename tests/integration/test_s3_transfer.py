@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters import ranged
-from adapters.checksum import Sha256
-from adapters.ranged import Transfer
+from adapters.transfer import transfer as ranged
+from adapters.transfer.checksum import Sha256
+from adapters.transfer.transfer import Transfer
 from core.errors import ModelUnavailable
 from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
 from tests.integration.range_server import PlainOrigin, RangeServer
@@ -318,7 +318,7 @@ def test_frozen(server, tmp_path):
             import os, sys
             sys.path[:0] = {[str(p) for p in sys.path if p]!r}
             from tests.integration.range_server import PlainOrigin
-            from adapters.ranged import Transfer
+            from adapters.transfer.transfer import Transfer
             fd = os.open({str(target)!r}, os.O_RDWR | os.O_CREAT)
             download = Transfer(PlainOrigin({proxy.url!r}), fd, {len(BODY)}, block_bytes={BLOCK},
                                 digests={DIGESTS!r}, threads=3, stall=0.4)

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from adapters import ranged
 from adapters.huggingface.source import Hub
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.source import S3Storage
+from adapters.transfer import transfer as ranged
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store.reference import S3, HuggingFace, pin
 from core.store.source import Damaged

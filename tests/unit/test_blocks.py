@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.blocks import Blocks, Part
+from adapters.transfer.blocks import Blocks, Part
 
 sizes = st.integers(0, 10_000)
 lengths = st.integers(1, 300)

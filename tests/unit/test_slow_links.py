@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapters.blocks import OVERTAKE_S, Blocks
+from adapters.transfer.blocks import OVERTAKE_S, Blocks
 
 BLOCK = 2 << 20
 LATENCY_S = 0.05

@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapters.ranged import BLOCK_BYTES
 from adapters.s3.manifest import Manifest
 from adapters.s3.mirror.lock import Lease, LeaseLost, code, refused
+from adapters.transfer.transfer import BLOCK_BYTES
 from core.store import gguf
 
 if TYPE_CHECKING:

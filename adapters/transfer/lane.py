@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from adapters.connection import Broken, Connection
-from adapters.refusal import refusal
+from adapters.transfer.connection import Broken, Connection
+from adapters.transfer.refusal import refusal
 
 # Bytes that one read asks for. A break loses those of the read that it interrupts.
 FIRST_READ, LEAST_READ, LARGEST_READ = 16 << 10, 4 << 10, 1 << 20

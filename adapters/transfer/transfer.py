@@ -19,11 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from adapters.blocks import OVERTAKE_S, SLOW_S, Blocks, Part
-from adapters.checksum import Checksum
-from adapters.connection import Broken, Connection
-from adapters.lane import Lane, Origin
-from adapters.refusal import Refused, WrongBytes
+from adapters.transfer.blocks import OVERTAKE_S, SLOW_S, Blocks, Part
+from adapters.transfer.checksum import Checksum
+from adapters.transfer.connection import Broken, Connection
+from adapters.transfer.lane import Lane, Origin
+from adapters.transfer.refusal import Refused, WrongBytes
 from core.errors import ModelUnavailable
 from core.store.source import Damaged, DownloadCancelled
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from adapters.connection import Broken
+from adapters.transfer.connection import Broken
 from core.errors import ModelUnavailable
 from core.store.source import Damaged
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.ranged import Transfer
+from adapters.transfer.transfer import Transfer
 from core.errors import InvalidRequest
 from core.store import gguf
 from core.store.model_file import ModelFile
