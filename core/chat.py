@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from msgspec import UNSET
 
-from core import turn as turns
+from core import session as turns
 from core.engine import constraints, templates
 from core.engine.generation import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
 from core.errors import InvalidRequest
@@ -18,7 +18,7 @@ from core.openai import answer
 from core.openai.fields import sampler_seed, sampler_temperature, token_bias
 from core.openai.request import ChatRequest, plain
 from core.service import Service
-from core.turn import Turn
+from core.session import Turn
 
 
 async def check(service: Service, request: ChatRequest) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from core import turn as turns
+from core import session as turns
 from core.chat import new_id, usage
 from core.engine import constraints, templates
 from core.engine.expansion import MAX_CHECKS, Expansion
@@ -21,7 +21,7 @@ from core.errors import InvalidRequest
 from core.openai.answer import Usage
 from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 from core.service import Service
-from core.turn import Turn
+from core.session import Turn
 
 MAX_TOKENS = 1024  # of an answer, unless the client says otherwise: a small model in a loop would fill the context
 MAX_ERRORS = 20

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from core import background
-from core.boot import Choice, choose
 from core.engine.generation import Engine, EngineConfig
 from core.errors import ApiError, Busy, ModelUnavailable
-from core.lease import Lease, Loaded
+from core.lending import Lease, Loaded
 from core.loader import LoadEngine, Loader, Loading, load_llama
+from core.selection import Choice, choose
 from core.served import Served
 from core.settings import Settings
 from core.store.model_file import ModelFile

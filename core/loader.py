@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from core.boot import Choice
 from core.engine.generation import Engine, EngineConfig
-from core.lease import Loaded
+from core.lending import Loaded
+from core.selection import Choice
 from core.settings import Settings
 from core.store.model_file import ModelFile
 from core.store.reference import File, Reference

@@ -9,7 +9,7 @@ from typing import Any
 from core.health import hint, progress
 from core.host import HostState, config_of
 from core.service import Service
-from core.turn import check_model
+from core.session import check_model
 
 
 async def models(service: Service, *, paths: bool = False) -> dict[str, Any]:

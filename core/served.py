@@ -8,10 +8,10 @@ import threading
 import time
 from concurrent.futures import Future
 
-from core.boot import Choice
 from core.engine.generation import EngineConfig
 from core.errors import ApiError, Busy, ModelUnavailable
-from core.lease import Lease, Lender, Loaded
+from core.lending import Lease, Lender, Loaded
+from core.selection import Choice
 
 log = logging.getLogger("slm.host")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from core.service import Service
-from core.turn import Turn
+from core.session import Turn
 from handlers import sse
 from handlers.body import json_response
 from handlers.message import Response

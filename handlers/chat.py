@@ -5,7 +5,7 @@ from __future__ import annotations
 from core import chat
 from core.openai.request import ChatRequest
 from core.service import Service
-from core.turn import deadline
+from core.session import deadline
 from handlers import answer
 from handlers.auth import tenant
 from handlers.body import decode

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.boot import Choice
 from core.downloads import Downloads
 from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
+from core.selection import Choice
 from core.service import Service
 from core.settings import Settings
 from core.store.reference import File, Reference

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from core.boot import Choice, choose
 from core.host import Host
+from core.selection import Choice, choose
 from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.reference import File, HuggingFace

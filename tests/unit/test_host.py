@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import core.host
-import core.lease
+import core.lending
 import core.served
 from core.engine import native
 from core.engine.generation import EngineConfig
@@ -403,7 +403,7 @@ def test_a_swap_in_place_cuts_answers_that_outlast_its_grace(models: Path, monke
 def test_a_lease_that_does_not_come_back_fails_the_swap(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its model cannot be freed, so nothing is loaded beside it; what was opened is released."""
     monkeypatch.setattr(core.host, "free_memory", lambda: 1)
-    monkeypatch.setattr(core.lease, "CUT_S", 0.01)
+    monkeypatch.setattr(core.lending, "CUT_S", 0.01)
     loader = Loader()
     host = make(models, loader, reload_grace_s=0.01)
     opening = Opening(host, monkeypatch)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from core.boot import choose
 from core.errors import InvalidRequest, ModelUnavailable
+from core.selection import choose
 from core.settings import Settings, SettingsError
 from core.store import reference as ref
 from core.store.reference import S3, File, HuggingFace

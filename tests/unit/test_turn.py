@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from core.session import deadline
 from core.settings import Settings
-from core.turn import deadline
 from handlers.dispatch import dispatch
 from handlers.message import Request
 from tests.fakes import fake_service

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from core.engine.generation import Engine, EngineConfig, Generation, GenerationRequest, ModelCard, Piece
 from core.errors import ModelNotFound
-from core.lease import Lease
+from core.lending import Lease
 from core.service import Service
 from core.settings import Settings
 
