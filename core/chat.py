@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from core import session as turns
 from core.engine import constraints, templates
-from core.engine.generation import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
+from core.engine.interface import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
 from core.errors import InvalidRequest
 from core.openai import answer
 from core.openai.fields import sampler_seed, sampler_temperature, token_bias

@@ -16,7 +16,7 @@ from core import session as turns
 from core.chat import new_id, usage
 from core.engine import constraints, templates
 from core.engine.expansion import MAX_CHECKS, Expansion
-from core.engine.generation import Engine, Finish, GenerationRequest, Sampling
+from core.engine.interface import Engine, Finish, GenerationRequest, Sampling
 from core.errors import InvalidRequest
 from core.openai.answer import Usage
 from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from core import background
-from core.engine.generation import Engine, EngineConfig
+from core.engine.interface import Engine, EngineConfig
 from core.errors import ApiError, Busy, ModelUnavailable
 from core.lending import Lease, Loaded
 from core.loader import LoadEngine, Loader, Loading, load_llama

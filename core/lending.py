@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from core.engine.generation import Engine, EngineConfig
+from core.engine.interface import Engine, EngineConfig
 from core.store.reference import Reference
 
 log = logging.getLogger("slm.lease")

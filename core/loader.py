@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from core.engine.generation import Engine, EngineConfig
+from core.engine.interface import Engine, EngineConfig
 from core.lending import Loaded
 from core.selection import Choice
 from core.settings import Settings

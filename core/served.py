@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 
-from core.engine.generation import EngineConfig
+from core.engine.interface import EngineConfig
 from core.errors import ApiError, Busy, ModelUnavailable
 from core.lending import Lease, Lender, Loaded
 from core.selection import Choice

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from core.engine.generation import Engine, EngineConfig, Generation, GenerationRequest, ModelCard, Piece
+from core.engine.interface import Engine, EngineConfig, Generation, GenerationRequest, ModelCard, Piece
 from core.errors import ModelNotFound
 from core.lending import Lease
 from core.service import Service

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from core.engine.generation import EngineConfig
+from core.engine.interface import EngineConfig
 from core.engine.llama import Llama
 from core.store.model_file import ModelFile
 

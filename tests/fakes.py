@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.downloads import Downloads
-from core.engine.generation import EngineConfig, GenerationRequest, ModelCard, Piece
+from core.engine.interface import EngineConfig, GenerationRequest, ModelCard, Piece
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from core.engine import native, templates, threads
-from core.engine.generation import EngineConfig, GenerationRequest, ModelCard
+from core.engine import cpus as threads
+from core.engine import native, templates
+from core.engine.interface import EngineConfig, GenerationRequest, ModelCard
 from core.engine.sampling import Sampler
-from core.engine.scheduler import Scheduler
 from core.engine.sequence import Sequence
-from core.engine.steps import Step
 from core.engine.stream import PieceStream
+from core.engine.token_step import Step
 from core.engine.vocabulary import Vocabulary
+from core.engine.worker import Scheduler
 from core.errors import ApiError, ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.model_file import ModelFile
 
@@ -32,7 +33,7 @@ log = logging.getLogger("slm.engine")
 
 
 class Llama:
-    """Implements `core.engine.generation.Engine`."""
+    """Implements `core.engine.interface.Engine`."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from core.engine.generation import Sampling
+    from core.engine.interface import Sampling
 
 SEED_SPACE = 1 << 32
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core.engine.text import TextStream
+from core.engine.detokenizer import TextStream
 
 if TYPE_CHECKING:
-    from core.engine.generation import GenerationRequest
+    from core.engine.interface import GenerationRequest
     from core.engine.sampling import Sampler
     from core.engine.stream import PieceStream
 

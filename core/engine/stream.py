@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from core.engine.generation import GenerationRequest, Piece
+from core.engine.interface import GenerationRequest, Piece
 
 
 class PieceStream:
-    """Implements `core.engine.generation.Generation`. Everything but `cancel` and `deliver` belongs to its loop."""
+    """Implements `core.engine.interface.Generation`. Everything but `cancel` and `deliver` belongs to its loop."""
 
     def __init__(self, request: GenerationRequest, interrupt: Callable[[PieceStream], None]) -> None:
         self.loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from core.engine.budget import Broken, Refused, Runaway
-from core.engine.generation import Engine, ModelCard
+from core.engine.interface import Engine, ModelCard
 from core.engine.sequence import common_prefix
 from core.errors import InvalidRequest, ModelUnavailable
 

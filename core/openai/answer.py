@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from core.engine.generation import Finish, TokenLogprob
+from core.engine.interface import Finish, TokenLogprob
 
 
 class PromptTokensDetails(Struct):

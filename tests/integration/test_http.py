@@ -276,7 +276,7 @@ class Probe:
         self.cancelled = 0
 
     async def stream(self, service: object, request: Request) -> Response:
-        from core.engine.generation import GenerationRequest
+        from core.engine.interface import GenerationRequest
 
         generation = self.engine.generate(GenerationRequest(prompt=(1,)))
 

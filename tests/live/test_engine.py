@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.generation import EngineConfig, GenerationRequest, Sampling
+from core.engine.interface import EngineConfig, GenerationRequest, Sampling
 from core.engine.llama import Llama
 from core.errors import Busy, ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.embedded import embedded_model

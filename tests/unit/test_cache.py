@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engine.cache import Cache
-from core.engine.generation import GenerationRequest
+from core.engine.interface import GenerationRequest
 from core.engine.sequence import Sequence, common_prefix
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.generation import GenerationRequest, Piece, TokenLogprob
+from core.engine.interface import GenerationRequest, Piece, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
 from handlers import answer, sse

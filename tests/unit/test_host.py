@@ -18,7 +18,7 @@ import core.host
 import core.lending
 import core.served
 from core.engine import native
-from core.engine.generation import EngineConfig
+from core.engine.interface import EngineConfig
 from core.errors import Busy, InvalidRequest, ModelUnavailable
 from core.host import Host
 from core.loader import Loading

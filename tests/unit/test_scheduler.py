@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.engine import llama, schedule
-from core.engine.generation import GenerationRequest, Sampling
+from core.engine.interface import GenerationRequest, Sampling
 from core.engine.llama import Llama
 from core.engine.sampling import Sampler
 from core.engine.stream import PieceStream

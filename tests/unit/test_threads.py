@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.engine import threads
+from core.engine import cpus as threads
 
 CPUS = len(os.sched_getaffinity(0))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.engine.generation import GenerationRequest, Sampling
+from core.engine.interface import GenerationRequest, Sampling
 from core.engine.llama import Llama
 
 GENERATING = ("llama", "llama-49k", "llama-262k", "gemma", "lfm2", "mamba", "control", "spaced")

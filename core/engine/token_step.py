@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core.engine.generation import Finish, TokenLogprob
+from core.engine.interface import Finish, TokenLogprob
 from core.engine.sampling import likeliest, log_softmax, logits_of
 from core.errors import ApiError
 

@@ -20,12 +20,12 @@ from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.counters import Counters
-from core.engine.generation import Piece
 from core.engine.inbox import Inbox
+from core.engine.interface import Piece
 from core.engine.pace import Pace
 from core.engine.sequence import Sequence
-from core.engine.steps import Step
 from core.engine.stream import PieceStream, deliver
+from core.engine.token_step import Step
 from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
 
 log = logging.getLogger("slm.engine")
