@@ -11,7 +11,8 @@ from hashlib import sha256
 from msgspec import UNSET
 
 from core import session as turns
-from core.engine import constraints, templates
+from core.engine import templates
+from core.engine.grammar import json_schema as constraints
 from core.engine.interface import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
 from core.errors import InvalidRequest
 from core.openai import answer

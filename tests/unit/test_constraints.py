@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from core.engine import constraints
+from core.engine.grammar import json_schema as constraints
 from core.errors import InvalidRequest
 
 PERSON = {

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import extract
-from core.engine import constraints
-from core.engine.expansion import MAX_CHECKS, MAX_SUBSCHEMAS, Expansion
+from core.engine.grammar import json_schema as constraints
+from core.engine.grammar.expansion import MAX_CHECKS, MAX_SUBSCHEMAS, Expansion
 from core.errors import InvalidRequest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from core.engine.expansion import MAX_SUBSCHEMAS, Expansion, Unresolvable
+from core.engine.grammar.expansion import MAX_SUBSCHEMAS, Expansion, Unresolvable
 from core.errors import InvalidRequest
 
 MAX_BYTES = 1 << 16
