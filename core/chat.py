@@ -11,9 +11,9 @@ from hashlib import sha256
 from msgspec import UNSET
 
 from core import session as turns
-from core.engine import templates
 from core.engine.grammar import json_schema as constraints
 from core.engine.interface import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
+from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.openai import answer
 from core.openai.fields import sampler_seed, sampler_temperature, token_bias

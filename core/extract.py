@@ -14,10 +14,10 @@ from msgspec import Meta, Raw, Struct
 
 from core import session as turns
 from core.chat import new_id, usage
-from core.engine import templates
 from core.engine.grammar import json_schema as constraints
 from core.engine.grammar.expansion import MAX_CHECKS, Expansion
 from core.engine.interface import Engine, Finish, GenerationRequest, Sampling
+from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.openai.answer import Usage
 from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature

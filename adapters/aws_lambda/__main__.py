@@ -49,7 +49,7 @@ def _serve() -> int:
 
         # The first request needs these, at a time when the CPU may be down to the memory's share. Here they cost
         # nothing: the tensors load in C, without the interpreter's lock.
-        from core.engine import jinja  # noqa: F401
+        from core.engine.prompt import sandbox as jinja  # noqa: F401
         from handlers import chat, extract  # noqa: F401
     configure(boot.settings)
     service = boot.service()

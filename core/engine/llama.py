@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from core.engine import cpus as threads
-from core.engine import native, templates
+from core.engine import native
 from core.engine.interface import EngineConfig, GenerationRequest, ModelCard
+from core.engine.prompt import templates
 from core.engine.sampling import Sampler
 from core.engine.sequence import Sequence
 from core.engine.stream import PieceStream
@@ -51,7 +52,7 @@ class Llama:
         self._closed = False
         self._close_lock = threading.Lock()
         # Jinja's import needs Python for 0.1 s, the load below hardly at all.
-        threading.Thread(target=importlib.import_module, args=("core.engine.jinja",), daemon=True).start()
+        threading.Thread(target=importlib.import_module, args=("core.engine.prompt.sandbox",), daemon=True).start()
         native.set_verbose(config.verbose)
         config = replace(config, n_threads=config.n_threads or threads.available())
         self._model = self._load_model(config, progress)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import repeat
 from typing import Any
 
-from core.engine.control import ControlNames, is_markup
+from core.engine.prompt.control import ControlNames, is_markup
 from core.errors import InvalidRequest, ModelUnavailable
 
 GRAMMARS_KEPT = 32  # compiled grammars, most recently used

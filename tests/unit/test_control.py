@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.engine import templates
-from core.engine.control import ControlNames, is_markup
 from core.engine.llama import Llama
+from core.engine.prompt import templates
+from core.engine.prompt.control import ControlNames, is_markup
 from tests.tiny_models import CONTROL, USER_DEFINED
 
 NAMES = (*CONTROL, *USER_DEFINED)

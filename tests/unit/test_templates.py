@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from core.engine import budget, jinja, templates
-from core.engine.budget import Broken, Refused, Runaway
+from core.engine.prompt import budget, templates
+from core.engine.prompt import sandbox as jinja
+from core.engine.prompt.budget import Broken, Refused, Runaway
 from core.errors import InvalidRequest, ModelUnavailable
 from tests.fakes import CARD, ScriptedEngine
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from core.engine.budget import Runaway, measure, take, take_items
+from core.engine.prompt.budget import Runaway, measure, take, take_items
 
 WIDE = re.compile(r"\d{4}|\*|:[^{}]*\{")  # a field width that is long, or taken from an argument
 

@@ -15,8 +15,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from core.engine.budget import Broken, Refused, Runaway
 from core.engine.interface import Engine, ModelCard
+from core.engine.prompt.budget import Broken, Refused, Runaway
 from core.engine.sequence import common_prefix
 from core.errors import InvalidRequest, ModelUnavailable
 
@@ -110,7 +110,7 @@ def _render(card: ModelCard, messages: Messages) -> str:
 
 
 def _run(card: ModelCard, source: str, messages: Messages) -> str:
-    from core.engine import jinja
+    from core.engine.prompt import sandbox as jinja
 
     variables = {
         "messages": messages,
@@ -140,7 +140,7 @@ def _run(card: ModelCard, source: str, messages: Messages) -> str:
 @functools.lru_cache(maxsize=8)
 def _works(source: str) -> bool:
     """Whether the template can do the simplest conversation: then a failure is about the messages, not about it."""
-    from core.engine import jinja
+    from core.engine.prompt import sandbox as jinja
 
     messages = [{"role": "user", "content": "Hello"}]
     try:

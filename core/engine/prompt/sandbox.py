@@ -26,9 +26,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from core.engine import budget
-from core.engine.budget import Broken, Budget, Refused, Runaway, measure, take, take_items
-from core.engine.measures import (
+from core.engine.prompt import budget
+from core.engine.prompt.budget import Broken, Budget, Refused, Runaway, measure, take, take_items
+from core.engine.prompt.measures import (
     WIDE,
     check_growth,
     check_integer,
