@@ -15,11 +15,11 @@ from core.engine.grammar import json_schema as constraints
 from core.engine.interface import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
-from core.openai import answer
-from core.openai.fields import sampler_seed, sampler_temperature, token_bias
-from core.openai.request import ChatRequest, plain
 from core.service import Service
 from core.session import Turn
+from core.wire import chat_answer as answer
+from core.wire.chat_request import ChatRequest, plain
+from core.wire.fields import sampler_seed, sampler_temperature, token_bias
 
 
 async def check(service: Service, request: ChatRequest) -> None:

@@ -19,10 +19,10 @@ from core.engine.grammar.expansion import MAX_CHECKS, Expansion
 from core.engine.interface import Engine, Finish, GenerationRequest, Sampling
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
-from core.openai.answer import Usage
-from core.openai.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 from core.service import Service
 from core.session import Turn
+from core.wire.chat_answer import Usage
+from core.wire.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 
 MAX_TOKENS = 1024  # of an answer, unless the client says otherwise: a small model in a loop would fill the context
 MAX_ERRORS = 20

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from core import chat
-from core.openai.request import ChatRequest
 from core.service import Service
 from core.session import deadline
+from core.wire.chat_request import ChatRequest
 from handlers import answer
 from handlers.auth import tenant
 from handlers.body import decode

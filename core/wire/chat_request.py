@@ -14,7 +14,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import InvalidRequest
 from core.openai import unsupported
-from core.openai.fields import (
+from core.openai.unsupported import UnsupportedFields
+from core.wire.fields import (
     Bias,
     Choices,
     MaxTokens,
@@ -31,7 +32,6 @@ from core.openai.fields import (
     TopLogprobs,
     nested_beyond,
 )
-from core.openai.unsupported import UnsupportedFields
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
