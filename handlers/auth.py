@@ -14,7 +14,7 @@ from typing import Literal
 from core.errors import Forbidden, Unauthorized
 from core.service import Service
 from core.settings import Settings
-from handlers.message import Request
+from handlers.http import Request
 
 Access = Literal["open", "user", "admin"]
 Level = Literal["stranger", "user", "admin"]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from core.errors import InvalidRequest
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 T = TypeVar("T")
 

@@ -6,10 +6,10 @@ from core import chat
 from core.service import Service
 from core.session import deadline
 from core.wire.chat_request import ChatRequest
-from handlers import answer
+from handlers import reply as answer
 from handlers.auth import tenant
 from handlers.body import decode
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 
 async def post_chat(service: Service, request: Request) -> Response:

@@ -13,8 +13,8 @@ from core.errors import MethodNotAllowed, Unauthorized, UnsupportedMediaType
 from core.service import Service
 from handlers import auth, problem, routes
 from handlers.body import json_response
-from handlers.message import Request, Response
-from handlers.trace import request_id
+from handlers.http import Request, Response
+from handlers.request_context import request_id
 
 Headers = tuple[tuple[str, str], ...]
 

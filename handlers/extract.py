@@ -6,10 +6,10 @@ from core import extract
 from core.extract import ExtractRequest
 from core.service import Service
 from core.session import deadline
-from handlers import answer
+from handlers import reply as answer
 from handlers.auth import tenant
 from handlers.body import decode
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 
 async def post_extract(service: Service, request: Request) -> Response:

@@ -9,7 +9,7 @@ from core.health import health
 from core.service import Service
 from handlers import auth
 from handlers.body import json_response
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 LONGEST_WAIT_S = 3600.0
 

@@ -12,7 +12,7 @@ from core.load import LoadRequest, load
 from core.service import Service
 from handlers import sse
 from handlers.body import decode, json_response
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 PROGRESS_EVERY_S = 1.0
 

@@ -6,7 +6,7 @@ import core.models
 from core.service import Service
 from handlers import auth
 from handlers.body import json_response
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 
 async def get_models(service: Service, request: Request) -> Response:

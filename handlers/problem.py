@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from core.errors import ApiError
-from handlers.trace import request_id
+from handlers.request_context import request_id
 
 logger = logging.getLogger(__name__)
 

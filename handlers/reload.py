@@ -7,7 +7,7 @@ import dataclasses
 from core.reload import ReloadRequest, reload
 from core.service import Service
 from handlers.body import decode, json_response
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 
 async def post_reload(service: Service, request: Request) -> Response:

@@ -9,7 +9,7 @@ from importlib import import_module
 from core.errors import MethodNotAllowed, NotFound
 from core.service import Service
 from handlers.auth import Access
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 

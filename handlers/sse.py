@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from handlers import problem
-from handlers.message import Response
+from handlers.http import Response
 
 HEADERS = (
     ("content-type", "text/event-stream; charset=utf-8"),

@@ -81,7 +81,7 @@ async def prime(service: Service, deadline: float) -> None:
     Raises ModelUnavailable if the model does not come. A model that cannot chat still serves what it can.
     """
     from handlers.dispatch import dispatch
-    from handlers.message import Request
+    from handlers.http import Request
 
     (await service.host.lease(deadline)).release()
     for path, body in _PRIMERS:

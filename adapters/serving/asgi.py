@@ -5,7 +5,7 @@ while they arrive, a client that hangs up ends the work done for it, and every R
 
 An embedding adapter may say more than a scope can, in `scope["extensions"]["slm.request"]`:
 `{"deadline": seconds on time.monotonic()'s clock or None, "id": str or None, "direct": bool, "principal": str or None}`
-(see `handlers.message.Request`).
+(see `handlers.http.Request`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from core.errors import InvalidRequest, TooLarge
 from core.service import Service
 from core.settings import Settings
 from handlers.dispatch import admit, dispatch, finished, refusal
-from handlers.message import Request, Response
-from handlers.trace import identify, open_facts, request_id
+from handlers.http import Request, Response
+from handlers.request_context import identify, open_facts, request_id
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

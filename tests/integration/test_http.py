@@ -14,7 +14,7 @@ import pytest
 from core.errors import ModelUnavailable
 from core.settings import keys
 from handlers import routes, sse
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 from tests.fakes import FakeService, ScriptedEngine, fake_service
 from tests.serving import serving
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from handlers.trace import platform
+from handlers.request_context import platform
 from infra.function_url_event import to_event
 from infra.runtime_api_exchange import Behaviour, Exchange
 from tests.lambda_runtime import json_app, runtime

@@ -23,7 +23,7 @@ from adapters.wiring import build
 from core.service import Service
 from core.settings import Settings
 from handlers.dispatch import dispatch
-from handlers.message import Request
+from handlers.http import Request
 
 BATCH = 20
 BATCHES = 110  # 2,200 requests

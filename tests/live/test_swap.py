@@ -14,7 +14,7 @@ from adapters.wiring import build
 from core.settings import Settings
 from core.store.embedded import embedded_model
 from handlers.dispatch import dispatch
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 
 QUESTION = [{"role": "user", "content": "Count the hippopotamuses."}]
 HEADERS = {"content-type": "application/json", "host": "localhost"}

@@ -8,7 +8,7 @@ import pytest
 from core.errors import Forbidden, Unauthorized
 from core.settings import keys
 from handlers import auth
-from handlers.message import Request
+from handlers.http import Request
 from tests.fakes import fake_service
 
 KEYED = {"api_keys": keys("use, other"), "admin_api_keys": keys("boss")}

@@ -16,7 +16,7 @@ from core.service import Service
 from core.settings import keys
 from handlers import auth
 from handlers.health import get_health
-from handlers.message import Request
+from handlers.http import Request
 from tests.fakes import ScriptedEngine, fake_service
 
 # Columns: `open` is GET /health, `wait` GET /health?wait (which loads the model), `user` the model's use, `admin` /load

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from core.errors import InvalidRequest
 from handlers.body import decode
-from handlers.message import Request
+from handlers.http import Request
 
 
 class System(Struct, tag_field="role", tag="system"):

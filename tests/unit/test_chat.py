@@ -8,9 +8,10 @@ import pytest
 from core.engine.interface import GenerationRequest, Piece, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
-from handlers import answer, sse
+from handlers import reply as answer
+from handlers import sse
 from handlers.dispatch import dispatch
-from handlers.message import Request, Response
+from handlers.http import Request, Response
 from tests.fakes import CARD, FakeHost, FakeService, ScriptedEngine, ScriptedGeneration, fake_service
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from handlers.dispatch import dispatch
-from handlers.message import Request
+from handlers.http import Request
 from tests.fakes import CARD, FakeService, ScriptedEngine, fake_service
 
 PERSON = {

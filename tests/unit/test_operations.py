@@ -14,7 +14,7 @@ from core.settings import keys
 from core.store.reference import S3, HuggingFace
 from core.store.store import LocalModel
 from handlers.dispatch import dispatch
-from handlers.message import Request
+from handlers.http import Request
 from tests.fakes import FakeHost, FakeService, FakeStore, ScriptedEngine, fake_service
 
 STREAMED_LOAD = Request(

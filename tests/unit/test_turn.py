@@ -11,7 +11,7 @@ import pytest
 from core.session import deadline
 from core.settings import Settings
 from handlers.dispatch import dispatch
-from handlers.message import Request
+from handlers.http import Request
 from tests.fakes import fake_service
 
 

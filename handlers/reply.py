@@ -10,8 +10,8 @@ from core.service import Service
 from core.session import Turn
 from handlers import sse
 from handlers.body import json_response
-from handlers.message import Response
-from handlers.trace import note
+from handlers.http import Response
+from handlers.request_context import note
 
 GRACE_S = 0.5  # a load that fails this fast still becomes a status
 PATIENCE_S = 3.0  # for the first piece of a model that is ready: proxies and clients give up on a silent server
