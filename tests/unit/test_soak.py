@@ -2,7 +2,7 @@
 
 import pytest
 
-from infra.soak import Sample, Soak, lows, slope, summary
+from infra.bench.soak import Sample, Soak, lows, slope, summary
 
 
 def test_a_slope_is_per_ten_minutes() -> None:

@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree
 
-from infra.timeline_svg import LEFT, Start, draw
+from infra.bench.timeline_svg import LEFT, Start, draw
 
 START = Start("m.gguf <1> & more", {"imports": (0.0, 0.5), "download": (0.25, 1.25)}, first_token=1.5, ideal=1.0)
 SVG = "{http://www.w3.org/2000/svg}"

