@@ -19,7 +19,7 @@ run: | $(VENV)/.installed ## serve as in production, configured by the environme
 	$(BIN)/python -m adapters.local
 
 url: $(VENV)/.installed-embedded ## serve a local Lambda function URL on 127.0.0.1:9000: the Lambda runtime, its events, its stream
-	$(BIN)/python -m infra.function_url
+	$(BIN)/python -m infra.emulator.function_url
 
 test: $(VENV)/.installed-dev rie ## run the tests
 	$(BIN)/python -m pytest -q
@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-dev ## measure over HTTP
 	$(BIN)/python -m infra.bench
 
 rie: $(VENV)/.installed-dev ## fetch Amazon's Lambda emulator out of the aws-sam-cli wheel into build
-	@$(BIN)/python -m infra.rie
+	@$(BIN)/python -m infra.emulator.rie
 
 sam: $(SAM) ## install SAM CLI into build/sam, because its pins fit no other environment
 

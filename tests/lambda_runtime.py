@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from adapters.aws_lambda.runtime import Runtime
-from infra.function_url_event import to_event
-from infra.runtime_api import RuntimeAPIServer
-from infra.runtime_api_exchange import Behaviour, Exchange
+from infra.emulator.event import to_event
+from infra.emulator.exchange import Behaviour, Exchange
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 PATIENCE_S = 20.0
 

@@ -32,8 +32,8 @@ from infra.bench.model import embedded_model
 from infra.bench.process import environment
 from infra.bench.report import line, spread
 from infra.bench.timeline_svg import Start, draw
-from infra.function_url_event import CALLER, to_event
-from infra.runtime_api import RuntimeAPIServer
+from infra.emulator.event import CALLER, to_event
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 REPO = "bench/model"
 LIMIT_S = 120.0

@@ -25,9 +25,9 @@ from typing import Any
 
 from infra.bench.process import environment
 from infra.bench.report import Goal, spread
-from infra.function_url_event import to_event
-from infra.rie import Emulator
-from infra.runtime_api import RuntimeAPIServer
+from infra.emulator.event import to_event
+from infra.emulator.rie import Emulator
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 ROOT = Path(__file__).parents[2]
 RIC = "awslambdaric==4.2.2"

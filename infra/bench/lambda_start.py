@@ -25,8 +25,8 @@ from statistics import median
 from core.store.embedded import embedded_model
 from infra.bench.process import environment, free_port
 from infra.bench.report import Goal, spread
-from infra.function_url_event import CALLER, to_event
-from infra.runtime_api import RuntimeAPIServer
+from infra.emulator.event import CALLER, to_event
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0

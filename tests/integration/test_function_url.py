@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 import uvicorn
 
-from infra.function_url import MAX_REQUEST, FunctionURL
-from infra.function_url_environment import Environment
+from infra.emulator.environment import Environment
+from infra.emulator.function_url import MAX_REQUEST, FunctionURL
 
 ROOT = Path(__file__).parents[2]
 
@@ -301,7 +301,7 @@ def test_the_entry_point_needs_lambda() -> None:
 
 def test_reports_bill_init_and_memory() -> None:
     """GB-s are milliseconds of init and invocation, rounded up, times the memory configured."""
-    from infra.function_url_environment import Report
+    from infra.emulator.environment import Report
 
     report = Report("id", 1000.2, 5.0, 499.1, 2048, 300, None)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.aws_lambda.cycle import HARD_MARGIN_S
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.exchange import Exchange
 from tests.lambda_runtime import json_app, runtime
 
 EVENTS = (b"content-type", b"text/event-stream")
@@ -137,7 +137,7 @@ def test_a_blocked_loop_is_answered_late_but_answered() -> None:
 
 def test_a_reader_that_stalls_does_not_hold_the_deadline() -> None:
     """When nobody reads, the application waits in send; at the deadline the stream is ended all the same."""
-    from infra.runtime_api_exchange import Behaviour
+    from infra.emulator.exchange import Behaviour
 
     waited: list[int] = []
 

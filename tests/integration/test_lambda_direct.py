@@ -9,7 +9,7 @@ from typing import Any
 from adapters.serving.asgi import create_app
 from core.errors import ModelUnavailable
 from core.settings import keys
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.exchange import Exchange
 from tests.fakes import ScriptedEngine, fake_service
 from tests.lambda_runtime import runtime
 

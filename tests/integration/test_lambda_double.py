@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from infra import runtime_api_checks as checks
-from infra.runtime_api import RuntimeAPIServer
-from infra.runtime_api_exchange import Exchange
+from infra.emulator import checks
+from infra.emulator.exchange import Exchange
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 PRELUDE = b'{"statusCode":200,"headers":{}}' + b"\0" * 8
 STREAM = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.exchange import Exchange
 from tests.lambda_runtime import json_app, runtime
 
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")

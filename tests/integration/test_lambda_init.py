@@ -10,7 +10,7 @@ import pytest
 
 from adapters.aws_lambda import snapstart
 from adapters.aws_lambda.runtime import INIT_S, init_seconds
-from infra.function_url_event import to_event
+from infra.emulator.event import to_event
 from tests.lambda_runtime import PATIENCE_S, json_app, runtime
 
 

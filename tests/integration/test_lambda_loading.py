@@ -11,8 +11,8 @@ from adapters.serving.asgi import create_app
 from core.errors import ModelUnavailable
 from core.host import Loading
 from core.settings import keys
-from infra.function_url_event import to_event
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.event import to_event
+from infra.emulator.exchange import Exchange
 from tests.fakes import FakeHost, FakeLease, ScriptedEngine, fake_service
 from tests.lambda_runtime import PATIENCE_S, Bench, runtime
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from infra.function_url_event import to_event
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.event import to_event
+from infra.emulator.exchange import Exchange
 from tests.lambda_runtime import json_app, runtime
 
 TEXT = (b"content-type", b"text/plain")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from handlers.request_context import platform
-from infra.function_url_event import to_event
-from infra.runtime_api_exchange import Behaviour, Exchange
+from infra.emulator.event import to_event
+from infra.emulator.exchange import Behaviour, Exchange
 from tests.lambda_runtime import json_app, runtime
 
 TEXT = (b"content-type", b"text/plain")

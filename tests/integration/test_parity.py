@@ -15,7 +15,7 @@ import uvicorn
 
 from adapters.serving.asgi import create_app
 from core.settings import keys
-from infra.function_url_event import from_buffered, to_event
+from infra.emulator.event import from_buffered, to_event
 from tests.fakes import ScriptedEngine, fake_service
 from tests.lambda_runtime import runtime
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from infra.function_url_event import from_buffered, to_event
-from infra.rie import Emulator, fetch
+from infra.emulator.event import from_buffered, to_event
+from infra.emulator.rie import Emulator, fetch
 
 ROOT = Path(__file__).parents[2]
 KEY = "test-key"

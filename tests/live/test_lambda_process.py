@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from infra.function_url_event import to_event
-from infra.runtime_api import RuntimeAPIServer
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.event import to_event
+from infra.emulator.exchange import Exchange
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 90.0

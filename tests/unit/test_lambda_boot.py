@@ -147,7 +147,7 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
 
     import adapters.aws_lambda as package
     from adapters import logs
-    from infra.function_url_event import from_buffered, to_event
+    from infra.emulator.event import from_buffered, to_event
 
     monkeypatch.setattr(boot.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp"})
     monkeypatch.setattr(logs, "configure", lambda settings: None)

@@ -12,7 +12,7 @@ import pytest
 from adapters.aws_lambda.context import LambdaContext, of
 from adapters.aws_lambda.events import BadEvent, HTTPEvent, answer_by, streamed
 from adapters.aws_lambda.runtime_api import Invocation
-from infra.function_url_event import from_buffered, to_event
+from infra.emulator.event import from_buffered, to_event
 
 FILES = Path(__file__).parents[1] / "events"
 

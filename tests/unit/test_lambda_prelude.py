@@ -9,7 +9,7 @@ import pytest
 
 from adapters.aws_lambda.failure import Failure, envelope, event
 from adapters.aws_lambda.prelude import checked, has_body, prelude
-from infra import runtime_api_checks
+from infra.emulator import checks as runtime_api_checks
 
 
 def test_prelude_is_json_and_eight_nuls() -> None:

@@ -1,4 +1,4 @@
-"""A function URL on this machine: `make url`, or `python -m infra.function_url [--port 9000] [-- command ...]`.
+"""A function URL on this machine: `make url`, or `python -m infra.emulator.function_url [--port 9000] [-- command ...]`.
 
 SAM CLI has none, and its API buffers. This HTTP server turns requests into function URL events (version 2.0), drives
 the runtime as a subprocess over the Runtime API, passes the stream on as it comes, and prints a line for each
@@ -17,9 +17,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from infra.function_url_environment import Environment
-from infra.function_url_event import CALLER, DOMAIN, from_buffered, to_event
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.environment import Environment
+from infra.emulator.event import CALLER, DOMAIN, from_buffered, to_event
+from infra.emulator.exchange import Exchange
 
 MAX_REQUEST = 6 * 1024 * 1024  # bytes of an event, its envelope included
 MAX_STREAM = 200 * 1024 * 1024
@@ -148,7 +148,9 @@ def _raw(headers: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m infra.function_url", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.emulator.function_url", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--memory", type=int, default=3008, help="MB, for the bill only (default: %(default)s)")

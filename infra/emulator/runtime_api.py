@@ -1,7 +1,7 @@
 """The Lambda Runtime API as a local server: strict, and able to misbehave on purpose.
 
-The tests' double and the local function URL (`infra.function_url`) share it. It checks all that a runtime sends
-(`infra.runtime_api_checks`) and keeps what is wrong in `violations`; the tests fail if there is any.
+The tests' double and the local function URL (`infra.emulator.function_url`) share it. It checks all that a runtime sends
+(`infra.emulator.checks`) and keeps what is wrong in `violations`; the tests fail if there is any.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from infra import runtime_api_checks as checks
-from infra import runtime_api_wire as wire
-from infra.runtime_api_exchange import Behaviour, Exchange
+from infra.emulator import checks, wire
+from infra.emulator.exchange import Behaviour, Exchange
 
 _VERSION = "/2018-06-01/runtime/"
 _CHUNKED_OVER = 2048  # as the real one: Go's net/http writes larger bodies chunked

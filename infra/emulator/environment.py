@@ -16,8 +16,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from infra.runtime_api import RuntimeAPIServer
-from infra.runtime_api_exchange import Exchange
+from infra.emulator.exchange import Exchange
+from infra.emulator.runtime_api import RuntimeAPIServer
 
 INIT_LIMIT_S = 10.0
 _ERROR_TYPE = "lambda-runtime-function-error-type"
