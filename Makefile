@@ -53,19 +53,19 @@ image: ## build the Lambda image as slm-api-server:lambda; ENGINE=docker or podm
 	  --build-arg EMBEDDED=on -t slm-api-server:lambda .
 
 image-test: $(VENV)/.installed-dev $(SAM) ## build the Lambda image with a model and run it as Lambda and SAM do
-	$(BIN)/python -m infra.image_test
+	$(BIN)/python -m infra.docker.image_test
 
 # Pins stay as they are unless pyproject.toml forbids them; LOCK_OPTIONS=--upgrade takes the newest.
 LOCK := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --quiet \
   --no-emit-package llama-cpp-python
 
-lock: $(UV) ## write infra/requirements.lock, what the images install; LOCK_OPTIONS=--upgrade renews the pins
-	$(LOCK) $(LOCK_OPTIONS) --output-file infra/requirements.lock
+lock: $(UV) ## write infra/docker/requirements.lock, what the images install; LOCK_OPTIONS=--upgrade renews the pins
+	$(LOCK) $(LOCK_OPTIONS) --output-file infra/docker/requirements.lock
 
-lock-check: $(UV) ## fail if infra/requirements.lock is not what `make lock` would write
-	cp infra/requirements.lock build/requirements.lock
+lock-check: $(UV) ## fail if infra/docker/requirements.lock is not what `make lock` would write
+	cp infra/docker/requirements.lock build/requirements.lock
 	$(LOCK) --output-file build/requirements.lock
-	sed 's|build/requirements.lock|infra/requirements.lock|' build/requirements.lock | diff infra/requirements.lock -
+	sed 's|build/requirements.lock|infra/docker/requirements.lock|' build/requirements.lock | diff infra/docker/requirements.lock -
 
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

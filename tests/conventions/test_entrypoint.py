@@ -1,4 +1,4 @@
-"""infra/entrypoint.sh: the server never runs as root, and the folders of models are its own."""
+"""infra/docker/entrypoint.sh: the server never runs as root, and the folders of models are its own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-LOCK = (ROOT / "infra/requirements.lock").read_text()
+LOCK = (ROOT / "infra/docker/requirements.lock").read_text()
 DOCKERFILE = (ROOT / "Dockerfile.lambda").read_text()
 
 

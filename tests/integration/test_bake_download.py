@@ -17,7 +17,7 @@ def baked(target: Path, file: str, *faults: Fault) -> "subprocess.CompletedProce
         hub.faults = list(faults)
         environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(target / "hf")}
         environ |= {"MODEL_REPO": "org/repo", "MODEL_FILE": file, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        command = [sys.executable, str(ROOT / "infra/bake_model.py"), "none", str(target / "model")]
+        command = [sys.executable, str(ROOT / "infra/docker/bake_model.py"), "none", str(target / "model")]
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
 
 

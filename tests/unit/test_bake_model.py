@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.bake_model import bake, parts
+from infra.docker.bake_model import bake, parts
 
 MODEL = b"GGUF" + bytes(100)
 DIGEST = hashlib.sha256(MODEL).hexdigest()

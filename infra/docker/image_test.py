@@ -115,7 +115,7 @@ def image_facts(engine: str, image: str) -> None:
         [engine, "image", "inspect", "--format", "{{.Size}}", image], check=True, capture_output=True, text=True
     )
     report("size", megabytes=round(int(size.stdout) / 1e6))
-    with (ROOT / "infra/image_libraries.py").open() as script:
+    with (ROOT / "infra/docker/image_libraries.py").open() as script:
         command = [engine, "run", "--rm", "-i", "--entrypoint", "/usr/local/bin/python", image, "-"]
         libraries = subprocess.run(command, stdin=script, capture_output=True, text=True, check=False)
     if libraries.returncode:
