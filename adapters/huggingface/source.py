@@ -209,7 +209,7 @@ class Hub:
 
 
 class _Origin:
-    """An `adapters.transfer.transfer.Origin`: where the bytes of one file are, looked up once and again when it is refused."""
+    """An `Origin` of `adapters.transfer`: the address of one file, looked up once and again when it is refused."""
 
     etag: str | None = None  # the CDN's is of no account: the sha256 of the whole decides
 

@@ -4,7 +4,7 @@ The mirror's layout: immutable bytes under their sha256, and small pointers to t
 
     <prefix>/blobs/<sha256>                               the bytes of a file
     <prefix>/blobs/<sha256>.lease                         while a process uploads them (`adapters.s3.mirror.lock`)
-    <prefix>/org/repo/<commit>/file.gguf.manifest.json    which blob the file is, and its digests (`adapters.s3.manifest`)
+    <prefix>/org/repo/<commit>/file.gguf.manifest.json    the file's blob and digests (`adapters.s3.manifest`)
     <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.s3.ref`)
 """
 

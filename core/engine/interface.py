@@ -45,7 +45,8 @@ class Sampling:
 class GenerationRequest:
     """One prompt and how to go on from it.
 
-    `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (`core.engine.grammar.json_schema`).
+    `max_tokens` None means until the context is full. `grammar` is an llguidance grammar
+    (see `core.engine.grammar`).
     `top_logprobs` None means no logprobs, 0 the chosen token's only. `tenant` separates prefix caches: a prefix is
     never shared between tenants. `deadline` is on `time.monotonic()`'s clock: then the sequence ends with finish
     "length", or with ModelUnavailable if no token has come yet.

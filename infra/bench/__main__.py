@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 DEFAULT = "server"
-PARTS = frozenset({"bucket", "client", "contender", "model", "peer", "process", "report", "workload"})
+PARTS = frozenset({"bucket", "client", "contender", "model", "peer", "process", "report", "timeline_svg", "workload"})
 
 
 def names() -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = "image-test"  # not a secret: it opens a container that lives for a minute on this machine
 FUNCTION = "ApiFunction"
 CHAT = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16, "temperature": 0}

@@ -1,4 +1,6 @@
-"""A function URL on this machine: `make url`, or `python -m infra.emulator.function_url [--port 9000] [-- command ...]`.
+"""A function URL on this machine: `make url`.
+
+`python -m infra.emulator.function_url [--port 9000] [-- command ...]` serves another command.
 
 SAM CLI has none, and its API buffers. This HTTP server turns requests into function URL events (version 2.0), drives
 the runtime as a subprocess over the Runtime API, passes the stream on as it comes, and prints a line for each

@@ -1,6 +1,7 @@
 """The Lambda Runtime API as a local server: strict, and able to misbehave on purpose.
 
-The tests' double and the local function URL (`infra.emulator.function_url`) share it. It checks all that a runtime sends
+The tests' double and the local function URL (`infra.emulator.function_url`) share it.
+It checks all that a runtime sends
 (`infra.emulator.checks`) and keeps what is wrong in `violations`; the tests fail if there is any.
 """
 

@@ -56,7 +56,7 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     """No thread, no file and no logging handler comes from an import."""
     code = (
         "import sys, threading, logging; sys.path.insert(0, sys.argv[1]);"
-        "import adapters.serving.asgi, adapters.wiring, adapters.logs, adapters.local, handlers.dispatch;"
+        "import adapters.serving.asgi, adapters.wiring, adapters.logs, adapters.local.__main__, handlers.dispatch;"
         "assert threading.active_count() == 1, threading.enumerate();"
         "assert not logging.getLogger().handlers"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-INFRA = Path(__file__).parents[2] / "infra"
+INFRA = Path(__file__).parents[2] / "infra" / "docker"
 [ENTRYPOINT] = INFRA.rglob("entrypoint.sh")
 
 as_root = pytest.mark.skipif(

@@ -12,10 +12,10 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manage
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_has_one_noun_and_about_300_lines_at_most(path: Path) -> None:
-    """Long files and vague names are where a design goes to rot. Blank lines are free."""
+def test_a_file_has_one_noun_and_at_most_500_lines(path: Path) -> None:
+    """A vague name or a long file usually holds more than one noun. Blank lines do not count."""
     assert path.stem not in VAGUE
-    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 300
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

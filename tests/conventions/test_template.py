@@ -295,7 +295,7 @@ def test_the_images_take_the_versions_that_pyproject_asks_for() -> None:
 
 def test_lambda_is_the_last_target() -> None:
     """`sam build` names no target, so it gets the last one; compose names its own."""
-    compose = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())["services"]["api"]["build"]
+    compose = yaml.safe_load((ROOT / "infra" / "docker" / "compose.yaml").read_text())["services"]["api"]["build"]
 
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE) == ["builder", "base", "server", "lambda"]
     assert compose["dockerfile"] == "Dockerfile.lambda"
@@ -324,7 +324,7 @@ def test_the_lambda_image_starts_our_runtime_in_exec_form() -> None:
 
 def test_compose_publishes_on_this_machine_only() -> None:
     """Without a key nobody beyond this machine may reach the port."""
-    service = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())["services"]["api"]
+    service = yaml.safe_load((ROOT / "infra" / "docker" / "compose.yaml").read_text())["services"]["api"]
 
     assert service["ports"] == ["127.0.0.1:${PORT:-8000}:8000"]
     assert service["environment"]["PORT"] == "8000"

@@ -23,7 +23,7 @@ ENDLESS = (
     "import sys, adapters.wiring; from tests.fakes import ScriptedEngine, fake_service;"
     "adapters.wiring.build = lambda settings, timeline: fake_service(ScriptedEngine(endless=True, delay=0.02),"
     " shutdown_grace_s=settings.shutdown_grace_s).service;"
-    "from adapters.local import main; sys.exit(main([]))",
+    "from adapters.local.__main__ import main; sys.exit(main([]))",
 )
 
 

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from adapters.aws.credentials import CredentialChain
+from adapters.s3 import bucket as bucket_module
 from adapters.s3.bucket import Bucket, Reply
-from adapters.s3.source import bucket as bucket_module
 from adapters.transfer.connection import Connection
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON

@@ -19,10 +19,10 @@ import pytest
 
 from adapters.aws.credentials import CredentialChain
 from adapters.aws.sigv4 import Credentials
+from adapters.s3 import bucket as bucket_module
 from adapters.s3.bucket import Bucket, Denied
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.source import S3Storage
-from adapters.s3.source import bucket as bucket_module
 from adapters.transfer import transfer as ranged
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import S3, HuggingFace

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from adapters.aws.credentials import CredentialChain
+from adapters.s3 import bucket as module
 from adapters.s3.bucket import Bucket
-from adapters.s3.source import bucket as module
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 

@@ -187,7 +187,9 @@ def test_the_load_is_started_before_the_heavy_imports() -> None:
 
 def test_nothing_is_built_on_import() -> None:
     """Importing the package reads no setting and builds no handler."""
-    code = "import adapters.aws_lambda.runtime, adapters.aws_lambda.__main__; print('handler' in vars(adapters.aws_lambda))"
+    code = (
+        "import adapters.aws_lambda.runtime, adapters.aws_lambda.__main__;print('handler' in vars(adapters.aws_lambda))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
     assert done.stdout.strip() == "False"
