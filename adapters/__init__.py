@@ -1,1 +1,2 @@
-"""The outside world, one foreign thing per module. Only entry points import from here."""
+"""The outside world: entry points, the HTTP server, AWS, and the sources of models. `core` and `handlers` import
+nothing from here."""

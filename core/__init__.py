@@ -1,1 +1,1 @@
-"""The service itself. Knows no web framework and no cloud."""
+"""The service: operations, engine and store. Imports no web framework and no AWS SDK."""

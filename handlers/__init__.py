@@ -1,1 +1,2 @@
-"""Serverless-style functions, one file per operation: Request -> Response. Knows no server and no cloud."""
+"""The HTTP surface as plain functions from Request to Response: routes, authentication, decoding, errors, SSE. Imports
+no web framework and no AWS SDK."""

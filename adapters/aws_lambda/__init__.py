@@ -1,5 +1,5 @@
-"""AWS Lambda: `python -m adapters.aws_lambda` is our runtime, which streams. `adapters.aws_lambda.handler` is the
-handler for a deployment under awslambdaric, which buffers; it is built when it is first asked for."""
+"""AWS Lambda. `python -m adapters.aws_lambda` runs our own runtime, which streams. `adapters.aws_lambda.handler` is the
+handler for awslambdaric, which buffers; it is built at its first access."""
 
 from __future__ import annotations
 

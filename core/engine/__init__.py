@@ -1,1 +1,1 @@
-"""The engine: the only package that knows llama.cpp. See `generation` for what goes in and what comes out."""
+"""The engine: llama.cpp behind the types of `core.engine.interface`. The only package that imports llama_cpp."""
