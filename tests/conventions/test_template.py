@@ -246,7 +246,15 @@ def test_every_guard_rail_is_a_choice() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    ["SnapStartNeedsSmallTmp", "SnapStartOrProvisioned", "BudgetNeedsAddress", "OneModelBucket", "HttpApiNeedsKeys"],
+    [
+        "SnapStartNeedsSmallTmp",
+        "SnapStartOrProvisioned",
+        "BudgetNeedsAddress",
+        "OneModelBucket",
+        "MirrorNeedsBucket",
+        "PinNeedsModelPath",
+        "HttpApiNeedsKeys",
+    ],
 )
 def test_what_cannot_work_or_would_be_open_is_refused_before_anything_is_made(rule: str) -> None:
     """Each rule has a condition and says why."""
@@ -260,13 +268,55 @@ def test_permissions_are_for_named_resources_only() -> None:
     """No statement allows something on everything, and no model in the bucket can be deleted."""
     policy = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]
     text = json.dumps(policy)
-    deletes = [one for one in policy["Statement"] if "Delete" in json.dumps(one)]
+    deletes = [statement for statement in policy["Statement"] if "Delete" in json.dumps(statement)]
 
     assert len(deletes) == 1
     assert deletes[0]["Fn::If"][1]["Action"] == "s3:DeleteObject"
     assert deletes[0]["Fn::If"][1]["Resource"]["Fn::Sub"][0].endswith("/${ModelPrefix}/*.lease")
     assert '"Resource": "*"' not in text
     assert not re.search(r'"(s3|logs|secretsmanager):\*"', text)
+
+
+def test_only_a_stack_that_fills_its_bucket_may_write_to_it() -> None:
+    """MirrorMode=read is the default: a function that serves requests cannot change what other functions load."""
+    statements = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    writes = [one for one in statements if re.search(r"s3:(Put|Abort|Delete)", json.dumps(one))]
+
+    assert TEMPLATE["Parameters"]["MirrorMode"]["Default"] == "read"
+    assert VARIABLES["S3_MIRROR"] == {"Ref": "MirrorMode"}
+    assert len(writes) == 2
+    assert all(one["Fn::If"][0] == "FillsBucket" and one["Fn::If"][2] == {"Ref": "AWS::NoValue"} for one in writes)
+    assert parameters_behind("FillsBucket") == {"CreateModelBucket", "ModelBucketName", "MirrorMode"}
+    (encrypts,) = [one["Fn::If"][1]["Action"] for one in statements if "GenerateDataKey" in json.dumps(one)]
+    assert encrypts == {"Fn::If": ["FillsBucket", ["kms:Decrypt", "kms:GenerateDataKey"], ["kms:Decrypt"]]}
+
+
+def test_direct_invokes_administrate_only_where_a_parameter_says_so() -> None:
+    """Whoever may invoke the function can use the model; load and reload need DirectAdmin=on."""
+    assert TEMPLATE["Parameters"]["DirectAdmin"]["Default"] == "off"
+    assert VARIABLES["DIRECT_ADMIN"] == {"Fn::If": ["MayAdminDirectly", "true", "false"]}
+    assert parameters_behind("MayAdminDirectly") == {"DirectAdmin"}
+
+
+def test_the_function_pins_the_model_that_it_fetches() -> None:
+    """ModelPathSha256 pins ModelPath; the image's own model was checked when the image was built."""
+    assert VARIABLES["MODEL_SHA256"] == {"Ref": "ModelPathSha256"}
+    assert "ModelSha256" not in set(references(FUNCTION))
+
+
+def test_the_client_policy_allows_requests_and_no_direct_invokes() -> None:
+    """A caller of a URL with AWS_IAM needs both actions; the condition keeps the second one to the URL."""
+    output = TEMPLATE["Outputs"]["ClientPolicy"]
+    arn = "arn:aws:lambda:eu-central-1:123456789012:function:api"
+    policy = json.loads(output["Value"]["Fn::Sub"].replace("${ApiFunction.Arn}", arn))
+
+    assert output["Condition"] == "UsesIam"
+    assert {one["Action"]: one["Condition"] for one in policy["Statement"]} == {
+        "lambda:InvokeFunctionUrl": {"StringEquals": {"lambda:FunctionUrlAuthType": "AWS_IAM"}},
+        "lambda:InvokeFunction": {"Bool": {"lambda:InvokedViaFunctionUrl": "true"}},
+    }
+    assert {one["Resource"] for one in policy["Statement"]} == {f"{arn}:live"}  # the alias that carries the URL
+    assert {one["Effect"] for one in policy["Statement"]} == {"Allow"}
 
 
 def test_stale_uploads_are_aborted() -> None:
