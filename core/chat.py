@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from core import session as turns
 from core.engine.grammar import json_schema as constraints
-from core.engine.interface import Engine, Finish, GenerationRequest, Sampling, TokenLogprob
+from core.engine.interface import Engine, FinishReason, GenerationRequest, Sampling, TokenLogprob
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
@@ -85,12 +85,12 @@ async def complete(turn: Turn, request: ChatRequest) -> answer.Completion:
     n = request.n or 1
     texts: list[list[str]] = [[] for _ in range(n)]
     tokens: list[list[TokenLogprob]] = [[] for _ in range(n)]
-    finishes: list[Finish] = ["stop"] * n
+    finishes: list[FinishReason] = ["stop"] * n
     async for piece in turn.pieces():
         texts[piece.index].append(piece.text)
         tokens[piece.index].extend(piece.logprobs)
-        if piece.finish is not None:
-            finishes[piece.index] = piece.finish
+        if piece.finish_reason is not None:
+            finishes[piece.index] = piece.finish_reason
     return answer.Completion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
@@ -126,8 +126,8 @@ async def chunks(turn: Turn, request: ChatRequest) -> AsyncIterator[answer.Chunk
         if piece.text or piece.logprobs:
             logprobs = answer.logprobs(piece.logprobs) if request.logprobs else None
             yield chunk(answer.ChunkChoice(piece.index, answer.Delta(content=piece.text), logprobs))
-        if piece.finish is not None:
-            yield chunk(answer.ChunkChoice(piece.index, answer.Delta(), None, piece.finish))
+        if piece.finish_reason is not None:
+            yield chunk(answer.ChunkChoice(piece.index, answer.Delta(), None, piece.finish_reason))
     if counted:
         yield answer.Chunk(chunk_id, created, model, print_, (), usage(turn))
 

@@ -16,7 +16,7 @@ from core import session as turns
 from core.chat import new_id, usage
 from core.engine.grammar import json_schema as constraints
 from core.engine.grammar.expansion import MAX_CHECKS, Expansion
-from core.engine.interface import Engine, Finish, GenerationRequest, Sampling
+from core.engine.interface import Engine, FinishReason, GenerationRequest, Sampling
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
@@ -99,7 +99,7 @@ class Extraction(Struct):
     data: Raw
     raw: str
     valid: bool
-    finish_reason: Finish
+    finish_reason: FinishReason
     usage: Usage
     errors: list[Problem]
     object: Literal["extraction"] = "extraction"
@@ -146,12 +146,12 @@ async def stream(turn: Turn, request: ExtractRequest) -> AsyncIterator[Extractio
     """Pieces of the raw JSON as they come, and at the end the extraction itself."""
     extraction_id, created, model = new_id("extr"), int(time.time()), turn.card.name
     raw: list[str] = []
-    finish: Finish = "stop"
+    finish: FinishReason = "stop"
     async for piece in turn.pieces():
         if piece.text:
             raw.append(piece.text)
             yield ExtractionDelta(extraction_id, created, model, piece.text)
-        finish = piece.finish or finish
+        finish = piece.finish_reason or finish
     text = "".join(raw)
     data, errors = await asyncio.to_thread(_judge, text, request.wanted, finish)
     yield Extraction(extraction_id, created, model, data, text, not errors, finish, usage(turn), errors)
@@ -220,7 +220,7 @@ def _retrieve_nothing(uri: str) -> Any:
     raise ValueError("remote schemas are not retrieved")
 
 
-def _judge(text: str, schema: dict[str, Any], finish: Finish) -> tuple[Raw, list[Problem]]:
+def _judge(text: str, schema: dict[str, Any], finish: FinishReason) -> tuple[Raw, list[Problem]]:
     """The data and what is wrong with it, in our words.
 
     The data is passed on as it was written: a number of 30 digits has no other form that keeps them.

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from core.engine.interface import Engine, EngineConfig, Generation, GenerationRequest, ModelCard, Piece
+from core.engine.interface import Delta, Engine, EngineConfig, Generation, GenerationRequest, ModelCard
 from core.errors import ModelNotFound
 from core.lending import Lease
 from core.service import Service
@@ -50,7 +50,7 @@ def deadline(settings: Settings, platform: float | None) -> float | None:
 class Turn:
     """A running generation whose first piece is there. Close it when done, finished or not."""
 
-    def __init__(self, lease: Lease, generation: Generation, first: Piece, prompt_tokens: int) -> None:
+    def __init__(self, lease: Lease, generation: Generation, first: Delta, prompt_tokens: int) -> None:
         self._lease = lease
         self._generation = generation
         self._first = first
@@ -69,7 +69,7 @@ class Turn:
     def cached_tokens(self) -> int:
         return self._generation.cached_tokens
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Delta]:
         """Every piece, once. It may be dropped half-way: `close` frees what runs.
 
         The engine goes back with the last piece: a client that is slow to read holds no model that is swapped out.

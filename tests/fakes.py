@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.downloads import Downloads
-from core.engine.interface import EngineConfig, GenerationRequest, ModelCard, Piece
+from core.engine.interface import Cause, Delta, EngineConfig, FinishReason, GenerationRequest, ModelCard, Timings
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
@@ -112,17 +112,19 @@ class ScriptedEngine:
 class ScriptedGeneration:
     def __init__(self, engine: ScriptedEngine, request: GenerationRequest) -> None:
         self.cached_tokens = engine.cached_tokens
+        self.timings = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
         self._engine = engine
         self._open = True
         self._todo = self._script(request)
 
-    def _script(self, request: GenerationRequest) -> list[Piece]:
+    def _script(self, request: GenerationRequest) -> list[Delta]:
         script = self._engine.pieces * (1 if not self._engine.endless else 10_000)
         cut = request.max_tokens is not None and request.max_tokens < len(script)
         script = script[: request.max_tokens] if cut else script
         last = len(script) - 1
+        end: tuple[FinishReason, Cause | None] = ("length", "max_tokens") if cut else ("stop", None)
         return [
-            Piece(index, text, tokens=1, finish=("length" if cut else "stop") if at == last else None)
+            (Delta(index, text, 1, (), *end) if at == last else Delta(index, text, 1))
             for at, text in enumerate(script)
             for index in range(request.n)
         ]
@@ -130,7 +132,7 @@ class ScriptedGeneration:
     def __aiter__(self) -> ScriptedGeneration:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> Delta:
         await asyncio.sleep(self._engine.delay)
         if self._engine.error is not None:
             self.cancel()

@@ -13,7 +13,10 @@ from typing import Any, Literal, Protocol
 
 from core.errors import ApiError
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
+
+# Why a sequence ended with "length": its own `max_tokens`, the context size, its deadline, or no KV cells left.
+Cause = Literal["max_tokens", "context", "deadline", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +76,43 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one sequence gained: whole characters (perhaps none yet), the tokens it took, on the last one why it ended.
+class Delta:
+    """What one sequence gained in a step: whole characters (perhaps none yet) and the number of tokens behind them.
 
-    `tokens` counts sampled and forced tokens, the end-of-turn token not included; over a sequence they add up to
-    `completion_tokens`.
+    `tokens` counts sampled and forced tokens, without the end-of-turn token. Over a sequence they add up to
+    `completion_tokens`. The last delta of a sequence has a `finish_reason`, and for "length" its `cause`.
     """
 
     index: int  # which of the n sequences
     text: str
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish: Finish | None = None
+    finish_reason: FinishReason | None = None
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in milliseconds."""
+
+    queue_ms: float = 0.0  # from `generate` until a slot was free
+    prefill_ms: float = 0.0  # until the first token
+    decode_ms: float = 0.0  # until the latest token
 
 
 class Generation(Protocol):
-    """A running request: iterate for pieces until each of the n sequences has had its `finish`."""
+    """A running request. Iterate over its deltas until each of the n sequences has had its `finish_reason`."""
 
-    cached_tokens: int  # prompt tokens that needed no prefill; final once the first piece is out
+    cached_tokens: int  # prompt tokens that needed no prefill; final once the first delta is out
 
-    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    @property
+    def timings(self) -> Timings:
+        """Timings so far. Queue and prefill are final once the first delta is out, decode after the last one."""
+        ...
 
-    async def __anext__(self) -> Piece: ...
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def __anext__(self) -> Delta: ...
 
     def cancel(self) -> None:
         """Stop at the next step and free the slots. Idempotent, callable from any thread, also after the end."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from core.engine.interface import GenerationRequest, Piece
+from core.engine.interface import Delta, GenerationRequest, Timings
 
 
 class PieceStream:
@@ -18,25 +18,42 @@ class PieceStream:
         self.cached_tokens = 0
         self.cancelled = False
         self.expired = False  # the deadline has passed
-        self.begun = False  # a token has come, for one of the n sequences; the engine thread's
+        # Times on `time.monotonic()`'s clock, set by the engine thread. They are those of the first of n sequences,
+        # but for `latest_token_at`.
+        self.submitted_at = time.monotonic()
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.latest_token_at: float | None = None
         self._interrupt = interrupt
-        self._items: deque[Piece | Exception] = deque()
+        self._items: deque[Delta | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._unfinished = request.n
         self._timer: asyncio.TimerHandle | None = None
         if request.deadline is not None:
             # Wakes a scheduler that is deep in a long prefill; between steps it looks at the clock itself.
-            self._timer = self.loop.call_later(max(0.0, request.deadline - time.monotonic()), self._expire)
+            self._timer = self.loop.call_later(max(0.0, request.deadline - self.submitted_at), self._expire)
 
     @property
     def ended(self) -> bool:
         """Whether nobody wants more of it."""
         return self.cancelled or self.expired
 
+    @property
+    def timings(self) -> Timings:
+        now = time.monotonic()
+        admitted = now if self.admitted_at is None else self.admitted_at
+        first = now if self.first_token_at is None else self.first_token_at
+        latest = first if self.latest_token_at is None else self.latest_token_at
+        return Timings(
+            queue_ms=(admitted - self.submitted_at) * 1000,
+            prefill_ms=max(0.0, first - admitted) * 1000,
+            decode_ms=(latest - first) * 1000,
+        )
+
     def __aiter__(self) -> PieceStream:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> Delta:
         while not self._items:
             if self.cancelled or self._unfinished == 0:
                 raise StopAsyncIteration
@@ -46,7 +63,7 @@ class PieceStream:
         if isinstance(item, Exception):
             self._end()
             raise item
-        if item.finish is not None:
+        if item.finish_reason is not None:
             self._unfinished -= 1
             if self._unfinished == 0:
                 self._end()
@@ -61,7 +78,7 @@ class PieceStream:
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
 
-    def put(self, item: Piece | Exception) -> None:
+    def put(self, item: Delta | Exception) -> None:
         """On the loop: hand an item to the reader."""
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
@@ -78,9 +95,9 @@ class PieceStream:
             self._waiter.set_result(None)
 
 
-def deliver(items: Iterable[tuple[PieceStream, Piece | Exception]]) -> None:
+def deliver(items: Iterable[tuple[PieceStream, Delta | Exception]]) -> None:
     """From the engine thread: give a step's items to their loops, one wake-up a loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PieceStream, Piece | Exception]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PieceStream, Delta | Exception]]] = {}
     for stream, item in items:
         by_loop.setdefault(stream.loop, []).append((stream, item))
     for loop, group in by_loop.items():
@@ -91,6 +108,6 @@ def deliver(items: Iterable[tuple[PieceStream, Piece | Exception]]) -> None:
                 stream.cancelled = True
 
 
-def _put_all(items: list[tuple[PieceStream, Piece | Exception]]) -> None:
+def _put_all(items: list[tuple[PieceStream, Delta | Exception]]) -> None:
     for stream, item in items:
         stream.put(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core.engine.interface import Finish, TokenLogprob
+from core.engine.interface import Cause, FinishReason, TokenLogprob
 from core.engine.sampling import likeliest, log_softmax, logits_of
 from core.errors import ApiError
 
@@ -25,8 +25,12 @@ class Step:
         self._vocabulary = vocabulary
         self._n_limit = n_limit
 
-    def advance(self, sequence: Sequence, row: int) -> tuple[str, int, tuple[TokenLogprob, ...], Finish | None]:
-        """Draw the next token, and take those that the grammar then forces. Returns (text, tokens, logprobs, finish).
+    def advance(
+        self, sequence: Sequence, row: int
+    ) -> tuple[str, int, tuple[TokenLogprob, ...], FinishReason | None, Cause | None]:
+        """Draw the next token and append the tokens that the grammar then forces.
+
+        Returns (text, tokens, logprobs, finish_reason, cause).
 
         Raises ApiError if the grammar leaves no token, or gives up (llguidance bounds its own work).
         """
@@ -37,25 +41,31 @@ class Step:
             logprobs = log_softmax(logits_of(self._bindings, self._context, row, self._vocabulary.n_tokens))
         token = self._draw(sequence, row)
         if self._vocabulary.is_end(token):
-            return sequence.text.finish(), 0, (), "stop"
+            return sequence.text.finish(), 0, (), "stop", None
         entries = () if logprobs is None else (self._entry(logprobs, token, request.top_logprobs or 0),)
 
         drawn = [token, *self._forced(sequence)]
-        limit = self._n_limit - len(sequence.tokens)
-        if request.max_tokens is not None:
-            limit = min(limit, request.max_tokens - sequence.produced)
+        limit, limit_cause = self._limit(sequence)
         gained = drawn[:limit]
         sequence.tokens.extend(gained)
         text = sequence.text.push(b"".join(map(self._vocabulary.piece, gained)))
 
-        finish: Finish | None = None
+        finish_reason: FinishReason | None = None
+        cause: Cause | None = None
         if sequence.text.stopped or (sequence.matcher is not None and len(drawn) <= limit and self._complete(sequence)):
-            finish = "stop"
+            finish_reason = "stop"
         elif len(drawn) >= limit:
-            finish = "length"
-        if finish is not None:
+            finish_reason, cause = "length", limit_cause
+        if finish_reason is not None:
             text += sequence.text.finish()
-        return text, len(gained), entries, finish
+        return text, len(gained), entries, finish_reason, cause
+
+    def _limit(self, sequence: Sequence) -> tuple[int, Cause]:
+        """How many tokens the sequence may still gain, and which limit says so."""
+        room, max_tokens = self._n_limit - len(sequence.tokens), sequence.request.max_tokens
+        if max_tokens is not None and max_tokens - sequence.produced <= room:
+            return max_tokens - sequence.produced, "max_tokens"
+        return room, "context"
 
     def _draw(self, sequence: Sequence, row: int) -> int:
         """Sample a token that the grammar, if there is one, allows.

@@ -21,7 +21,7 @@ from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.counters import Counters
 from core.engine.inbox import Inbox
-from core.engine.interface import Piece
+from core.engine.interface import Cause, Delta, FinishReason, TokenLogprob
 from core.engine.pace import Pace
 from core.engine.sequence import Sequence
 from core.engine.stream import PieceStream, deliver
@@ -65,7 +65,7 @@ class Scheduler:
         self._inbox = Inbox(arrival)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._out: list[tuple[PieceStream, Piece | Exception]] = []
+        self._out: list[tuple[PieceStream, Delta | Exception]] = []
         self._pace = Pace()
         self._admissions = 0
         self.counters = Counters()
@@ -143,9 +143,8 @@ class Scheduler:
         return True
 
     def _finish_late(self, sequence: Sequence) -> None:
-        if sequence.stream.begun:
-            self._emit(sequence, sequence.text.finish(), finish="length")
-            self._retire(sequence)
+        if sequence.stream.first_token_at is not None:
+            self._cut(sequence, "deadline")
             return
         # An empty answer would look like one that the model gave.
         if sequence.begun:
@@ -167,6 +166,8 @@ class Scheduler:
             self._admissions += 1
             sequence.admitted = self._admissions
             sequence.prefill = len(sequence.tokens)
+            if sequence.stream.admitted_at is None:
+                sequence.stream.admitted_at = time.monotonic()
             if not sequence.begun:
                 sequence.begun = True
                 if sequence.leader is None:
@@ -265,7 +266,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, row: int) -> None:
         """Sample, turn into text, and end the sequence if it is time. An exception ends this sequence only."""
         try:
-            text, tokens, logprobs, finish = self._step.advance(sequence, row)
+            text, tokens, logprobs, finish_reason, cause = self._step.advance(sequence, row)
         except ApiError as error:
             self._fail(sequence, error)
             return
@@ -274,9 +275,12 @@ class Scheduler:
             self._fail(sequence, ApiError(f"the next token could not be made: {type(error).__name__}"))
             return
         self.counters.completion_tokens += tokens
-        sequence.stream.begun = True
-        self._emit(sequence, text, tokens, logprobs, finish)
-        if finish is not None:
+        stream = sequence.stream
+        stream.latest_token_at = time.monotonic()
+        if stream.first_token_at is None:
+            stream.first_token_at = stream.latest_token_at
+        self._emit(sequence, text, tokens, logprobs, finish_reason, cause)
+        if finish_reason is not None:
             self._retire(sequence)
 
     def _make_room(self) -> None:
@@ -286,9 +290,7 @@ class Scheduler:
             case "evict":
                 self._cache.evict()
             case "end":
-                last = self._running[0]
-                self._emit(last, last.text.finish(), finish="length")
-                self._retire(last)
+                self._cut(self._running[0], "memory")
             case index:
                 paused = self._running.pop(index)
                 assert paused.slot is not None
@@ -303,8 +305,21 @@ class Scheduler:
             if sequence.slot is not None:
                 self._cache.trim(sequence.slot, len(sequence.slot.tokens))
 
-    def _emit(self, sequence: Sequence, text: str, tokens: int = 0, logprobs: Any = (), finish: Any = None) -> None:
-        self._out.append((sequence.stream, Piece(sequence.index, text, tokens, logprobs, finish)))
+    def _cut(self, sequence: Sequence, cause: Cause) -> None:
+        """End the sequence with the text that it has."""
+        self._emit(sequence, sequence.text.finish(), finish_reason="length", cause=cause)
+        self._retire(sequence)
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        text: str,
+        tokens: int = 0,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        cause: Cause | None = None,
+    ) -> None:
+        self._out.append((sequence.stream, Delta(sequence.index, text, tokens, logprobs, finish_reason, cause)))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self._out.append((sequence.stream, error))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from core.engine.interface import Finish, TokenLogprob
+from core.engine.interface import FinishReason, TokenLogprob
 
 
 class PromptTokensDetails(Struct):
@@ -49,7 +49,7 @@ class AssistantMessage(Struct):
 class Choice(Struct):
     index: int
     message: AssistantMessage
-    finish_reason: Finish
+    finish_reason: FinishReason
     logprobs: Logprobs | None = None
 
 
@@ -73,7 +73,7 @@ class ChunkChoice(Struct):
     index: int
     delta: Delta
     logprobs: Logprobs | None = None
-    finish_reason: Finish | None = None
+    finish_reason: FinishReason | None = None
 
 
 class Chunk(Struct):

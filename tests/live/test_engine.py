@@ -55,8 +55,8 @@ async def collect(engine: Llama, request: GenerationRequest) -> Answer:
         answer.texts[piece.index] += piece.text
         answer.tokens += piece.tokens
         answer.logprobs += piece.logprobs
-        if piece.finish:
-            answer.finishes[piece.index] = piece.finish
+        if piece.finish_reason:
+            answer.finishes[piece.index] = piece.finish_reason
     answer.cached = stream.cached_tokens
     return answer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.interface import GenerationRequest, Piece, TokenLogprob
+from core.engine.interface import Delta, GenerationRequest, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
 from handlers import reply as answer
@@ -139,8 +139,8 @@ class LogprobEngine(ScriptedEngine):
         generation = super().generate(request)
         top = ((b"\xc3", -0.1), (b"x", -2.5))
         generation._todo = [
-            Piece(0, "", 1, (TokenLogprob(b"\xc3", -0.1, top),)),
-            Piece(0, "é", 1, (TokenLogprob(b"\xa9", -0.2),), "stop"),
+            Delta(0, "", 1, (TokenLogprob(b"\xc3", -0.1, top),)),
+            Delta(0, "é", 1, (TokenLogprob(b"\xa9", -0.2),), "stop"),
         ]
         return generation
 
@@ -442,7 +442,7 @@ class BreakingEngine(ScriptedEngine):
     def generate(self, request: Any) -> ScriptedGeneration:
         generation = super().generate(request)
 
-        async def anext_(self: ScriptedGeneration) -> Piece:
+        async def anext_(self: ScriptedGeneration) -> Delta:
             if len(self._todo) < 3:
                 raise ModelUnavailable("The model is gone.")
             return self._todo.pop(0)
@@ -659,7 +659,7 @@ class GatedGeneration(ScriptedGeneration):
         super().__init__(engine, request)
         self._gate = engine.gate
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> Delta:
         await self._gate.wait()
         return await super().__anext__()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from core.engine import llama, schedule
-from core.engine.interface import GenerationRequest, Sampling
+from core.engine.interface import GenerationRequest, Sampling, Timings
 from core.engine.llama import Llama
 from core.engine.sampling import Sampler
 from core.engine.stream import PieceStream
@@ -49,7 +50,7 @@ async def weigh(engine: Llama, *requests: GenerationRequest) -> list[list[float]
 async def read(stream: PieceStream) -> tuple[str, int, str | None]:
     text, tokens, finish = "", 0, None
     async for piece in stream:
-        text, tokens, finish = text + piece.text, tokens + piece.tokens, piece.finish
+        text, tokens, finish = text + piece.text, tokens + piece.tokens, piece.finish_reason
     return text, tokens, finish
 
 
@@ -335,3 +336,85 @@ def test_a_request_that_cannot_be_built_leaves_nothing_behind(
     timer = streams[0]._timer
     assert timer is not None
     assert timer.cancelled()
+
+
+async def last(stream: PieceStream) -> tuple[str | None, str | None]:
+    """The finish reason and the cause of a stream's last delta; the others have none."""
+    *others, end = [delta async for delta in stream]
+    assert {(delta.finish_reason, delta.cause) for delta in others} <= {(None, None)}
+    return end.finish_reason, end.cause
+
+
+@pytest.mark.parametrize(
+    ("length", "fields", "end"),
+    [
+        (20, {"max_tokens": 5}, ("length", "max_tokens")),
+        (248, {"max_tokens": None}, ("length", "context")),
+        (248, {"max_tokens": 1000}, ("length", "context")),
+        (248, {"max_tokens": 8}, ("length", "max_tokens")),
+        (20, {"max_tokens": 50, "grammar": 'start: "abc"'}, ("stop", None)),
+    ],
+)
+def test_a_cut_answer_says_which_limit_was_reached(
+    tiny_engine: Load, length: int, fields: dict[str, Any], end: tuple[str, str | None]
+) -> None:
+    """The client's own limit wins where the context ends at the same token."""
+    engine = tiny_engine("llama", n_ctx=256)
+    generation_request = GenerationRequest(prompt(1, length), GREEDY, **fields)
+
+    async def main() -> tuple[str | None, str | None]:
+        return await last(engine.generate(generation_request))
+
+    assert engine.card.n_ctx == 256
+    assert asyncio.run(main()) == end
+
+
+def test_an_answer_cut_by_its_deadline_says_so(tiny_engine: Load) -> None:
+    engine = tiny_engine("llama")
+    deadline = time.monotonic() + 3600
+
+    async def main() -> tuple[str | None, str | None]:
+        stream = engine.generate(request(1, 20, 1000, deadline=deadline))
+        await anext(stream)
+        stream._expire()  # as the deadline's timer does
+        return await last(stream)
+
+    assert asyncio.run(main()) == ("length", "deadline")
+
+
+def test_an_answer_cut_by_a_full_memory_says_so(tiny_engine: Load) -> None:
+    """A sequence that is alone ends when llama.cpp finds no KV cells for its next token."""
+    engine = tiny_engine("llama")
+    full = threading.Event()
+    watched = Watched(engine, lambda length: None)
+    decode = watched.llama_decode
+    watched.llama_decode = lambda context, batch: 1 if full.is_set() else decode(context, batch)  # type: ignore[method-assign]
+
+    async def main() -> tuple[str | None, str | None]:
+        stream = engine.generate(request(1, 20, 1000))
+        await anext(stream)
+        full.set()
+        return await last(stream)
+
+    assert asyncio.run(main()) == ("length", "memory")
+
+
+def test_timings_add_up_to_the_time_of_the_request(tiny_engine: Load) -> None:
+    """Queue, prefill and decode follow each other; the first token waits for all steps of a long prompt."""
+    engine = tiny_engine("llama", n_batch=64)
+    watched = Watched(engine, lambda length: time.sleep(0.01))
+
+    async def main() -> tuple[Timings, float]:
+        started = time.monotonic()
+        stream = engine.generate(request(1, 500, 10))
+        async for _ in stream:
+            pass
+        return stream.timings, (time.monotonic() - started) * 1000
+
+    timings, elapsed_ms = asyncio.run(main())
+    n_prefill = len([length for length in watched.lengths if length > 1])
+    assert n_prefill > 5
+    assert timings.queue_ms >= 0
+    assert timings.prefill_ms >= 10 * n_prefill
+    assert timings.decode_ms >= 10 * 9
+    assert timings.queue_ms + timings.prefill_ms + timings.decode_ms <= elapsed_ms
