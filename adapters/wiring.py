@@ -16,7 +16,7 @@ from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace
-from core.store.source import Cancelled, Found, Mirror, Partial, Progress, RemoteFile, Source
+from core.store.source import Cancelled, Mirror, Partial, Progress, RemoteFile, RemoteModel, Source
 from core.store.store import Store
 from core.timeline import Timeline
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adapters.s3.source import S3Storage
 
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.wiring")
 
 
 def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bool = False) -> Service:
@@ -51,7 +51,7 @@ def sources(settings: Settings) -> tuple[Source, ...]:
     """In the order in which they are asked: S3 is near, the hub is far. The S3 module's import (30 ms, mostly
     http.client) is left out of a start that has no use for it; /load can still name s3://."""
     if settings.hf_token and _is_open(settings.hf_endpoint):
-        log.warning("HF_ENDPOINT=%s is not https: HF_TOKEN crosses the network in clear", settings.hf_endpoint)
+        logger.warning("HF_ENDPOINT=%s is not https: HF_TOKEN crosses the network in clear", settings.hf_endpoint)
     hub = Hub(
         settings.hf_endpoint,
         settings.hf_token,
@@ -119,15 +119,17 @@ class _LateS3:
     def _source(self) -> S3Storage:
         return s3(self._settings)
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
         return self._source.resolve(reference, refresh=refresh) if isinstance(reference, S3) else None
 
     def download(
-        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         return self._source.download(found, file, partial, progress=progress, cancelled=cancelled)
 
-    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    def open_memory(
+        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+    ) -> ModelFile | None:
         return self._source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
 
 

@@ -22,7 +22,7 @@ from adapters.wiring import s3, sources
 from core.errors import ApiError, InvalidRequest
 from core.settings import Settings, SettingsError
 from core.store.reference import HuggingFace, parse
-from core.store.source import Found
+from core.store.source import RemoteModel
 from core.store.store import Store
 
 
@@ -56,12 +56,12 @@ class Offered:
     """A `core.store.source.Mirror` that keeps what it was offered, to be uploaded in the foreground."""
 
     def __init__(self) -> None:
-        self.offer_made: tuple[HuggingFace, Found, tuple[Path, ...]] | None = None
+        self.offer_made: tuple[HuggingFace, RemoteModel, tuple[Path, ...]] | None = None
 
-    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
         self.offer_made = (reference, found, paths)
 
-    def distrust(self, found: Found) -> None:
+    def distrust(self, found: RemoteModel) -> None:
         return None
 
     def run_pending(self, deadline: float | None) -> bool:

@@ -7,7 +7,7 @@ import logging
 from core.errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import HuggingFace
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.huggingface")
 
 
 def explain(error: Exception | None, reference: HuggingFace, path: str, endpoint: str) -> ApiError:
@@ -17,7 +17,7 @@ def explain(error: Exception | None, reference: HuggingFace, path: str, endpoint
     where = f"{reference.repo_id} at {endpoint}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     # The text of an error with a status holds the URL, and a URL of the CDN its signature.
-    log.warning("the hub failed for %s: %s %s", reference, type(error).__name__, error if status is None else status)
+    logger.warning("the hub failed for %s: %s %s", reference, type(error).__name__, error if status is None else status)
     match error:
         case errors.GatedRepoError():
             return InvalidRequest(

@@ -21,14 +21,14 @@ from adapters.huggingface.errors import explain, is_transient
 from core.errors import ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, split_files
-from core.store.source import Cancelled, DownloadCancelled, Found, Partial, Progress, RemoteFile
+from core.store.source import Cancelled, DownloadCancelled, Partial, Progress, RemoteFile, RemoteModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from huggingface_hub import HfFileMetadata
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.huggingface")
 
 TRIES = 5  # in a row without a new byte
 HEAD_TRIES = 3
@@ -57,7 +57,7 @@ class Hub:
         self._part_bytes = part_bytes or 8 << 20
         self._backoff_s = backoff_s
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
         """Ask the hub for commit, size and sha256 of each file (one HEAD each).
 
         Raises ModelNotFound, InvalidRequest (gated, disabled, refused token) or ModelUnavailable.
@@ -70,10 +70,10 @@ class Hub:
         for path in split_files(reference.filename):
             file, commit = self._head(reference, path, commit or reference.revision)
             files.append(file)
-        return Found(self.name, reference, tuple(files), commit, resolved_at)
+        return RemoteModel(self.name, reference, tuple(files), commit, resolved_at)
 
     def download(
-        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """GETs from where the file ends, again after each break, until it is whole. Verification is the store's."""
         from huggingface_hub.errors import HTTPError
@@ -95,11 +95,13 @@ class Hub:
             failures += 1
             if failures >= TRIES or not is_transient(failure):
                 raise explain(failure, found.reference, file.path, self._endpoint) from failure
-            log.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
+            logger.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
             _sleep(self._pause(failures), cancelled)
         return False
 
-    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    def open_memory(
+        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+    ) -> ModelFile | None:
         """In parallel ranged reads of our own. Returns when all is there: the hub names one sha256, for the whole."""
         from adapters.transfer import memfd as memory
         from adapters.transfer.checksum import Sha256
@@ -118,7 +120,7 @@ class Hub:
 
         return memory.receive(found, begin, name, progress, cancelled, whole=True)
 
-    def locate(self, found: Found, file: RemoteFile) -> tuple[str, dict[str, str]]:
+    def locate(self, found: RemoteModel, file: RemoteFile) -> tuple[str, dict[str, str]]:
         """URL and headers with which any HTTP client can read ranges of the file: the hub's redirect, followed now.
 
         What it redirects to is signed and ends some time. The token goes to the hub's own host only.
@@ -130,7 +132,7 @@ class Hub:
         same = urlsplit(location)[:2] == urlsplit(url)[:2]
         return location, dict(self._headers()) if same else {}
 
-    def _url(self, found: Found, file: RemoteFile) -> str:
+    def _url(self, found: RemoteModel, file: RemoteFile) -> str:
         from huggingface_hub import hf_hub_url
 
         assert isinstance(found.reference, HuggingFace)
@@ -213,7 +215,7 @@ class _Origin:
 
     etag: str | None = None  # the CDN's is of no account: the sha256 of the whole decides
 
-    def __init__(self, hub: Hub, found: Found, file: RemoteFile) -> None:
+    def __init__(self, hub: Hub, found: RemoteModel, file: RemoteFile) -> None:
         self.name = f"{file.path} of {found.reference}"
         self._hub, self._found, self._file = hub, found, file
         self._lock = threading.Lock()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from adapters.aws.credentials import CredentialChain
 from adapters.aws.sigv4 import EMPTY_SHA256, Credentials, quote_key, sign
-from adapters.transfer.connection import Broken, Connection
+from adapters.transfer.connection import Connection, ConnectionBroken
 from core.errors import ModelUnavailable
 
 ATTEMPTS = 5
@@ -25,7 +25,7 @@ TIMEOUT_S = 5.0
 IDLE_S = 5.0  # a connection that has rested longer is not used again
 FIRST_PAUSE_S = 0.2
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.s3")
 
 
 class Denied(ModelUnavailable):
@@ -33,7 +33,7 @@ class Denied(ModelUnavailable):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class S3Response:
     """S3's answer: a status of 2xx or 404, headers with lower-case names, the body."""
 
     status: int
@@ -69,11 +69,11 @@ class Bucket:
             return f"https://s3.{self._region}.{domain}/{self.name}/{path}"
         return f"https://{self.name}.s3.{self._region}.{domain}/{path}"
 
-    def get(self, key: str, *, most: int = 16 << 20) -> Reply | None:
+    def get(self, key: str, *, most: int = 16 << 20) -> S3Response | None:
         """A small object, None if there is none. Raises Denied or ModelUnavailable."""
         return self._read("GET", key, {}, most)
 
-    def head(self, key: str) -> Reply | None:
+    def head(self, key: str) -> S3Response | None:
         """An object's headers, its checksums among them; None if there is none. Raises Denied or ModelUnavailable."""
         return self._read("HEAD", key, {"x-amz-checksum-mode": "ENABLED"}, 0)
 
@@ -89,7 +89,7 @@ class Bucket:
         credentials = self._chain.get(stale=stale)
         return url, sign(method, url, headers, EMPTY_SHA256, credentials, self._region, "s3"), credentials
 
-    def _read(self, method: str, key: str, headers: Mapping[str, str], most: int) -> Reply | None:
+    def _read(self, method: str, key: str, headers: Mapping[str, str], most: int) -> S3Response | None:
         where, stale, moves = f"s3://{self.name}/{key}", None, 0
         while True:  # at most thrice: as configured, in the bucket's region, with new credentials
             reply, credentials = self._persist(method, key, headers, most, stale)
@@ -111,7 +111,7 @@ class Bucket:
 
     def _persist(
         self, method: str, key: str, headers: Mapping[str, str], most: int, stale: Credentials | None
-    ) -> tuple[Reply, Credentials]:
+    ) -> tuple[S3Response, Credentials]:
         """The first answer that is not a passing trouble; after ATTEMPTS of those ModelUnavailable."""
         reason = ""
         for attempt in range(ATTEMPTS):
@@ -121,25 +121,25 @@ class Bucket:
             url, signed, credentials = self.signed(method, key, headers, stale=stale)
             try:
                 reply = self._exchange(method, url, signed, most)
-            except Broken as error:
+            except ConnectionBroken as error:
                 reason = str(error)
                 continue
             if reply.status < 500 and reply.status != 429:
                 return reply, credentials
             reason = _reason(reply)
-        log.warning("s3://%s/%s: %s", self.name, key, reason)
+        logger.warning("s3://%s/%s: %s", self.name, key, reason)
         raise ModelUnavailable(f"s3://{self.name}/{key} could not be read in {ATTEMPTS} tries. Try again later.")
 
-    def _moved(self, reply: Reply) -> bool:
+    def _moved(self, reply: S3Response) -> bool:
         """Whether S3 names another region for the bucket than the one asked; it is used from now on."""
         region = reply.headers.get("x-amz-bucket-region", self._region)
         if region == self._region or self._endpoint:
             return False
-        log.info("bucket %s is in %s, not in %s", self.name, region, self._region)
+        logger.info("bucket %s is in %s, not in %s", self.name, region, self._region)
         self._region = region
         return True
 
-    def _exchange(self, method: str, url: str, headers: Mapping[str, str], most: int) -> Reply:
+    def _exchange(self, method: str, url: str, headers: Mapping[str, str], most: int) -> S3Response:
         connection = self._kept() or Connection(TIMEOUT_S)
         try:
             response = connection.send(method, url, headers)
@@ -149,7 +149,7 @@ class Bucket:
             raise
         with self._lock:
             self._idle.append((connection, time.time()))
-        return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+        return S3Response(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
 
     def _kept(self) -> Connection | None:
         """The connection that was used last, if S3 is likely to have kept it, too.
@@ -175,7 +175,7 @@ class Bucket:
             connection.close()
 
 
-def _reason(reply: Reply) -> str:
+def _reason(reply: S3Response) -> str:
     code = re.search(rb"<Code>(\w{1,64})</Code>", reply.body)
     return f"HTTP {reply.status}" + (f" {code[1].decode()}" if code else "")
 

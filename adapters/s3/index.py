@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from adapters.s3.bucket import Bucket, Denied, Reply
+from adapters.s3.bucket import Bucket, Denied, S3Response
 from adapters.s3.manifest import MalformedManifest, Manifest
 from adapters.s3.mirror.lock import missing, refused
 from adapters.s3.mirror.upload import Target
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REF_TRIES = 3
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.mirror")
 
 
 class Index:
@@ -74,11 +74,11 @@ class Index:
                 if not refused(error) and not missing(error):
                     raise
                 continue  # another process wrote it meanwhile: compare again
-            log.info("the mirror's %s of %s is %s", reference.revision, reference.repo_id, ref.commit)
+            logger.info("the mirror's %s of %s is %s", reference.revision, reference.repo_id, ref.commit)
             return
 
 
-def _read(read: Callable[[str], Reply | None], key: str) -> Reply | None:
+def _read(read: Callable[[str], S3Response | None], key: str) -> S3Response | None:
     """None also for a 403: without s3:ListBucket that is what S3 says of a missing key."""
     try:
         return read(key)

@@ -3,7 +3,7 @@
 The mirror's layout: immutable bytes under their sha256, and small pointers to them.
 
     <prefix>/blobs/<sha256>                               the bytes of a file
-    <prefix>/blobs/<sha256>.lease                         while a process uploads them (`adapters.s3.mirror.lock`)
+    <prefix>/blobs/<sha256>.lock                         while a process uploads them (`adapters.s3.mirror.lock`)
     <prefix>/org/repo/<commit>/file.gguf.manifest.json    the file's blob and digests (`adapters.s3.manifest`)
     <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.s3.ref`)
 """
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adapters.s3.bucket import Bucket, Denied, Reply
+from adapters.s3.bucket import Bucket, Denied, S3Response
 from adapters.s3.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.s3.ref import Ref
 from adapters.transfer import memfd as memory
@@ -25,12 +25,12 @@ from adapters.transfer.transfer import BLOCK_BYTES, Transfer
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files
-from core.store.source import Cancelled, Found, Partial, Progress, RemoteFile
+from core.store.source import Cancelled, Partial, Progress, RemoteFile, RemoteModel
 from core.store.target import free_memory
 
 PART_BYTES = 8 << 20  # enough for a request's latency not to count, small enough to share out evenly
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.s3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class S3Storage:
         self._lock = threading.Lock()
         self._refs: dict[tuple[str, str], str] = {}  # what the mirror's refs said: (repository, name) -> commit
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
         """What the mirror holds of a hub reference (None: not all of it), or the object that an s3:// reference names.
 
         Raises ModelNotFound for an s3:// reference without an object, Denied or ModelUnavailable.
@@ -90,14 +90,14 @@ class S3Storage:
         if isinstance(reference, S3):
             bucket = self.bucket(reference.bucket)
             files = [self._object(bucket, key) for key in split_files(reference.key)]
-            return Found(self.name, reference, tuple(files))
+            return RemoteModel(self.name, reference, tuple(files))
         if self._mirror is None:
             return None
         try:
             return self._mirrored(self._mirror, reference, refresh=refresh)
         except Denied as error:
             # Without s3:ListBucket a missing key is a 403 too: it may just not be there.
-            log.warning("the mirror is passed over: %s", error.message)
+            logger.warning("the mirror is passed over: %s", error.message)
             return None
 
     def known_ref(self, reference: HuggingFace) -> str | None:
@@ -106,7 +106,7 @@ class S3Storage:
             return self._refs.get((reference.repo_id, reference.revision))
 
     def download(
-        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """Fill `partial` in parallel; what it has from an earlier try is verified first where there is a manifest."""
 
@@ -124,7 +124,9 @@ class S3Storage:
             partial.landed(transfer.front())
         return False  # the blocks were verified by the manifest; the sha256 of the whole is its word only
 
-    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    def open_memory(
+        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+    ) -> ModelFile | None:
         """With a manifest, returns once header and vocabulary are there and verified, the rest on its way."""
         file = found.files[0]
         if len(found.files) != 1 or not memory.is_supported():
@@ -162,7 +164,7 @@ class S3Storage:
             part_bytes=self._part_bytes,
         )
 
-    def _mirrored(self, bucket: Bucket, reference: HuggingFace, *, refresh: bool) -> Found | None:
+    def _mirrored(self, bucket: Bucket, reference: HuggingFace, *, refresh: bool) -> RemoteModel | None:
         commit: str | None = reference.revision
         if not is_commit(reference.revision):
             if refresh:
@@ -176,10 +178,10 @@ class S3Storage:
             if file is None or file.manifest is None:
                 return None
             if file.manifest.origin != origin(reference, commit, path):
-                log.warning("the mirror's manifest of %s is passed over: it is of %s", path, file.manifest.origin)
+                logger.warning("the mirror's manifest of %s is passed over: it is of %s", path, file.manifest.origin)
                 return None
             files.append(file)
-        return Found(self.name, reference, tuple(files), commit)
+        return RemoteModel(self.name, reference, tuple(files), commit)
 
     def _ref(self, bucket: Bucket, reference: HuggingFace) -> str | None:
         reply = bucket.get(self._layout.ref(reference), most=1024)
@@ -197,7 +199,7 @@ class S3Storage:
         try:
             manifest = Manifest.from_json(reply.body)
         except MalformedManifest as error:
-            log.warning("s3://%s/%s is passed over: %s", bucket.name, key, error)
+            logger.warning("s3://%s/%s is passed over: %s", bucket.name, key, error)
             return None
         return S3File(path, manifest.size_bytes, manifest.sha256, manifest.etag, bucket, manifest.key, manifest)
 
@@ -227,7 +229,7 @@ def default_threads() -> int:
     return max(2, min(4 * cpus, 16, affordable))
 
 
-def _plain(bucket: Bucket, key: str, reply: Reply) -> S3File:
+def _plain(bucket: Bucket, key: str, reply: S3Response) -> S3File:
     size, etag = reply.headers.get("content-length", ""), reply.headers.get("etag", "")
     if not size.isdecimal() or not etag:
         raise ModelUnavailable(f"s3://{bucket.name}/{key} has no size or no ETag; is this an S3?", retry_after=None)

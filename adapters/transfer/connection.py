@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 USER_AGENT = "slm-api-server"
 
 
-class Broken(Exception):
+class ConnectionBroken(Exception):
     """The connection failed before the answer was whole. The message is for the log."""
 
 
@@ -45,7 +45,7 @@ def proxy_of(url: SplitResult) -> SplitResult | None:
         return None
     proxy = urlsplit(address if "://" in address else f"http://{address}")
     if proxy.scheme != "http" or proxy.hostname is None:
-        raise Broken(f"a proxy is named http://host:port, got one with {proxy.scheme}://")
+        raise ConnectionBroken(f"a proxy is named http://host:port, got one with {proxy.scheme}://")
     return proxy
 
 
@@ -87,7 +87,7 @@ class Connection:
         self._aborted = False
 
     def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> HTTPResponse:
-        """The answer, its body still to be read with `read_into` or `read`. Raises Broken."""
+        """The answer, its body still to be read with `read_into` or `read`. Raises ConnectionBroken."""
         parts = urlsplit(url)
         host = (parts.scheme, parts.netloc)
         if host != self._host or self._response is None or not self._response.isclosed():
@@ -103,47 +103,47 @@ class Connection:
                 connection = _connect(parts, proxy, self._timeout)
                 self._connection, self._host, self._socket = connection, host, connection.sock
             if self._aborted:
-                raise Broken("aborted")
+                raise ConnectionBroken("aborted")
             connection.request(method, target, body, {"User-Agent": USER_AGENT, **headers})
             self._response = connection.getresponse()
         return self._response
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the next bytes of the answer. Raises Broken if they do not come."""
+        """Fill `view` with the next bytes of the answer. Raises ConnectionBroken if they do not come."""
         response = self._response
         if response is None:
-            raise Broken("no answer is open")
+            raise ConnectionBroken("no answer is open")
         filled = 0
         with self._closed_by_failure():
             while filled < len(view):
                 count = response.readinto(view[filled:])
                 if count == 0:
-                    raise Broken(f"the answer ended {len(view) - filled} bytes early")
+                    raise ConnectionBroken(f"the answer ended {len(view) - filled} bytes early")
                 filled += count
 
     def read(self, most: int) -> bytes:
-        """The rest of the answer, but no more than `most` bytes: then Broken."""
+        """The rest of the answer, but no more than `most` bytes: then ConnectionBroken."""
         if self._response is None:
-            raise Broken("no answer is open")
+            raise ConnectionBroken("no answer is open")
         with self._closed_by_failure():
             body = self._response.read(most + 1)
             if len(body) > most:
-                raise Broken(f"the answer is longer than {most} bytes")
+                raise ConnectionBroken(f"the answer is longer than {most} bytes")
             if self._response.length:
-                raise Broken(f"the answer ended {self._response.length} bytes early")
+                raise ConnectionBroken(f"the answer ended {self._response.length} bytes early")
         if not self._response.isclosed():  # of length nought, or a HEAD's
             self._response.close()
         return body
 
     @contextlib.contextmanager
     def _closed_by_failure(self) -> Iterator[None]:
-        """Whatever fails inside closes the connection and is Broken."""
+        """Whatever fails inside closes the connection and is ConnectionBroken."""
         try:
             yield
         except (OSError, HTTPException) as error:
             self.close()
-            raise Broken(f"{type(error).__name__}: {error}") from error
-        except Broken:
+            raise ConnectionBroken(f"{type(error).__name__}: {error}") from error
+        except ConnectionBroken:
             self.close()
             raise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from adapters.transfer.connection import Broken, Connection
-from adapters.transfer.refusal import refusal
+from adapters.transfer.connection import Connection, ConnectionBroken
+from adapters.transfer.errors import error_of
 
 # Bytes that one read asks for. A break loses those of the read that it interrupts.
 FIRST_READ, LEAST_READ, LARGEST_READ = 16 << 10, 4 << 10, 1 << 20
@@ -37,22 +37,22 @@ class Lane:
         self._read_bytes = FIRST_READ
 
     def ask(self, origin: Origin, first: int, last: int, size: int, *, renew: bool) -> None:
-        """Ask for bytes `first` to `last`. Raises Broken, Refused or ModelUnavailable unless just they come."""
+        """Request bytes `first` to `last`. Raise ConnectionBroken, Refused or ModelUnavailable if others come."""
         url, headers = origin.request(first, last, renew=renew)
         response = self.connection.send("GET", url, headers)
         length = last + 1 - first
         whole = response.status == 200 and response.length == size == length
         if response.status != 206 and not whole:
             body = self.connection.read(65536) if response.status >= 300 else b""
-            raise refusal(response.status, body, origin.name)
+            raise error_of(response.status, body, origin.name)
         if origin.etag is not None and response.getheader("ETag", origin.etag) != origin.etag:
-            raise refusal(412, b"", origin.name)  # from a server that ignores If-Match
+            raise error_of(412, b"", origin.name)  # from a server that ignores If-Match
         ranged = f"bytes {first}-{last}/{size}"
         if not whole and (response.getheader("Content-Range") != ranged or response.length != length):
-            raise Broken(f"asked for {ranged}, got {response.getheader('Content-Range')}")
+            raise ConnectionBroken(f"asked for {ranged}, got {response.getheader('Content-Range')}")
 
     def receive(self, block: memoryview) -> None:
-        """Fill `block`, a part of `buffer`, from `filled` on. Raises Broken.
+        """Fill `block`, a part of `buffer`, from `filled` on. Raises ConnectionBroken.
 
         A read takes about a tenth of a second, so that on a slow link a break costs little.
         """

@@ -15,7 +15,7 @@ from adapters.transfer.transfer import Transfer
 from core.errors import InvalidRequest
 from core.store import gguf
 from core.store.model_file import ModelFile
-from core.store.source import Cancelled, DownloadCancelled, Found, Progress
+from core.store.source import Cancelled, DownloadCancelled, Progress, RemoteModel
 
 POLL_S = 0.05  # how often progress is told and a cancellation noticed
 
@@ -58,7 +58,7 @@ def follow(transfer: Transfer, progress: Progress, cancelled: Cancelled, offset:
 
 
 def receive(
-    found: Found,
+    found: RemoteModel,
     begin: Callable[[int], Transfer],
     name: str,
     progress: Progress,

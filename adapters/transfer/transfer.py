@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from adapters.transfer.blocks import OVERTAKE_S, SLOW_S, Blocks, Part
 from adapters.transfer.checksum import Checksum
-from adapters.transfer.connection import Broken, Connection
+from adapters.transfer.connection import Connection, ConnectionBroken
+from adapters.transfer.errors import Refused, WrongBytes
 from adapters.transfer.lane import Lane, Origin
-from adapters.transfer.refusal import Refused, WrongBytes
 from core.errors import ModelUnavailable
 from core.store.source import Damaged, DownloadCancelled
 
@@ -34,7 +34,7 @@ WRONG_ATTEMPTS = 3  # the same for a block whose bytes are wrong: they did not c
 STALL_S = 10.0  # a read that brings nothing for so long is given up
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.transfer")
 
 
 class Transfer:
@@ -261,7 +261,7 @@ class Transfer:
                 with self._turn():
                     self._request(lane, part, renew=refused)
                 return
-            except (Refused, Broken) as error:
+            except (Refused, ConnectionBroken) as error:
                 reason = error
             if self._stopped.is_set():
                 return
@@ -284,7 +284,7 @@ class Transfer:
                     f"{self._origin.name} could not be downloaded: reads failed {failures} times in a row. "
                     "Try again later."
                 ) from reason
-            log.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, reason)
+            logger.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, reason)
             pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (failures - 1))
             self._stopped.wait(random.uniform(pause / 2, pause))  # noqa: S311 - jitter, no secret
 
@@ -321,7 +321,7 @@ class Transfer:
         now = time.monotonic()
         with self._changed:
             if self._stopped.is_set():  # whoever stopped has not seen this connection
-                raise Broken("stopped")
+                raise ConnectionBroken("stopped")
             self._connections[connection] = now
         return now
 

@@ -19,16 +19,16 @@ from core.store.directory import real_path
 from core.store.partial import PartialFile, read_note, sha256_of
 from core.store.reference import S3, HuggingFace, split_files
 from core.store.sidecar import Part, Sidecar
-from core.store.source import Cancelled, Damaged, DownloadCancelled, Found, Progress, RemoteFile, Source
+from core.store.source import Cancelled, Damaged, DownloadCancelled, Progress, RemoteFile, RemoteModel, Source
 from core.store.versions import current, parts
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.store")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
+class Published:
     place: Path  # the name under which the model is current
     paths: tuple[Path, ...]  # its files
     sidecar: Sidecar
@@ -59,7 +59,9 @@ class Download:
     folder of their version, which nothing names until the link at the place is replaced (`core.store.directory`).
     """
 
-    def __init__(self, root: Path, source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> None:
+    def __init__(
+        self, root: Path, source: Source, found: RemoteModel, progress: Progress, cancelled: Cancelled
+    ) -> None:
         self._root = root
         self._source = source
         self._found = found
@@ -67,7 +69,7 @@ class Download:
         self._cancelled = cancelled
         self._version = _version(found)
 
-    def run(self) -> Landed:
+    def run(self) -> Published:
         """Raises InvalidRequest (wrong sha256, not a GGUF), ModelUnavailable (network, disk), DownloadCancelled."""
         check_pins(self._found)
         for name in places(self._found.reference):
@@ -86,7 +88,7 @@ class Download:
             param="filename",
         )
 
-    def _run_at(self, place: Path) -> Landed | None:
+    def _run_at(self, place: Path) -> Published | None:
         """None if the place belongs to another model."""
         # Before anything is written: a baked MODELS_DIR may be read-only, and what is there needs no writing.
         if (there := self._occupant(place)) != "none":
@@ -106,7 +108,7 @@ class Download:
             if held.exclusive:
                 versions.tidy(place, origin(self._found.reference))
             held.remove()
-        return Landed(place, parts(home), described, fresh=True)
+        return Published(place, parts(home), described, fresh=True)
 
     def _receive(self, targets: tuple[Path, ...], held: lock.Lock) -> Sidecar:
         """Download, verify, and give each file its name. What is of no use for a later try leaves no file."""
@@ -220,7 +222,7 @@ class Download:
             parts=tuple(others),
         )
 
-    def _occupant(self, place: Path) -> Landed | Literal["none", "another"]:
+    def _occupant(self, place: Path) -> Published | Literal["none", "another"]:
         """What lies at `place`: this very model, another one, or nothing that may not be replaced."""
         first = current(place)
         paths = parts(first)
@@ -234,7 +236,7 @@ class Download:
                 return "another"
         if described is None or not self._is_same(described):
             return "none"
-        return Landed(place, paths, self._renew(first, described), fresh=False)
+        return Published(place, paths, self._renew(first, described), fresh=False)
 
     def _adopt(self, paths: tuple[Path, ...]) -> Sidecar | None:
         """A sidecar for files that were put there by hand, if they are what the source has."""
@@ -283,11 +285,11 @@ class Download:
                 "MODELS_DIR cannot be written by this process; change its owner, or point it elsewhere.",
                 retry_after=None,
             )
-        log.error("writing the model failed", exc_info=error)
+        logger.error("writing the model failed", exc_info=error)
         return ModelUnavailable("Writing the model into MODELS_DIR failed; the log has the reason.")
 
 
-def check_pins(found: Found) -> None:
+def check_pins(found: RemoteModel) -> None:
     """Raise InvalidRequest if the source itself names another sha256 than the pinned one, before a byte is read."""
     for file, pinned in zip(found.files, found.reference.sha256, strict=False):
         if file.sha256 not in (None, pinned):
@@ -298,7 +300,7 @@ def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:
     return InvalidRequest(f"The sha256 of {file.path!r} is {digest}, not {pinned} as asked.", param="sha256")
 
 
-def _version(found: Found) -> str:
+def _version(found: RemoteModel) -> str:
     """What tells this model's bytes from any other's: the digests that the source names, else its other words for it.
 
     Bytes without a digest cannot be judged later, and after a power cut the note of what has arrived may be ahead of

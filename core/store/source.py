@@ -41,7 +41,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RemoteModel:
     """A model that a source has: its files (those of a split model in order), all of one commit."""
 
     source: str  # "huggingface" or "s3"
@@ -80,12 +80,12 @@ class Source(Protocol):
     name: str
     authority: bool  # True for the hub: it knows what a branch means now, and its "no" is final
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found | None:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
         """The model's files, None if it is not here. `refresh` False: a branch may mean what it meant before."""
         ...
 
     def download(
-        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """Fill `partial` from `partial.done` on. True if the sha256 of the whole was computed on the way and is
         `file.sha256`; digests of blocks are not enough, since they come from the same place as the bytes.
@@ -94,7 +94,9 @@ class Source(Protocol):
         """
         ...
 
-    def open_memory(self, found: Found, *, name: str, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    def open_memory(
+        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+    ) -> ModelFile | None:
         """The model in a memfd, verified (size, sha256, GGUF header), perhaps with `arrival` set. None: not possible
         here (split model, no memfd, no room); the store then uses the disk.
 
@@ -107,14 +109,14 @@ class Source(Protocol):
 class Mirror(Protocol):
     """Where models go that the hub delivered."""
 
-    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
         """Upload once, in the background, and note what the branch in `reference` means. Returns at once, never raises.
 
         Called after each fetch of a hub reference, whichever source brought it; `paths` are the published files.
         """
         ...
 
-    def distrust(self, found: Found) -> None:
+    def distrust(self, found: RemoteModel) -> None:
         """Replace what the mirror holds of `found` at the next offer: its bytes were wrong. Never raises."""
         ...
 

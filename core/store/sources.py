@@ -11,9 +11,9 @@ from typing import TypeVar
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store.model_file import Arrival
 from core.store.reference import S3, HuggingFace
-from core.store.source import Damaged, DownloadCancelled, Found, Mirror, Source
+from core.store.source import Damaged, DownloadCancelled, Mirror, RemoteModel, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.store")
 
 _T = TypeVar("_T")
 Failure = ModelUnavailable | InvalidRequest
@@ -28,14 +28,14 @@ class Sources:
         self._lock = threading.Lock()
         self._failed: set[tuple[str, HuggingFace | S3]] = set()  # (source, model): failed last time, is asked last
 
-    def find(self, reference: HuggingFace | S3, *, refresh: bool) -> Iterator[tuple[Source, Found]]:
+    def find(self, reference: HuggingFace | S3, *, refresh: bool) -> Iterator[tuple[Source, RemoteModel]]:
         """The sources that have the model, in the order of `_ordered`, each with what it has.
 
         With `refresh`, the authority is asked first what the branch means now; the others must then have that very
         commit. Raises what the authority says (InvalidRequest), or ModelUnavailable if no source could answer.
         """
         failure: Failure | None = None
-        told: Found | None = None
+        told: RemoteModel | None = None
         asked = reference
         authority = next((source for source in self._sources if source.authority), None)
         if refresh and authority is not None and isinstance(reference, HuggingFace):
@@ -50,7 +50,7 @@ class Sources:
             try:
                 found = told if source is authority and refresh else source.resolve(asked, refresh=refresh)
             except ModelUnavailable as error:
-                log.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
+                logger.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
                 failure = failure or error
                 continue
             except InvalidRequest as error:  # final, unless another source has the model and is only asked later now
@@ -64,7 +64,7 @@ class Sources:
         if not answered and failure is not None:
             raise failure
 
-    def attempt(self, source: Source, found: Found, deliver: Callable[[], _T]) -> _T | Failure:
+    def attempt(self, source: Source, found: RemoteModel, deliver: Callable[[], _T]) -> _T | Failure:
         """What `deliver` returns, or its error if another source may do better. Raises the other errors.
 
         Only the authority's word that a model is unfit (no GGUF, not the pinned one) is final: a copy may be wrong.
@@ -84,7 +84,7 @@ class Sources:
         self._note_success(source, found.reference)
         return delivered
 
-    def watch(self, arrival: Arrival, source: Source, found: Found) -> Arrival:
+    def watch(self, arrival: Arrival, source: Source, found: RemoteModel) -> Arrival:
         return _Watched(
             arrival,
             lambda: self._note_success(source, found.reference),
@@ -96,9 +96,9 @@ class Sources:
         with self._lock:
             return tuple(sorted(self._sources, key=lambda source: (source.name, reference) in self._failed))
 
-    def _note_failure(self, source: Source, found: Found, error: Failure) -> None:
+    def _note_failure(self, source: Source, found: RemoteModel, error: Failure) -> None:
         """The next try asks this source last; the mirror replaces bytes that are wrong."""
-        log.warning("%s could not deliver %s: %s", source.name, found.reference, error.message)
+        logger.warning("%s could not deliver %s: %s", source.name, found.reference, error.message)
         with self._lock:
             self._failed.add((source.name, found.reference))
         if isinstance(error, Damaged) and self._mirror is not None:
@@ -129,7 +129,7 @@ class _Watched:
         self._succeeded()
 
 
-def _agree(found: Found, told: Found | None) -> bool:
+def _agree(found: RemoteModel, told: RemoteModel | None) -> bool:
     """Whether a source has the files that the hub speaks of, as far as both say."""
     if told is None or found is told:
         return True

@@ -13,15 +13,15 @@ from typing import Literal
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.directory import Directory, LocalModel, is_file
-from core.store.download import Download, Landed, check_pins, is_sound, origin, places
+from core.store.download import Download, Published, check_pins, is_sound, origin, places
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
 from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
-from core.store.source import Cancelled, DownloadCancelled, Found, Mirror, Progress, Source
+from core.store.source import Cancelled, DownloadCancelled, Mirror, Progress, RemoteModel, Source
 from core.store.sources import FAILURES, Failure, Sources
 from core.store.versions import current, parts
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.store")
 
 __all__ = ["Cancelled", "Fetched", "LocalModel", "Progress", "Store"]
 
@@ -124,7 +124,7 @@ class Store:
         except ModelUnavailable as error:
             failure = failure or error
         if (path := self._find(reference)) is not None:
-            log.warning("%s is served as it is here: no source answered", reference)
+            logger.warning("%s is served as it is here: no source answered", reference)
             return self._present(reference, path, stop)
         raise failure or ModelNotFound(f"No source has {reference}.", param="filename")
 
@@ -239,7 +239,7 @@ class Store:
         )
 
 
-def _to_fetched(landed: Landed) -> Fetched:
+def _to_fetched(landed: Published) -> Fetched:
     described = landed.sidecar
     return Fetched(
         "downloaded" if landed.fresh else "present",
@@ -258,7 +258,7 @@ def _matches(described: sidecar.Sidecar, reference: HuggingFace | S3) -> bool:
     return not isinstance(reference, HuggingFace) or described.names(reference.revision)
 
 
-def _open_memory(source: Source, found: Found, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+def _open_memory(source: Source, found: RemoteModel, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
     check_pins(found)
     name = model_name(found.files[0].path)
     return source.open_memory(found, name=name, progress=progress, cancelled=cancelled)

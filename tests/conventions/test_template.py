@@ -272,7 +272,7 @@ def test_permissions_are_for_named_resources_only() -> None:
 
     assert len(deletes) == 1
     assert deletes[0]["Fn::If"][1]["Action"] == "s3:DeleteObject"
-    assert deletes[0]["Fn::If"][1]["Resource"]["Fn::Sub"][0].endswith("/${ModelPrefix}/*.lease")
+    assert deletes[0]["Fn::If"][1]["Resource"]["Fn::Sub"][0].endswith("/${ModelPrefix}/*.lock")
     assert '"Resource": "*"' not in text
     assert not re.search(r'"(s3|logs|secretsmanager):\*"', text)
 

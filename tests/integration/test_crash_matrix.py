@@ -25,7 +25,7 @@ import pytest
 from core.errors import ModelUnavailable
 from core.store import sidecar
 from core.store.reference import HuggingFace
-from core.store.source import Found, Partial, Progress, RemoteFile
+from core.store.source import Partial, Progress, RemoteFile, RemoteModel
 from core.store.store import Store
 from core.store.versions import current, parts
 from tests import gguf_files as files
@@ -54,13 +54,13 @@ class Hub:
     def __init__(self, number: int, *, breaks_at: int = 1000) -> None:
         self.number, self.pieces = number, breaks_at
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
         contents = version(self.number, reference)
         remote = [RemoteFile(name, len(c), hashlib.sha256(c).hexdigest()) for name, c in sorted(contents.items())]
-        return Found(self.name, reference, tuple(remote), str(self.number) * 40)
+        return RemoteModel(self.name, reference, tuple(remote), str(self.number) * 40)
 
     def download(
-        self, found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         assert isinstance(found.reference, HuggingFace)
         content = version(self.number, found.reference)[file.path]

@@ -7,7 +7,7 @@ import pytest
 
 from adapters.aws.credentials import CredentialChain
 from adapters.s3 import bucket as bucket_module
-from adapters.s3.bucket import Bucket, Reply
+from adapters.s3.bucket import Bucket, S3Response
 from adapters.transfer.connection import Connection
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON
@@ -82,7 +82,7 @@ def test_two_regions_that_name_each_other():
     class Elsewhere(Bucket):
         def _exchange(self, method, url, headers, most):
             asked.append(url)
-            return Reply(301, {"x-amz-bucket-region": "us-west-2" if "eu-central-1" in url else "eu-central-1"})
+            return S3Response(301, {"x-amz-bucket-region": "us-west-2" if "eu-central-1" in url else "eu-central-1"})
 
     with pytest.raises(ModelUnavailable):
         Elsewhere("models", credentials=CredentialChain(ENVIRON), environ=ENVIRON).get("key")

@@ -18,14 +18,14 @@ from botocore.exceptions import ClientError
 
 from adapters.s3.manifest import Manifest
 from adapters.s3.mirror import mirror as s3_mirror_module
-from adapters.s3.mirror.lock import Lease, LeaseLost
+from adapters.s3.mirror.lock import LockLost, UploadLock
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
 from adapters.s3.source import S3Storage
 from core.errors import ModelUnavailable
 from core.store import gguf
 from core.store.reference import HuggingFace
-from core.store.source import Found, RemoteFile
+from core.store.source import RemoteFile, RemoteModel
 from tests import gguf_files
 from tests.integration.fault_proxy import FaultProxy, Status
 from tests.integration.s3_double import BUCKET, bucket, clean_environ, moto_server, s3_client
@@ -35,7 +35,7 @@ TENSOR = random.Random(5).randbytes(4 * 1024 * 5000)  # 20 MB: three parts of an
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 5000), TENSOR)])
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "folder/tiny.gguf")
-FOUND = Found("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
+FOUND = RemoteModel("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
 KEY = f"models/blobs/{SHA256}"
 MANIFEST = f"models/org/repo/{COMMIT}/folder/tiny.gguf.manifest.json"
 REF = "models/org/repo/refs/main"
@@ -104,7 +104,7 @@ def soon(deadline=20.0):
 
 
 def test_upload(bench, client, path):
-    """What the hub delivered is uploaded with a manifest and a ref; no lease and no half upload stay behind."""
+    """What the hub delivered is uploaded with a manifest and a ref; no lock and no half upload stay behind."""
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     assert bench.mirror.run_pending(None)
 
@@ -148,7 +148,7 @@ def test_ref_follows_the_branch(bench, client, path):
     """When the hub says that a branch means another commit now, the ref moves, whichever source brought the file."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(OLD_COMMIT, 1.0).to_json())
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
-    mirrored = Found("s3", REFERENCE, FOUND.files, COMMIT)
+    mirrored = RemoteModel("s3", REFERENCE, FOUND.files, COMMIT)
     bench.mirror.offer(REFERENCE, mirrored, (path,))
     bench.mirror.run_pending(None)
 
@@ -160,7 +160,7 @@ def test_cold_start_offers_nothing(bench, client, path):
     """What came from the mirror by its own ref is not looked at again."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     bench.storage.resolve(REFERENCE, refresh=False)
-    bench.mirror.offer(REFERENCE, Found("s3", REFERENCE, FOUND.files, COMMIT), (path,))
+    bench.mirror.offer(REFERENCE, RemoteModel("s3", REFERENCE, FOUND.files, COMMIT), (path,))
 
     assert bench.mirror.run_pending(0.0)
 
@@ -174,7 +174,7 @@ def test_split_model(bench, client, tmp_path):
         paths[-1].write_bytes(MODEL)
     reference = HuggingFace("org/repo", names[0])
     files = tuple(RemoteFile(name, len(MODEL), SHA256) for name in names)
-    bench.mirror.offer(reference, Found("huggingface", reference, files, COMMIT), tuple(paths))
+    bench.mirror.offer(reference, RemoteModel("huggingface", reference, files, COMMIT), tuple(paths))
     assert bench.mirror.run_pending(None)
 
     assert [file.path for file in bench.storage.resolve(reference, refresh=False).files] == names
@@ -239,33 +239,33 @@ def test_deadline_too_near(bench, client, path):
 
 def test_lease_of_another(bench, client, path):
     """While another uploads, nothing is uploaded, and it is looked at again later."""
-    assert Lease(client, BUCKET, f"{KEY}.lease").acquire() == ""
+    assert UploadLock(client, BUCKET, f"{KEY}.lock").acquire() == ""
     bench.mirror.offer(REFERENCE, FOUND, (path,))
 
     assert not bench.mirror.run_pending(soon())
-    assert keys(client) == [f"{KEY}.lease"]
+    assert keys(client) == [f"{KEY}.lock"]
 
 
 def test_lease_takeover(port, client, path):
-    """A lease whose holder went silent is taken over, and what it had begun is cleared away."""
+    """A lock whose holder went silent is taken over, and what it had begun is cleared away."""
     left = client.create_multipart_upload(Bucket=BUCKET, Key=KEY)["UploadId"]
-    dead = Lease(client, BUCKET, f"{KEY}.lease", ttl=1)
+    dead = UploadLock(client, BUCKET, f"{KEY}.lock", ttl=1)
     dead.acquire()
     dead.renew(left, always=True)
     time.sleep(2.1)
-    bench = Bench(port, client, lease_ttl=1.0)
+    bench = Bench(port, client, lock_ttl=1.0)
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     assert bench.mirror.run_pending(None)
     bench.close()
 
     assert KEY in keys(client)
     assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
-    with pytest.raises(LeaseLost):
+    with pytest.raises(LockLost):
         dead.renew("", always=True)
 
 
 def test_loser_never_overwrites(bench, client, path, monkeypatch):
-    """An uploader that lost its lease and does not know it is stopped by the conditional completion; what the other
+    """An uploader that lost its lock and does not know it is stopped by the conditional completion; what the other
     uploaded has the same name and size, so it is the same bytes: only the manifest is written."""
     complete = client.complete_multipart_upload
 
@@ -330,7 +330,7 @@ def test_repairs_itself(bench, client, path, damage):
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
     assert manifest(client).etag == client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
     assert bench.storage.resolve(REFERENCE, refresh=False).files[0].sha256 == SHA256
-    assert f"{KEY}.lease" not in keys(client)
+    assert f"{KEY}.lock" not in keys(client)
 
 
 def test_manifest_of_another_file_is_passed_over(bench, client, path):
@@ -392,8 +392,8 @@ def test_parts_carry_their_md5(bench, client, path, monkeypatch):
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"owner": 1}', b"\xff"])
 def test_foreign_lease_object(bench, client, path, body):
-    """A lease object that cannot be read is another's; nothing is raised between two answers."""
-    client.put_object(Bucket=BUCKET, Key=f"{KEY}.lease", Body=body)
+    """A lock object that cannot be read is another's; nothing is raised between two answers."""
+    client.put_object(Bucket=BUCKET, Key=f"{KEY}.lock", Body=body)
     bench.mirror.offer(REFERENCE, FOUND, (path,))
 
     assert not bench.mirror.run_pending(None)
@@ -428,30 +428,30 @@ def test_lease_survives_a_lost_answer(client, monkeypatch):
         put(**arguments)
         return put(**arguments)
 
-    lease = Lease(client, BUCKET, f"{KEY}.lease")
+    lock = UploadLock(client, BUCKET, f"{KEY}.lock")
     monkeypatch.setattr(client, "put_object", twice)
-    assert lease.acquire() == ""
-    lease.renew("note", always=True)
+    assert lock.acquire() == ""
+    lock.renew("note", always=True)
     monkeypatch.undo()
-    lease.renew("note", always=True)
-    lease.release()
+    lock.renew("note", always=True)
+    lock.release()
 
     assert keys(client) == []
 
 
 def test_release_leaves_the_lease_of_a_successor(client):
-    """A holder that was suspended, with a clock that counts it or not, does not delete its successor's lease."""
+    """A holder that was suspended, with a clock that counts it or not, does not delete its successor's lock."""
     for asleep in (0.0, 1000.0):
         clock = [0.0]
-        late = Lease(client, BUCKET, f"{KEY}.lease", ttl=0.0, clock=lambda clock=clock: clock[0])
+        late = UploadLock(client, BUCKET, f"{KEY}.lock", ttl=0.0, clock=lambda clock=clock: clock[0])
         assert late.acquire() is not None
         late._ttl = 600.0
-        assert Lease(client, BUCKET, f"{KEY}.lease", ttl=0.0).acquire() == ""
+        assert UploadLock(client, BUCKET, f"{KEY}.lock", ttl=0.0).acquire() == ""
         clock[0] = asleep
         late.release()
 
-        assert keys(client) == [f"{KEY}.lease"]
-        client.delete_object(Bucket=BUCKET, Key=f"{KEY}.lease")
+        assert keys(client) == [f"{KEY}.lock"]
+        client.delete_object(Bucket=BUCKET, Key=f"{KEY}.lock")
 
 
 @pytest.mark.parametrize("broken", [b"", b"{}", b"[1]", b'{"format": 3}', b"\xff", b"null"])
@@ -555,14 +555,14 @@ def test_killed_uploader(port, client, path):
                 time.sleep(60)
             return upload_part(**arguments)
         client.upload_part = slow
-        t.Bench(PORT, client, lease_ttl=1.0).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
+        t.Bench(PORT, client, lock_ttl=1.0).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
     """.replace("PORT", str(port))
     environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as child:
         assert child.stdout.readline() == b"third\n"
         child.send_signal(signal.SIGKILL)
-    bench = Bench(port, client, lease_ttl=1.0)
+    bench = Bench(port, client, lock_ttl=1.0)
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
     time.sleep(2.1)
     bench.mirror.upload(REFERENCE, FOUND, (path,))

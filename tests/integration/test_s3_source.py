@@ -26,7 +26,7 @@ from adapters.s3.source import S3Storage
 from adapters.transfer import transfer as ranged
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import S3, HuggingFace
-from core.store.source import DownloadCancelled, Found, RemoteFile
+from core.store.source import DownloadCancelled, RemoteFile, RemoteModel
 from core.store.store import Store
 from tests import gguf_files
 from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
@@ -37,7 +37,7 @@ TENSOR = random.Random(6).randbytes(4 * 1024 * 1700)
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR)])  # 7 MB: four blocks
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "tiny.gguf")
-FOUND = Found("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
+FOUND = RemoteModel("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
 KEY = f"org/repo/{COMMIT}/tiny.gguf"  # of its manifest, without the suffix
 
 
@@ -316,8 +316,8 @@ def test_wrong_region_is_found():
         def _exchange(self, method, url, headers, most):
             asked.append(url)
             if "ap-south-1" in url and "ap-south-1" in headers["authorization"]:
-                return bucket_module.Reply(200, {}, b"here")
-            return bucket_module.Reply(301, {"x-amz-bucket-region": "ap-south-1"})
+                return bucket_module.S3Response(200, {}, b"here")
+            return bucket_module.S3Response(301, {"x-amz-bucket-region": "ap-south-1"})
 
     found = Redirecting("models", credentials=chain, environ=ENVIRON)
 

@@ -24,7 +24,7 @@ from adapters.huggingface.source import Hub
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.reference import File, HuggingFace, parse
-from core.store.source import DownloadCancelled, Found, Partial, Progress, RemoteFile
+from core.store.source import DownloadCancelled, Partial, Progress, RemoteFile, RemoteModel
 from core.store.store import Store
 from core.store.versions import parts as parts_of
 from tests import gguf_files as files
@@ -457,7 +457,7 @@ def test_a_source_that_delivers_rubbish_is_passed_over(store: Store, hub: HubDou
 class _Away:
     name, authority = "away", True
 
-    def resolve(self, _reference: object, *, refresh: bool) -> Found | None:
+    def resolve(self, _reference: object, *, refresh: bool) -> RemoteModel | None:
         raise ModelUnavailable("The hub is away.")
 
 
@@ -466,11 +466,11 @@ class _Rubbish:
 
     name, authority = "rubbish", False
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
-        return Found(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+        return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
-        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         os.pwrite(partial.fd, bytes(partial.size), 0)
         partial.landed(partial.size)
@@ -480,12 +480,12 @@ class _Rubbish:
 class _Mirror:
     def __init__(self) -> None:
         self.offered: list[object] = []
-        self.distrusted: list[Found] = []
+        self.distrusted: list[RemoteModel] = []
 
-    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
         self.offered.append((reference, found.commit, paths))
 
-    def distrust(self, found: Found) -> None:
+    def distrust(self, found: RemoteModel) -> None:
         self.distrusted.append(found)
 
 
@@ -584,11 +584,11 @@ class _Local:
     def __init__(self, pause: float) -> None:
         self._pause = pause
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
-        return Found(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+        return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
-        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         while partial.done < partial.size:
             piece = CONTENT[partial.done : partial.done + 200_000]

@@ -16,7 +16,7 @@ from core.selection import Choice, choose
 from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.reference import File, HuggingFace
-from core.store.source import Found, Partial, Progress, RemoteFile
+from core.store.source import Partial, Progress, RemoteFile, RemoteModel
 from core.store.store import Store
 from core.timeline import Timeline
 from tests.fakes import ScriptedEngine
@@ -37,12 +37,12 @@ class Hub:
         self.may_deliver = threading.Event()
         self.may_deliver.set()
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
         digest = hashlib.sha256(CONTENT).hexdigest()
-        return Found(self.name, reference, (RemoteFile(reference.filename, len(CONTENT), digest),))
+        return RemoteModel(self.name, reference, (RemoteFile(reference.filename, len(CONTENT), digest),))
 
     def download(
-        self, _found: Found, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         assert self.may_deliver.wait(10)
         os.pwrite(partial.fd, CONTENT, 0)

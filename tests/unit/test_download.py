@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store import download, lock, sidecar, target
 from core.store.reference import HuggingFace
-from core.store.source import DownloadCancelled, Found, Partial, Progress, RemoteFile
+from core.store.source import DownloadCancelled, Partial, Progress, RemoteFile, RemoteModel
 from core.store.store import Store
 from tests import gguf_files as files
 
@@ -37,13 +37,13 @@ class Breaking:
         self.breaks = breaks  # how many bytes each try brings, and whether it writes beyond what it tells
         self.asked_from: list[int] = []
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
-        return Found(
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+        return RemoteModel(
             self.name, reference, (RemoteFile("model.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),)
         )
 
     def download(
-        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         self.asked_from.append(partial.done)
         count, beyond = self.breaks.pop(0) if self.breaks else (len(CONTENT), False)
@@ -172,12 +172,14 @@ class Version:
         self.content, self.commit, self.between, self.digest = content, commit, between, digest
         self.asked_from: list[int] = []
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> Found:
+    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
         digest = hashlib.sha256(self.content).hexdigest() if self.digest else None
-        return Found(self.name, reference, (RemoteFile("model.gguf", len(self.content), digest, "etag"),), self.commit)
+        return RemoteModel(
+            self.name, reference, (RemoteFile("model.gguf", len(self.content), digest, "etag"),), self.commit
+        )
 
     def download(
-        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         self.asked_from.append(partial.done)
         half = len(self.content) // 2

@@ -17,14 +17,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from adapters.s3.bucket import Reply
+from adapters.s3.bucket import S3Response
 from adapters.s3.manifest import Manifest
 from adapters.s3.mirror import mirror as s3_mirror
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
 from adapters.s3.source import S3Storage
 from core.store.reference import HuggingFace
-from core.store.source import Found, RemoteFile
+from core.store.source import RemoteFile, RemoteModel
 from tests import gguf_files
 
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (32, 2), random.Random(3).randbytes(256))])
@@ -66,7 +66,11 @@ class MemoryS3:
 
     def get(self, key, *, most=0):
         there = self.objects.get(key)
-        return None if there is None else Reply(200, {"etag": there[1], "content-length": str(len(there[0]))}, there[0])
+        return (
+            None
+            if there is None
+            else S3Response(200, {"etag": there[1], "content-length": str(len(there[0]))}, there[0])
+        )
 
     head = get
 
@@ -193,7 +197,7 @@ class MirrorMachine(RuleBasedStateMachine):
     def offer(self, index, commit, ago):
         file = RemoteFile("tiny.gguf", len(MODEL), SHA256)
         self.mirrors[index].offer(
-            REFERENCE, Found("huggingface", REFERENCE, (file,), commit * 40, self.s3.now - ago), (self.path,)
+            REFERENCE, RemoteModel("huggingface", REFERENCE, (file,), commit * 40, self.s3.now - ago), (self.path,)
         )
 
     @rule(index=st.integers(0, 2))
@@ -262,7 +266,7 @@ class MirrorMachine(RuleBasedStateMachine):
                     manifest = Manifest.from_json(self.s3.get(key).body)
                     assert manifest.etag == self.s3.get(manifest.key).headers["etag"]
                 assert self.s3.get(BLOB).body == MODEL
-                assert f"{BLOB}.lease" not in self.s3.objects
+                assert f"{BLOB}.lock" not in self.s3.objects
         finally:
             self.stack.close()
 

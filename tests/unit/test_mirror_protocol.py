@@ -1,7 +1,7 @@
 """The mirror's protocol, explored exhaustively: whatever is interleaved, crashes or is lost, nothing wrong is served.
 
-A process looks (manifest, then blob), takes the lease, looks again, completes the blob if it is missing, writes the
-manifest over the one that it saw, and gives the lease back. Each step below is one request to S3.
+A process looks (manifest, then blob), takes the lock, looks again, completes the blob if it is missing, writes the
+manifest over the one that it saw, and gives the lock back. Each step below is one request to S3.
 """
 
 from collections import deque
@@ -12,13 +12,13 @@ import pytest
 
 class Process(NamedTuple):
     at: str = "look"
-    lease: int = 0  # the version of the lease that it wrote
+    lock: int = 0  # the version of the lock that it wrote
     manifest: int = 0  # the version of the manifest that it saw
     etag: int = 0  # of the blob that it saw or wrote
 
 
 class State(NamedTuple):
-    lease: int  # version, 0: none
+    lock: int  # version, 0: none
     expired: bool
     blob: int  # ETag, 0: none
     manifest: tuple[int, int]  # (version, ETag that it names), (0, 0): none
@@ -36,7 +36,7 @@ def is_whole(state: State) -> bool:
 
 def successors(state: State):
     """Every state that one step leads to."""
-    if state.lease and not state.expired and state.expiries:
+    if state.lock and not state.expired and state.expiries:
         yield state._replace(expired=True, expiries=state.expiries - 1)
     if state.blob and state.removals:
         yield state._replace(blob=0, removals=state.removals - 1)
@@ -57,17 +57,17 @@ def steps(state: State, process: Process):  # noqa: C901 - one case for each req
     match process.at:
         case "look":
             yield Process("done" if is_whole(state) else "acquire"), {}
-        case "acquire" if not state.lease or state.expired:  # a lost answer reads its own name and is the same
-            yield Process("read manifest", lease=state.fresh), {"lease": state.fresh, "expired": False, **fresh}
+        case "acquire" if not state.lock or state.expired:  # a lost answer reads its own name and is the same
+            yield Process("read manifest", lock=state.fresh), {"lock": state.fresh, "expired": False, **fresh}
         case "read manifest":
             yield process._replace(at="read blob", manifest=state.manifest[0]), {}
         case "read blob":
             seen = process._replace(etag=state.blob, at="put manifest" if state.blob else "renew")
             yield (process._replace(at="release") if is_whole(state) else seen), {}
         case "renew":
-            if state.lease == process.lease:
-                after = process._replace(at="complete", lease=state.fresh)
-                yield after, {"lease": state.fresh, "expired": False, **fresh}
+            if state.lock == process.lock:
+                after = process._replace(at="complete", lock=state.fresh)
+                yield after, {"lock": state.fresh, "expired": False, **fresh}
             else:
                 yield Process("look"), {}
         case "complete":  # only where nothing is; a lost answer finds the blob and goes on with it
@@ -83,7 +83,7 @@ def steps(state: State, process: Process):  # noqa: C901 - one case for each req
                 yield process._replace(at="release lost"), {}
         case "release" | "release lost":
             after = Process("done" if process.at == "release" else "look")
-            yield after, {"lease": 0, "expired": False} if state.lease == process.lease else {}
+            yield after, {"lock": 0, "expired": False} if state.lock == process.lock else {}
 
 
 def canonical(state: State) -> tuple:
@@ -93,14 +93,14 @@ def canonical(state: State) -> tuple:
     def name(version):
         return names.setdefault(version, len(names))
 
-    lease, blob = name(state.lease), name(state.blob)
+    lock, blob = name(state.lock), name(state.blob)
     manifest = tuple(map(name, state.manifest))
-    processes = [(each.at, name(each.lease), name(each.manifest), name(each.etag)) for each in sorted(state.processes)]
-    return (lease, state.expired, blob, manifest, tuple(processes), *state[5:9])
+    processes = [(each.at, name(each.lock), name(each.manifest), name(each.etag)) for each in sorted(state.processes)]
+    return (lock, state.expired, blob, manifest, tuple(processes), *state[5:9])
 
 
 def heals(state: State) -> bool:
-    """Whether one more process, with the lease run out, makes the mirror whole."""
+    """Whether one more process, with the lock run out, makes the mirror whole."""
     state = state._replace(processes=(Process(),), expired=True, expiries=0, crashes=0, losses=0, removals=0)
     while state.processes[0].at != "done":
         state = next(successors(state))
@@ -128,7 +128,7 @@ def test_every_interleaving(uploaders, expiries, crashes, losses, removals):
                 assert is_whole(state), state
             assert heals(state), state
         else:
-            held = state.lease and not state.expired
+            held = state.lock and not state.expired
             assert following or held, "nobody can go on"
     assert ends > 10
     assert len(seen) > 1000

@@ -13,7 +13,7 @@ from core.selection import choose
 from core.settings import Settings, SettingsError
 from core.store import reference as ref
 from core.store.reference import S3, File, HuggingFace
-from core.store.source import Found, Partial, Progress, RemoteFile
+from core.store.source import Partial, Progress, RemoteFile, RemoteModel
 from core.store.store import Store
 from tests import gguf_files as files
 
@@ -31,12 +31,12 @@ class Bucket:
     def __init__(self, content: bytes, claimed: str | None) -> None:
         self.content, self.claimed = content, claimed
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> Found:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel:
         file = RemoteFile("m.gguf", len(self.content), self.claimed, '"etag"')
-        return Found(self.name, reference, (file,), "c" * 40 if isinstance(reference, HuggingFace) else None)
+        return RemoteModel(self.name, reference, (file,), "c" * 40 if isinstance(reference, HuggingFace) else None)
 
     def download(
-        self, _found: Found, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         os.pwrite(partial.fd, self.content, 0)
         partial.landed(len(self.content))

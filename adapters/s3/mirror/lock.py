@@ -1,4 +1,4 @@
-"""Lease: an object in S3 that says who uploads a blob, so that fifty cold starts upload it once.
+"""UploadLock: an object in S3 that says who uploads a blob, so that fifty cold starts upload it once.
 
 It saves work and guards nothing: blobs are immutable and pointers are written conditionally, so two holders at once do
 no harm. Times are S3's own (the object's Last-Modified against the answer's Date), so no two machines' clocks need
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TTL_S = 600.0  # a holder that has not renewed for so long is gone
 
 
-class LeaseLost(Exception):
-    """Another process took the lease over: this one was silent for too long."""
+class LockLost(Exception):
+    """Another process took the lock over: this one was silent for too long."""
 
 
 def code(error: Any) -> str:
@@ -46,7 +46,7 @@ def boot_time() -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """The lease object as it is. Whatever cannot be read belongs to nobody and leaves no note."""
+    """The lock object as it is. Whatever cannot be read belongs to nobody and leaves no note."""
 
     etag: str
     owner: str
@@ -54,8 +54,8 @@ class _Held:
     age: float
 
 
-class Lease:
-    """`key` is the lease object. One thread uses it."""
+class UploadLock:
+    """`key` is the lock object. One thread uses it."""
 
     def __init__(
         self, client: S3Client, bucket: str, key: str, *, ttl: float = TTL_S, clock: Callable[[], float] = boot_time
@@ -79,12 +79,12 @@ class Lease:
         return held.note if self._write("", IfMatch=held.etag) else None
 
     def renew(self, note: str, *, always: bool = False) -> None:
-        """Extend it, once a quarter of its time has gone, and leave a note for the next holder. Raises LeaseLost."""
+        """Extend it, once a quarter of its time has gone, and leave a note for the next holder. Raises LockLost."""
         if not always and self._clock() - self._written < self._ttl / 4:
             return
         if self._etag is None or not self._write(note, IfMatch=self._etag):
             self._etag = None
-            raise LeaseLost
+            raise LockLost
 
     def release(self) -> None:
         """Give it back, if it is still this process's."""
@@ -100,7 +100,7 @@ class Lease:
                 raise
 
     def _write(self, note: str, **condition: Any) -> bool:
-        """Whether the lease is now as written here. A refusal may be the answer to a repeated request whose first
+        """Whether the lock is now as written here. A refusal may be the answer to a repeated request whose first
         answer was lost: then the object is this very write."""
         from botocore.exceptions import ClientError
 

@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.s3.index import Index
-from adapters.s3.mirror.lock import Lease, LeaseLost, code
+from adapters.s3.mirror.lock import LockLost, UploadLock, code
 from adapters.s3.mirror.upload import Upload, UploadFailed
 from adapters.s3.ref import Ref
 from adapters.s3.source import Layout, S3File, S3Storage
 from core.errors import ModelUnavailable
 from core.store.partial import sha256_of
 from core.store.reference import HuggingFace, is_commit
-from core.store.source import Found, RemoteFile
+from core.store.source import RemoteFile, RemoteModel
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 TRIES = 3  # of a model, after failures that may pass
-RETRY_S = 30.0  # until a lease that another holds is looked at again
+RETRY_S = 30.0  # until a lock that another holds is looked at again
 START_S = 8.0  # time before a deadline under which nothing is begun: importing boto3 alone takes a second
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.mirror")
 
 
 @dataclass(slots=True, eq=False)
@@ -72,20 +72,20 @@ class S3Mirror:
         client: Callable[[], S3Client],
         *,
         background: bool,
-        lease_ttl: float = 600.0,
+        lock_ttl: float = 600.0,
     ) -> None:
         self._storage, self._bucket = storage, bucket
         self._index = Index(storage.bucket(bucket), Layout(prefix))
         self._make_client = client
         self._client: S3Client | None = None
-        self._background, self._lease_ttl = background, lease_ttl
+        self._background, self._lock_ttl = background, lock_ttl
         self._lock = threading.Lock()  # held by whoever works
         self._jobs: list[_Job] = []
         self._wake = threading.Condition()  # guards _jobs and _thread
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def offer(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
         """Upload once, later, and note what the branch in `reference` means. Returns at once, raises nothing."""
         job = self._job(reference, found, paths)
         if job is None:
@@ -102,7 +102,7 @@ class S3Mirror:
                 self._thread.start()
             self._wake.notify_all()
 
-    def distrust(self, found: Found) -> None:
+    def distrust(self, found: RemoteModel) -> None:
         """An offer of the same model replaces these objects, if they are still the ones that were read."""
         for file in found.files:
             if isinstance(file, S3File):
@@ -130,7 +130,7 @@ class S3Mirror:
     def upload(
         self,
         reference: HuggingFace,
-        found: Found,
+        found: RemoteModel,
         paths: tuple[Path, ...],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -163,7 +163,7 @@ class S3Mirror:
                 job.upload.abandon()
             job.close()
 
-    def _job(self, reference: HuggingFace, found: Found, paths: tuple[Path, ...]) -> _Job | None:
+    def _job(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> _Job | None:
         """None: there is nothing to do. The files are opened now, so that they cannot be replaced meanwhile."""
         if found.commit is None or not is_commit(found.commit):
             return None
@@ -175,7 +175,7 @@ class S3Mirror:
             for file, path in zip(found.files, paths, strict=True) if not mirrored else ():
                 job.files.append((file, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
         except OSError as error:
-            log.warning("%s is not mirrored: %s", reference, error)
+            logger.warning("%s is not mirrored: %s", reference, error)
             job.close()
             return None
         return job
@@ -198,8 +198,8 @@ class S3Mirror:
         """One sitting. True: the job is over, done or given up. Raises nothing: it runs between two answers."""
         try:
             return self._sit(job, deadline)
-        except LeaseLost:
-            log.info("%s: another process uploads it now", job.reference)
+        except LockLost:
+            logger.info("%s: another process uploads it now", job.reference)
             self._drop_upload(job)
             job.not_before = time.monotonic() + RETRY_S
             return False
@@ -219,15 +219,15 @@ class S3Mirror:
             job.failure = f"{type(error).__name__}: {error}"
             known = isinstance(error, (ClientError, BotoCoreError, OSError))
             if not known:
-                log.error("mirroring %s failed", job.reference, exc_info=error)
+                logger.error("mirroring %s failed", job.reference, exc_info=error)
             passing = known and not (isinstance(error, ClientError) and code(error) == "AccessDenied")
         self._drop_upload(job)
         job.tries += 1
         if passing and job.tries < TRIES:
-            log.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
+            logger.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
             job.failure, job.not_before = None, time.monotonic() + RETRY_S
             return False
-        log.warning("%s is not mirrored: %s", job.reference, job.failure)
+        logger.warning("%s is not mirrored: %s", job.reference, job.failure)
         return True
 
     def _sit(self, job: _Job, deadline: float | None) -> bool:
@@ -239,7 +239,7 @@ class S3Mirror:
             job.upload = None
             file, descriptor = job.files.pop(0)
             os.close(descriptor)
-            log.info("mirrored %s of %s", file.path, job.reference)
+            logger.info("mirrored %s of %s", file.path, job.reference)
         return self._note_ref(job, deadline)
 
     def _begin(self, job: _Job, deadline: float | None) -> bool:
@@ -253,21 +253,21 @@ class S3Mirror:
         if target is None:
             return True
         client = self._boto()
-        lease = Lease(client, self._bucket, target.blob + ".lease", ttl=self._lease_ttl)
-        left = lease.acquire()
+        lock = UploadLock(client, self._bucket, target.blob + ".lock", ttl=self._lock_ttl)
+        left = lock.acquire()
         if left is None:
             job.not_before = time.monotonic() + RETRY_S
             return False
         target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished meanwhile
         if target is None:
-            lease.release()
+            lock.release()
             return True
         job.upload = Upload(
             client,
             self._bucket,
             target,
             descriptor,
-            lease=lease,
+            lock=lock,
             progress=job.progress,
             stopped=self._closed.is_set,
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters.s3.manifest import Manifest
-from adapters.s3.mirror.lock import Lease, LeaseLost, code, refused
+from adapters.s3.mirror.lock import LockLost, UploadLock, code, refused
 from adapters.transfer.transfer import BLOCK_BYTES
 from core.store import gguf
 
@@ -59,11 +59,11 @@ class Upload:
         target: Target,
         descriptor: int,
         *,
-        lease: Lease,
+        lock: UploadLock,
         progress: Callable[[int, int], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._client, self._bucket, self._target, self._lease = client, bucket, target, lease
+        self._client, self._bucket, self._target, self._lock = client, bucket, target, lock
         self._key = target.blob
         self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
         self._progress = progress or (lambda done, total: None)
@@ -81,7 +81,7 @@ class Upload:
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="upload")
 
     def begin(self, left: str) -> None:
-        """Call with the lease in hand; `left` is the note in it: an upload that its last holder did not finish."""
+        """Call with the lock in hand; `left` is the note in it: an upload that its last holder did not finish."""
         from botocore.exceptions import ClientError
 
         if left:
@@ -90,17 +90,17 @@ class Upload:
         if self._target.whole:
             return
         self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
-        self._lease.renew(self._id, always=True)
+        self._lock.renew(self._id, always=True)
 
     def advance(self, deadline: float | None) -> bool:
         """Go on until it is complete (True), or `deadline` on the monotonic clock is near or `stopped()` (False).
 
-        Raises LeaseLost, UploadFailed, botocore's ClientError and BotoCoreError.
+        Raises LockLost, UploadFailed, botocore's ClientError and BotoCoreError.
         """
         while len(self._etags) < self._count:
             if self._stopped() or self._short(deadline):
                 return False
-            self._lease.renew(self._id or "")
+            self._lock.renew(self._id or "")
             while len(self._flying) < IN_FLIGHT and self._next < self._count:
                 data = self._read(self._next, hashed=True)
                 if self._target.whole:
@@ -127,7 +127,7 @@ class Upload:
             if self._id is not None:
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._id)
         with suppress(ClientError, BotoCoreError):
-            self._lease.release()
+            self._lock.release()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -171,7 +171,7 @@ class Upload:
             self._etags[part] = future.result()
         except (ClientError, BotoCoreError) as error:
             if isinstance(error, ClientError) and code(error) == "NoSuchUpload":
-                raise LeaseLost from error  # who took the lease over ended our upload
+                raise LockLost from error  # who took the lock over ended our upload
             self._tries[part] = self._tries.get(part, 0) + 1
             if self._tries[part] >= TRIES:
                 raise
@@ -184,7 +184,7 @@ class Upload:
             header = gguf.parse_header(lambda offset, length: os.pread(self._descriptor, length, offset), self._size)
         except gguf.MalformedGGUF as error:
             raise UploadFailed(f"the file {error}") from error
-        self._lease.renew(self._id or "", always=True)
+        self._lock.renew(self._id or "", always=True)
         etag = self._target.etag if self._target.whole else self._complete()
         self._id = None
         self._write_manifest(
@@ -199,7 +199,7 @@ class Upload:
                 origin=self._target.origin,
             )
         )
-        self._lease.release()
+        self._lock.release()
         self.close()
 
     def _complete(self) -> str:
@@ -225,7 +225,7 @@ class Upload:
                 there = self._client.head_object(Bucket=self._bucket, Key=self._key)
                 if there["ContentLength"] == self._size and there["ETag"] != replaced:
                     return there["ETag"]
-            raise LeaseLost from error
+            raise LockLost from error
         return done["ETag"]
 
     def _write_manifest(self, manifest: Manifest) -> None:
@@ -243,5 +243,5 @@ class Upload:
             )
         except ClientError as error:
             if refused(error) or code(error) in ("NoSuchKey", "404"):
-                raise LeaseLost from error  # another wrote it meanwhile: what is there is looked at again
+                raise LockLost from error  # another wrote it meanwhile: what is there is looked at again
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from adapters.transfer.connection import Broken
+from adapters.transfer.connection import ConnectionBroken
 from core.errors import ModelUnavailable
 from core.store.source import Damaged
 
@@ -13,12 +13,12 @@ class Refused(Exception):
     """401, 403 or a redirect: worth one try with new credentials or a new address."""
 
 
-class WrongBytes(Broken):
+class WrongBytes(ConnectionBroken):
     """A block that is not what the manifest says."""
 
 
-def refusal(status: int, body: bytes, name: str) -> Exception:
-    """The error for an answer of this status: Refused, Broken (worth another try) or ModelUnavailable (final).
+def error_of(status: int, body: bytes, name: str) -> Exception:
+    """Return the error for a response of this status: Refused, ConnectionBroken (retry) or ModelUnavailable (final).
 
     `name` is the object's, for messages.
     """
@@ -33,5 +33,5 @@ def refusal(status: int, body: bytes, name: str) -> Exception:
     if status in (412, 416):
         return Damaged(f"{name} was replaced while it was read ({reason}); try again.")
     if status in (408, 425, 429) or status >= 500:
-        return Broken(reason)
+        return ConnectionBroken(reason)
     return ModelUnavailable(f"{name} could not be read ({reason}).")
