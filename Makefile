@@ -24,7 +24,7 @@ url: $(VENV)/.installed-embedded ## serve a local Lambda function URL on 127.0.0
 test: $(VENV)/.installed-dev rie ## run the tests
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/.installed-dev $(SAM) ## ruff, strict mypy, the generated parts of README and .env.example, the template, the Dockerfiles
+lint: $(VENV)/.installed-dev $(SAM) ## ruff, strict mypy, the generated docs/settings.md and .env.example, the template, the Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources as ruff would have them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-settings: $(VENV)/.installed-dev ## write .env.example and the README's table from core/settings.py
+settings: $(VENV)/.installed-dev ## write docs/settings.md and .env.example from core/settings.py
 	$(BIN)/python -m infra.settings_table
 
 bench: $(VENV)/.installed-dev ## measure over HTTP

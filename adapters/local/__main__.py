@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from adapters.local.admin_key import admin_key
-from core.settings import Settings, SettingsError, keys
+from core.settings import LEAST_KEY_LENGTH, Settings, SettingsError, keys, weak_keys
 from core.timeline import Timeline
 from core.version import VERSION
 
@@ -28,11 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 stopped as asked, 2 not startable as configured, 1 anything else."""
     timeline = Timeline()
     options = _parser().parse_args(arguments)
+    environ = environment()
     try:
-        settings = configured(options, environment())
+        settings = configured(options, environ)
     except SettingsError as error:
         print(f"slm-api-server: {error}", file=sys.stderr)  # noqa: T201 - logging is not set up without settings
         return 2
+    for name in weak_keys(environ):
+        print(  # noqa: T201 - as above
+            f"slm-api-server: warning: {name} contains a key shorter than {LEAST_KEY_LENGTH} characters, which can be "
+            "guessed. Generate one with: openssl rand -hex 32",
+            file=sys.stderr,
+        )
     return serve(settings, timeline)
 
 
@@ -125,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adapters.local",
         description="A private, OpenAI-compatible API for small GGUF models. Configured by the environment and ./.env; "
-        "the README lists every variable.",
+        "docs/settings.md lists all variables.",
     )
     parser.add_argument("--host", help="address to listen on (HOST, default 127.0.0.1)")
     parser.add_argument("--port", help="port to listen on, 0 for any free one (PORT, default 8000)")

@@ -14,7 +14,7 @@ from adapters.local.admin_key import admin_key
 from adapters.local.terminal import ProgressLine, banner
 from core.host import HostState
 from core.loader import Loading
-from core.settings import Settings, SettingsError, keys
+from core.settings import Settings, SettingsError, keys, weak_keys
 from core.version import VERSION
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_serving_strangers_has_to_be_meant(environ: dict[str, str], allowed: boo
 def test_cors_for_all_needs_keys() -> None:
     """With CORS_ORIGINS=* every page that a browser opens could use a server without keys."""
     for environ in ({}, {"ADMIN_API_KEYS": "boss"}, {"ALLOW_ANONYMOUS": "true"}):
-        with pytest.raises(SettingsError, match="CORS_ORIGINS must name the origins"):
+        with pytest.raises(SettingsError, match=r"CORS_ORIGINS=\* needs API_KEYS"):
             configured(options(), {"CORS_ORIGINS": "*", **environ})
 
     assert configured(options(), {"CORS_ORIGINS": "*", "API_KEYS": "use"}).cors_origins == ("*",)
@@ -103,6 +103,20 @@ def test_an_admin_key_that_others_could_know_is_replaced(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == [".admin-key", "elsewhere", "file"]
 
 
+@pytest.mark.parametrize(
+    ("environ", "weak"),
+    [
+        ({"API_KEYS": "hunter2"}, ["API_KEYS"]),
+        ({"API_KEYS": "0123456789abcdef, short", "ADMIN_API_KEYS": "boss"}, ["API_KEYS", "ADMIN_API_KEYS"]),
+        ({"API_KEYS": "0123456789abcdef", "ADMIN_API_KEYS": f"sha256:{'0' * 64}"}, []),
+        ({}, []),
+    ],
+)
+def test_short_plain_keys_are_reported(environ: dict[str, str], weak: list[str]) -> None:
+    """A plain key has at least 16 characters; the length behind a digest is unknown."""
+    assert weak_keys(environ) == weak
+
+
 def run(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "adapters.local", *arguments],
@@ -134,7 +148,7 @@ def test_a_secret_is_not_repeated_in_an_error(tmp_path: Path) -> None:
 def test_version_and_help(tmp_path: Path) -> None:
     """Both answer without starting anything."""
     assert run("--version", folder=tmp_path).stdout == f"slm-api-server {VERSION}\n"
-    assert "README" in run("--help", folder=tmp_path).stdout
+    assert "docs/settings.md" in run("--help", folder=tmp_path).stdout
 
 
 def test_the_version_is_the_same_everywhere() -> None:
