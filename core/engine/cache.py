@@ -5,9 +5,55 @@ The memory is unified: slots share its cells, so copying a prefix from one slot 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core.engine.sequence import Sequence, Slot, common_prefix, count_cells
+if TYPE_CHECKING:
+    from core.engine.generation import Sequence
+
+
+class Span(NamedTuple):
+    """Cells of one origin: tokens that were decoded by one slot, one after the other. They end before `end`."""
+
+    origin: object
+    end: int
+
+
+class Slot:
+    """A sequence id of llama.cpp's cache. `tokens` are those whose keys and values it holds, from position 0."""
+
+    __slots__ = ("copied", "id", "n_prompt", "origin", "sequence", "tenant", "tokens", "used")
+
+    def __init__(self, slot_id: int) -> None:
+        self.id = slot_id
+        self.tokens: list[int] = []
+        self.copied: list[Span] = []  # cells that came from other slots, the first tokens
+        self.origin = object()  # of the cells behind those
+        self.n_prompt = 0  # how many of them were the last request's prompt
+        self.tenant = ""
+        self.used = 0  # when it was last taken, by the scheduler's count
+        self.sequence: Sequence | None = None
+
+    def spans(self, length: int | None = None) -> list[Span]:
+        """Where the first `length` tokens lie (None: all). Slots that share cells have equal spans at the start."""
+        length = len(self.tokens) if length is None else length
+        spans, start = [], 0
+        for origin, end in (*self.copied, Span(self.origin, len(self.tokens))):
+            if start < length and start < end:
+                spans.append(Span(origin, min(end, length)))
+            start = end
+        return spans
+
+
+def count_cells(places: Iterable[list[Span]]) -> int:
+    """How many cells these tokens take, each shared one counted once."""
+    lengths: dict[object, int] = {}
+    for spans in places:
+        start = 0
+        for origin, end in spans:  # whoever shares an origin shares it from its first cell on
+            lengths[origin] = max(lengths.get(origin, 0), end - start)
+            start = end
+    return sum(lengths.values())
 
 
 class Cache:
@@ -22,7 +68,9 @@ class Cache:
         self._window = window
         self._clock = 0
         self.slots = [Slot(slot_id) for slot_id in range(n_slots)]
-        self.opening = Slot(n_slots)  # holds what the template begins with, for all tenants; no sequence runs in it
+        self.template_slot = Slot(
+            n_slots
+        )  # holds what the template begins with, for all tenants; no sequence runs in it
 
     def free_slots(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.sequence is None]
@@ -72,8 +120,8 @@ class Cache:
         """The slot that holds the longest beginning of `sequence`, and how long that is."""
         tenant, tokens = sequence.request.tenant, sequence.tokens
         source, shared = None, 0
-        for slot in (*self.slots, self.opening):
-            if slot.tokens and (slot.tenant == tenant or slot is self.opening):
+        for slot in (*self.slots, self.template_slot):
+            if slot.tokens and (slot.tenant == tenant or slot is self.template_slot):
                 length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
                 if not self._trimmable and (length != len(slot.tokens) or slot.sequence is not None):
                     continue
@@ -130,4 +178,18 @@ class Cache:
         self.clear(min(self._idle(), key=lambda slot: slot.used))
 
     def _idle(self) -> list[Slot]:
-        return [slot for slot in (*self.free_slots(), self.opening) if slot.tokens]
+        return [slot for slot in (*self.free_slots(), self.template_slot) if slot.tokens]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens `a` and `b` share from the start. Compares slices, so mostly in C."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

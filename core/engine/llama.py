@@ -13,16 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from core.engine import cpus as threads
-from core.engine import native
+from core.engine import cpus, native
+from core.engine.generation import GenerationStream, Sequence
 from core.engine.interface import EngineConfig, GenerationRequest, ModelCard
 from core.engine.prompt import templates
-from core.engine.sampling import Sampler
-from core.engine.sequence import Sequence
-from core.engine.stream import PieceStream
-from core.engine.token_step import Step
+from core.engine.sampling import Sampler, TokenStep
 from core.engine.vocabulary import Vocabulary
-from core.engine.worker import Scheduler
+from core.engine.worker import Worker
 from core.errors import ApiError, ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.model_file import ModelFile
 
@@ -54,7 +51,7 @@ class Llama:
         # Jinja's import needs Python for 0.1 s, the load below hardly at all.
         threading.Thread(target=importlib.import_module, args=("core.engine.prompt.sandbox",), daemon=True).start()
         native.set_verbose(config.verbose)
-        config = replace(config, n_threads=config.n_threads or threads.available())
+        config = replace(config, n_threads=config.n_threads or cpus.available())
         self._model = self._load_model(config, progress)
         try:
             self._check_generates()
@@ -74,10 +71,10 @@ class Llama:
                 self.card.n_ctx,
             )
         recurrent = bool(bindings.llama_model_is_recurrent(self._model))
-        self._scheduler = Scheduler(
+        self._worker = Worker(
             bindings,
             self._context,
-            Step(bindings, self._context, self._vocabulary, self.card.n_ctx),
+            TokenStep(bindings, self._context, self._vocabulary, self.card.n_ctx),
             n_batch=int(bindings.llama_n_batch(self._context)),
             n_parallel=config.n_parallel,
             n_limit=self.card.n_ctx,
@@ -92,7 +89,7 @@ class Llama:
 
     @property
     def failed(self) -> ApiError | None:
-        return self._scheduler.failed
+        return self._worker.failed
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return self._vocabulary.tokenize(text, special=special, continued=continued)
@@ -105,7 +102,7 @@ class Llama:
     def check_grammar(self, grammar: str) -> None:
         self._vocabulary.matcher(grammar)
 
-    def generate(self, request: GenerationRequest) -> PieceStream:
+    def generate(self, request: GenerationRequest) -> GenerationStream:
         if len(request.prompt) + 1 > self.card.n_ctx:
             raise ContextOverflow(len(request.prompt), self.card.n_ctx, self.card.remedy)
         if not request.prompt:
@@ -118,7 +115,7 @@ class Llama:
                 param="logit_bias",
             )
         matcher = None if request.grammar is None else self._vocabulary.matcher(request.grammar)
-        stream = PieceStream(request, self._scheduler.interrupt)
+        stream = GenerationStream(request, self._worker.interrupt)
         samplers: list[Sampler] = []
         sequences: list[Sequence] = []
         try:
@@ -134,7 +131,7 @@ class Llama:
                 samplers.append(sampler)
                 own = matcher if matcher is None or index == 0 else matcher.deep_copy()
                 sequences.append(Sequence(request, index, stream, sampler, own, sequences[0] if sequences else None))
-            self._scheduler.submit(sequences)
+            self._worker.submit(sequences)
         except BaseException:
             for sampler in samplers:
                 sampler.free()
@@ -143,13 +140,13 @@ class Llama:
         return stream
 
     def warm(self) -> None:
-        self._scheduler.prime(templates.opening(self))
+        self._worker.prime(templates.shared_prefix(self))
 
     def stats(self) -> dict[str, Any]:
-        return self._scheduler.stats()
+        return self._worker.stats()
 
     def stop(self) -> None:
-        self._scheduler.close()
+        self._worker.close()
 
     def close(self) -> None:
         with self._close_lock:
@@ -158,7 +155,7 @@ class Llama:
             self._closed = True
             if self._file.arrival is not None:
                 self._file.arrival.cancel()
-            self._scheduler.close()
+            self._worker.close()
             self._vocabulary.close()
             self._preparing.join()
             self._bindings.llama_free(self._context)
@@ -282,7 +279,7 @@ class Llama:
         quiet, end = 0, time.monotonic() + PREPARE_WITHIN_S
         while quiet < QUIET_LOOKS and time.monotonic() < end and not self._closed:
             time.sleep(LOOK_S)
-            stats = self._scheduler.stats()
+            stats = self._worker.stats()
             quiet = 0 if stats["queued"] or stats["sequences"]["running"] else quiet + 1
         # Not at a lower priority: llguidance holds the interpreter lock while it builds (0.1 s for 49k tokens, 1.2 for
         # 262k), and beside busy threads every other Python thread would wait for one with a tenth of a CPU.

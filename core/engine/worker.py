@@ -1,4 +1,4 @@
-"""Scheduler: continuous batching. One thread owns llama.cpp's context; requests come by queue, pieces leave by queue.
+"""Worker: continuous batching. One thread owns llama.cpp's context; requests come by queue, pieces leave by queue.
 
 Every step decodes one batch: the next token of each running sequence, the tokens a grammar forced, and a slice of any
 prompt still to be read. When cells run out, idle prefixes go first, then the youngest sequence is paused and computed
@@ -12,26 +12,127 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.engine import native, schedule
-from core.engine.abort import Abort
 from core.engine.batch import Batch
 from core.engine.cache import Cache
-from core.engine.counters import Counters
-from core.engine.inbox import Inbox
+from core.engine.generation import GenerationStream, Sequence, deliver
 from core.engine.interface import Cause, Delta, FinishReason, TokenLogprob
-from core.engine.pace import Pace
-from core.engine.sequence import Sequence
-from core.engine.stream import PieceStream, deliver
-from core.engine.token_step import Step
+from core.engine.sampling import TokenStep
 from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
 
 log = logging.getLogger("slm.engine")
 
 
-class Scheduler:
+@dataclass(slots=True)
+class Counters:
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    decode_calls: int = 0
+    preempted: int = 0  # sequences that lost their KV cells and were computed again
+    aborted: int = 0  # decode calls that nobody wanted any more
+
+
+class Inbox:
+    """`take` is the engine thread's; everything else is for any thread.
+
+    `arrival` blocks until the weights are there, or raises ApiError: until then `arrived` is False and the engine
+    thread may do nothing but look after those who wait (deadlines, cancelling).
+    """
+
+    def __init__(self, arrival: Callable[[], None] | None) -> None:
+        self._change = threading.Condition()
+        self._sequences: list[Sequence] = []
+        self._prefix: list[int] = []
+        self._interrupted = False
+        self._closed = False
+        self._failure: ApiError | None = None
+        self.arrived = arrival is None
+        if arrival is not None:
+            threading.Thread(target=self._await, args=(arrival,), name="arrival", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def put(self, sequences: list[Sequence]) -> None:
+        """Raises ModelUnavailable after `close`, and after a failure that."""
+        with self._change:
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                raise ModelUnavailable("The model is being released; try again.", retry_after=1)
+            self._sequences.extend(sequences)
+            self._change.notify()
+
+    def prime(self, prefix: list[int]) -> None:
+        """Tokens to be read when nobody waits for an answer."""
+        with self._change:
+            self._prefix = prefix
+            self._change.notify()
+
+    def interrupt(self) -> None:
+        """Somebody was cancelled or is late: look."""
+        with self._change:
+            self._interrupted = True
+            self._change.notify()
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify()
+
+    def take(self, *, busy: bool) -> list[Sequence] | None:
+        """What has come; None once closed. Without `busy` (the engine has work) it waits for something to do.
+
+        Raises the ApiError of weights that will not come.
+        """
+        with self._change:
+            while not (
+                self._closed
+                or self._failure
+                or self._interrupted
+                or self._sequences
+                or (self.arrived and (busy or self._prefix))
+            ):
+                self._change.wait()
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                return None
+            self._interrupted = False
+            return self._drain()
+
+    def take_prefix(self) -> list[int]:
+        with self._change:
+            prefix, self._prefix = self._prefix, []
+            return prefix
+
+    def drain(self, failure: ApiError | None) -> list[Sequence]:
+        """Close, and return what nobody will take any more. Later calls of `put` raise `failure`, if there is one."""
+        with self._change:
+            self._closed, self._failure = True, failure
+            return self._drain()
+
+    def _drain(self) -> list[Sequence]:
+        taken, self._sequences = self._sequences, []
+        return taken
+
+    def _await(self, arrival: Callable[[], None]) -> None:
+        failure: ApiError | None = None
+        try:
+            arrival()
+        except ApiError as error:
+            failure = error
+        with self._change:
+            self.arrived, self._failure = failure is None, failure
+            self._change.notify()
+
+
+class Worker:
     """The first group of methods is for any thread; the rest runs in the engine thread.
 
     A sequence has at most `n_limit` tokens; all of them share `n_cells` (None: recurrent models, whose states do not
@@ -42,7 +143,7 @@ class Scheduler:
         self,
         bindings: Any,
         context: Any,
-        step: Step,
+        step: TokenStep,
         *,
         n_batch: int,
         n_parallel: int,
@@ -61,12 +162,12 @@ class Scheduler:
         self._max_queue = max_queue
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable, window=window)
         self._batch = Batch(bindings, n_batch, n_parallel + 1)
-        self._abort = Abort(bindings, context)
+        self._abort = native.Abort(bindings, context)
         self._inbox = Inbox(arrival)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._out: list[tuple[PieceStream, Delta | Exception]] = []
-        self._pace = Pace()
+        self._out: list[tuple[GenerationStream, Delta | Exception]] = []
+        self._pace = schedule.PrefillPace()
         self._admissions = 0
         self.counters = Counters()
         self.failed: ApiError | None = None
@@ -83,11 +184,11 @@ class Scheduler:
         self._inbox.put(sequences)
         self.counters.requests += 1
 
-    def prime(self, opening: list[int]) -> None:
+    def prime(self, prefix: list[int]) -> None:
         """Read the tokens that prompts begin with into a slot of their own, if nobody waits for an answer."""
-        self._inbox.prime(opening[: self._batch.size])
+        self._inbox.prime(prefix[: self._batch.size])
 
-    def interrupt(self, stream: PieceStream) -> None:
+    def interrupt(self, stream: GenerationStream) -> None:
         """A stream was cancelled or its deadline has passed: look now, even in the middle of its prompt."""
         self._abort.look()
         self._inbox.interrupt()
@@ -114,7 +215,7 @@ class Scheduler:
                 if self._running:
                     self._decode()
                 else:
-                    self._read_opening()
+                    self._prefill_template()
                 self._flush()
         except ApiError as error:  # the weights will not come
             self.failed = error
@@ -170,7 +271,7 @@ class Scheduler:
                 sequence.stream.admitted_at = time.monotonic()
             if not sequence.begun:
                 sequence.begun = True
-                if sequence.leader is None:
+                if sequence.parent is None:
                     sequence.stream.cached_tokens = cached
                     self.counters.prompt_tokens += sequence.n_prompt
                     self.counters.cached_tokens += cached
@@ -179,8 +280,8 @@ class Scheduler:
     def _queue(self) -> Iterator[schedule.Waiting]:
         """Those who wait, as the schedule sees them. Lazy: it looks at few, and each costs a search for a prefix."""
         for sequence in self._waiting:
-            leader = sequence.leader
-            if leader is not None and leader.slot is not None and leader.reading:
+            parent = sequence.parent
+            if parent is not None and parent.slot is not None and parent.reading:
                 yield schedule.Waiting(0, 0, blocked=True)
             else:
                 yield schedule.Waiting(self._cache.needed(sequence), sequence.growth(self._n_limit))
@@ -222,7 +323,7 @@ class Scheduler:
             for sequence, _, _ in rows:
                 self._fail(sequence, ApiError(f"llama_decode returned {code}"))
 
-    def _compute(self, streams: set[PieceStream]) -> int:
+    def _compute(self, streams: set[GenerationStream]) -> int:
         """Decode the batch, for `streams`. Returns 0, 1 (no cells), 2 (aborted) or another code: an error, logged."""
         self._abort.begin(streams)
         with native.captured_errors() as reasons:  # llama.cpp calls an abort an error, too
@@ -232,19 +333,19 @@ class Scheduler:
             log.error("llama_decode returned %s for %s tokens: %s", code, self._batch.length, "; ".join(reasons))
         return code
 
-    def _read_opening(self) -> None:
+    def _prefill_template(self) -> None:
         """Also brings the weights into memory before the first request needs them."""
-        tokens = self._inbox.take_opening() if self._inbox.arrived else []
+        tokens = self._inbox.take_prefix() if self._inbox.arrived else []
         if not tokens:
             return
-        opening = self._cache.opening
-        self._cache.clear(opening)
+        prefix = self._cache.template_slot
+        self._cache.clear(prefix)
         self._batch.clear()
-        self._batch.add(opening.id, tokens, 0, logits=False)
+        self._batch.add(prefix.id, tokens, 0, logits=False)
         if self._compute(set()) == 0:
-            opening.tokens = tokens
+            prefix.tokens = tokens
         else:
-            self._cache.clear(opening)  # a decode that was aborted or failed may have left some of it
+            self._cache.clear(prefix)  # a decode that was aborted or failed may have left some of it
 
     def _fill(self) -> list[tuple[Sequence, int, int | None]]:
         """Put tokens into the batch. Returns (sequence, how many of its tokens, index of the row to sample from)."""
@@ -297,7 +398,7 @@ class Scheduler:
                 self._cache.clear(paused.slot)
                 self._cache.release(paused)
                 self._waiting.appendleft(paused)
-                self.counters.paused += 1
+                self.counters.preempted += 1
 
     def _forget(self, rows: list[tuple[Sequence, int, int | None]]) -> None:
         """Remove from the memory what a decode that failed or was aborted left there."""

@@ -294,7 +294,7 @@ def test_when_cells_run_out_the_youngest_waits() -> None:
     stats = engine.stats()
     engine.close()
 
-    assert stats["paused"] > 0
+    assert stats["preempted"] > 0
     assert [(a.tokens, a.finishes) for a in alone] == [(a.tokens, a.finishes) for a in together]
     assert stats["sequences"]["running"] == 0
 

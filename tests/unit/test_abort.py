@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from types import SimpleNamespace
 
-from core.engine.abort import Abort
+from core.engine.native import Abort
 
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 

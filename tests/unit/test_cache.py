@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.engine.cache import Cache
+from core.engine.cache import Cache, common_prefix
+from core.engine.generation import Sequence
 from core.engine.interface import GenerationRequest
-from core.engine.sequence import Sequence, common_prefix
 
 
 class Memory:

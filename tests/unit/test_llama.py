@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from core.engine import llama
+from core.engine.generation import GenerationStream
 from core.engine.interface import GenerationRequest, Sampling
 from core.engine.llama import Llama
-from core.engine.stream import PieceStream
 from core.engine.vocabulary import Vocabulary
 from core.errors import ContextOverflow
 
@@ -82,7 +82,7 @@ def test_a_request_that_fails_half_way_frees_what_it_made(
 ) -> None:
     """Samplers are C memory, and the stream's timer would wake the engine for a request that never was."""
     freed: list[int] = []
-    streams: list[PieceStream] = []
+    streams: list[GenerationStream] = []
 
     class Sampler(llama.Sampler):
         def __init__(self, *args: Any, index: int, **kwargs: Any) -> None:
@@ -95,13 +95,13 @@ def test_a_request_that_fails_half_way_frees_what_it_made(
             freed.append(self.index)
             super().free()
 
-    class Stream(PieceStream):
+    class Stream(GenerationStream):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             streams.append(self)
 
     monkeypatch.setattr(llama, "Sampler", Sampler)
-    monkeypatch.setattr(llama, "PieceStream", Stream)
+    monkeypatch.setattr(llama, "GenerationStream", Stream)
     engine = tiny_engine("llama")
 
     async def ask() -> None:

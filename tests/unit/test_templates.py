@@ -350,7 +350,7 @@ def test_raise_exception_is_told_apart_from_failure() -> None:
 
 def test_a_broken_template_has_no_opening() -> None:
     """A model with a broken template can be loaded; chat says what is wrong."""
-    assert templates.opening(ScriptedEngine(card=replace(CARD, chat_template="{% for %}"))) == []
+    assert templates.shared_prefix(ScriptedEngine(card=replace(CARD, chat_template="{% for %}"))) == []
 
 
 def test_the_opening_is_what_all_conversations_begin_with() -> None:
@@ -358,4 +358,4 @@ def test_the_opening_is_what_all_conversations_begin_with() -> None:
     template = "Be nice.{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     engine = ScriptedEngine(card=replace(CARD, chat_template=template))
 
-    assert bytes(templates.opening(engine)) == b"Be nice.[user]"
+    assert bytes(templates.shared_prefix(engine)) == b"Be nice.[user]"

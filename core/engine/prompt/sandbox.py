@@ -27,15 +27,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from core.engine.prompt import budget
-from core.engine.prompt.budget import Broken, Budget, Refused, Runaway, measure, take, take_items
-from core.engine.prompt.measures import (
+from core.engine.prompt.budget import (
     WIDE,
+    Broken,
+    Budget,
+    Refused,
+    Runaway,
     check_growth,
     check_integer,
     check_operator,
     compared,
     guarded_filter,
     guarded_test,
+    measure,
+    take,
+    take_items,
 )
 
 SOURCE = 1 << 18  # most characters of a template; the longest known to us has 20,000

@@ -15,9 +15,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from core.engine.cache import common_prefix
 from core.engine.interface import Engine, ModelCard
 from core.engine.prompt.budget import Broken, Refused, Runaway
-from core.engine.sequence import common_prefix
 from core.errors import InvalidRequest, ModelUnavailable
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def stops(card: ModelCard) -> tuple[str, ...]:
     return ("<|im_end|>", "<|im_start|>") if card.chat_template is None else ()
 
 
-def opening(engine: Engine) -> list[int]:
+def shared_prefix(engine: Engine) -> list[int]:
     """The tokens with which every conversation of this template begins that has no system message of its own: the
     template's own words, so nobody's secret. Compiles the template on its way (Jinja's import is 0.18 s of the first
     prompt). A broken template has none, and that is only logged."""

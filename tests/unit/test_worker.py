@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from core.engine import llama, schedule
+from core.engine.generation import GenerationStream
 from core.engine.interface import GenerationRequest, Sampling, Timings
 from core.engine.llama import Llama
 from core.engine.sampling import Sampler
-from core.engine.stream import PieceStream
 from core.errors import ApiError, DeadlineExceeded, ModelUnavailable
 
 Load = Callable[..., Llama]
@@ -38,7 +38,7 @@ def dictated(seed: int, length: int, tokens: int) -> GenerationRequest:
     return request(seed, length, tokens, grammar=f'start: "{text}"', top_logprobs=0)
 
 
-async def opinions(stream: PieceStream) -> list[float]:
+async def opinions(stream: GenerationStream) -> list[float]:
     """The logprobs of all tokens, before the grammar's mask: they depend on everything that was read before."""
     return [entry.logprob async for piece in stream for entry in piece.logprobs]
 
@@ -47,7 +47,7 @@ async def weigh(engine: Llama, *requests: GenerationRequest) -> list[list[float]
     return list(await asyncio.gather(*[opinions(engine.generate(one)) for one in requests]))
 
 
-async def read(stream: PieceStream) -> tuple[str, int, str | None]:
+async def read(stream: GenerationStream) -> tuple[str, int, str | None]:
     text, tokens, finish = "", 0, None
     async for piece in stream:
         text, tokens, finish = text + piece.text, tokens + piece.tokens, piece.finish_reason
@@ -62,7 +62,7 @@ class Watched:
     """The bindings, with a hook that runs in the engine thread right before each decode call."""
 
     def __init__(self, engine: Llama, before: Callable[[int], None]) -> None:
-        scheduler = engine._scheduler
+        scheduler = engine._worker
         self._real = scheduler._bindings
         self._before = before
         self.lengths: list[int] = []  # of the batches
@@ -83,7 +83,7 @@ def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: L
     engine = tiny_engine(kind, n_ctx=4096, n_batch=64)
     others = [dictated(seed, 40, 60) for seed in range(3)]
     undisturbed = asyncio.run(weigh(engine, *others))
-    fourth: list[PieceStream] = []
+    fourth: list[GenerationStream] = []
 
     def before(length: int) -> None:
         if length > 3 and fourth and not fourth[0].cancelled:
@@ -117,7 +117,7 @@ def test_a_prompt_that_nobody_waits_for_is_aborted(
     """Alone in its batch a cancelled prompt stops at once, and the next request is not touched."""
     engine = tiny_engine(kind, n_batch=64)
     expected = asyncio.run(ask(engine, request(1, 40, 20)))
-    streams: list[PieceStream] = []
+    streams: list[GenerationStream] = []
     Watched(engine, lambda length: streams[0].cancel())
 
     async def main() -> None:
@@ -138,7 +138,7 @@ def test_a_failed_decode_says_why_and_the_next_one_works(tiny_engine: Load, capl
 
     def before(length: int) -> None:
         if broken.pop() if broken else False:
-            engine._scheduler._batch._positions[0] = 999  # in the middle of nowhere
+            engine._worker._batch._positions[0] = 999  # in the middle of nowhere
 
     Watched(engine, before)
     with pytest.raises(ApiError, match="llama_decode returned -1"):
@@ -168,14 +168,14 @@ def test_an_exception_ends_one_sequence(
 ) -> None:
     """Its neighbours and later requests are answered; the log has the traceback."""
     engine = tiny_engine("llama")
-    draw = engine._scheduler._step._draw
+    draw = engine._worker._step._draw
 
     def broken(sequence: Any, row: int) -> int:
         if sequence.request.tenant == "1":
             raise MemoryError
         return draw(sequence, row)
 
-    monkeypatch.setattr(engine._scheduler._step, "_draw", broken)
+    monkeypatch.setattr(engine._worker._step, "_draw", broken)
 
     async def main() -> list[Any]:
         streams = [engine.generate(request(seed, 20, 10)) for seed in range(3)]
@@ -202,7 +202,7 @@ def test_what_ends_the_engine_thread_can_be_seen(tiny_engine: Load, monkeypatch:
     async def main() -> None:
         stream = engine.generate(request(1, 20, 1000))
         await anext(stream)
-        monkeypatch.setattr(engine._scheduler._cache, "used", broken)
+        monkeypatch.setattr(engine._worker._cache, "used", broken)
         with pytest.raises(ModelUnavailable, match="engine failed"):
             await ask(engine, request(2, 20, 10))
         with pytest.raises(ModelUnavailable, match="engine failed"):
@@ -240,10 +240,10 @@ def test_a_paused_sequence_comes_back_within_the_prefill_budget(
         return rows
 
     monkeypatch.setattr(schedule, "fill", recorded)
-    before = engine.stats()["paused"]
+    before = engine.stats()["preempted"]
     together = asyncio.run(weigh(engine, *requests))
 
-    assert engine.stats()["paused"] > before
+    assert engine.stats()["preempted"] > before
     for one, other in zip(alone, together, strict=True):
         assert len(one) == 120
         assert one == pytest.approx(other, abs=CLOSE)
@@ -274,7 +274,7 @@ def test_prompts_wait_for_room(tiny_engine: Load) -> None:
     answers = asyncio.run(ask(engine, *[request(seed, 100, 20) for seed in range(4)]))
 
     assert [(tokens, finish) for _, tokens, finish in answers] == [(20, "length")] * 4
-    assert engine.stats()["paused"] == 0
+    assert engine.stats()["preempted"] == 0
 
 
 def test_forks_share_their_prompts_cells(tiny_engine: Load) -> None:
@@ -289,7 +289,7 @@ def test_forks_share_their_prompts_cells(tiny_engine: Load) -> None:
 
     assert asyncio.run(main()) == 80
     assert 4 in widths
-    assert engine.stats()["paused"] == 0
+    assert engine.stats()["preempted"] == 0
 
 
 def test_a_recurrent_model_has_no_cells_to_run_out_of(tiny_engine: Load) -> None:
@@ -309,7 +309,7 @@ def test_a_request_that_cannot_be_built_leaves_nothing_behind(
     """The second sampler fails: the first is freed, and the deadline's timer is cancelled."""
     engine = tiny_engine("llama")
     made: list[Sampler] = []
-    streams: list[PieceStream] = []
+    streams: list[GenerationStream] = []
 
     class Second(Sampler):
         def __init__(self, *args: Any, **fields: Any) -> None:
@@ -318,13 +318,13 @@ def test_a_request_that_cannot_be_built_leaves_nothing_behind(
             super().__init__(*args, **fields)
             made.append(self)
 
-    class Stream(PieceStream):
+    class Stream(GenerationStream):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             streams.append(self)
 
     monkeypatch.setattr(llama, "Sampler", Second)
-    monkeypatch.setattr(llama, "PieceStream", Stream)
+    monkeypatch.setattr(llama, "GenerationStream", Stream)
 
     async def main() -> None:
         with pytest.raises(MemoryError):
@@ -338,7 +338,7 @@ def test_a_request_that_cannot_be_built_leaves_nothing_behind(
     assert timer.cancelled()
 
 
-async def last(stream: PieceStream) -> tuple[str | None, str | None]:
+async def last(stream: GenerationStream) -> tuple[str | None, str | None]:
     """The finish reason and the cause of a stream's last delta; the others have none."""
     *others, end = [delta async for delta in stream]
     assert {(delta.finish_reason, delta.cause) for delta in others} <= {(None, None)}

@@ -1,4 +1,4 @@
-"""PieceStream: the asyncio end of a generation. The engine thread fills it, one event loop empties it."""
+"""A running generation: the asyncio stream that a client reads, and its n sequences in the engine thread."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
+from core.engine.detokenizer import TextStream
 from core.engine.interface import Delta, GenerationRequest, Timings
 
+if TYPE_CHECKING:
+    from core.engine.cache import Slot
+    from core.engine.sampling import Sampler
 
-class PieceStream:
+
+class GenerationStream:
     """Implements `core.engine.interface.Generation`. Everything but `cancel` and `deliver` belongs to its loop."""
 
-    def __init__(self, request: GenerationRequest, interrupt: Callable[[PieceStream], None]) -> None:
+    def __init__(self, request: GenerationRequest, interrupt: Callable[[GenerationStream], None]) -> None:
         self.loop = asyncio.get_running_loop()
         self.cached_tokens = 0
         self.cancelled = False
@@ -50,7 +56,7 @@ class PieceStream:
             decode_ms=(latest - first) * 1000,
         )
 
-    def __aiter__(self) -> PieceStream:
+    def __aiter__(self) -> GenerationStream:
         return self
 
     async def __anext__(self) -> Delta:
@@ -95,9 +101,9 @@ class PieceStream:
             self._waiter.set_result(None)
 
 
-def deliver(items: Iterable[tuple[PieceStream, Delta | Exception]]) -> None:
+def deliver(items: Iterable[tuple[GenerationStream, Delta | Exception]]) -> None:
     """From the engine thread: give a step's items to their loops, one wake-up a loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PieceStream, Delta | Exception]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[GenerationStream, Delta | Exception]]] = {}
     for stream, item in items:
         by_loop.setdefault(stream.loop, []).append((stream, item))
     for loop, group in by_loop.items():
@@ -108,6 +114,72 @@ def deliver(items: Iterable[tuple[PieceStream, Delta | Exception]]) -> None:
                 stream.cancelled = True
 
 
-def _put_all(items: list[tuple[PieceStream, Delta | Exception]]) -> None:
+def _put_all(items: list[tuple[GenerationStream, Delta | Exception]]) -> None:
     for stream, item in items:
         stream.put(item)
+
+
+class Sequence:
+    """`tokens` holds prompt and answer; those from `slot.tokens` on are still to be decoded."""
+
+    __slots__ = (
+        "admitted",
+        "begun",
+        "index",
+        "matcher",
+        "n_prompt",
+        "parent",
+        "prefill",
+        "request",
+        "sampler",
+        "slot",
+        "stream",
+        "text",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        index: int,
+        stream: GenerationStream,
+        sampler: Sampler,
+        matcher: Any,
+        parent: Sequence | None,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.stream = stream
+        self.sampler = sampler
+        self.matcher = matcher
+        self.parent = parent  # the sequence that reads the shared prompt; None for that one itself
+        self.tokens = list(request.prompt)
+        self.n_prompt = len(self.tokens)
+        self.text = TextStream(request.stop)
+        self.slot: Slot | None = None
+        self.admitted = 0
+        self.prefill = self.n_prompt  # its first tokens, which are read before it decodes; after a pause all it had
+        self.begun = False  # has been admitted once: a paused sequence is not a new one
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def decoded(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return len(self.slot.tokens) if self.slot else 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens not decoded yet. One: decoding; more: prefill, or forced tokens."""
+        return len(self.tokens) - self.decoded
+
+    @property
+    def reading(self) -> bool:
+        return self.decoded < self.prefill
+
+    def growth(self, n_limit: int) -> int:
+        """The most tokens it may still gain; no sequence has more than `n_limit`."""
+        room = n_limit - len(self.tokens)
+        return room if self.request.max_tokens is None else min(room, self.request.max_tokens - self.produced)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.engine.llama import Llama
 from core.engine.prompt import templates
-from core.engine.prompt.control import ControlNames, is_markup
+from core.engine.vocabulary import ControlNames, is_markup
 from tests.tiny_models import CONTROL, USER_DEFINED
 
 NAMES = (*CONTROL, *USER_DEFINED)
