@@ -35,14 +35,15 @@ class Budget:
     characters: int
     items: int
 
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        """Grows with the input: a template may look at each message some hundred times, but not without end."""
+    def __init__(self, variables: Mapping[str, Any], *, steps: int = STEPS, seconds: float = SECONDS) -> None:
+        """Add to the budget for the size of `variables`: a template may look at each message some hundred times."""
         size = _Size()
         size.measure(variables)
-        self.steps = STEPS + 200 * size.steps
+        self.steps = steps + 200 * size.steps
         self.characters = (1 << 26) + 64 * size.characters
         self.items = (1 << 20) + 16 * size.steps + 4 * size.characters
-        self.ends = time.monotonic() + SECONDS
+        self.seconds = seconds
+        self.ends = time.monotonic() + seconds
 
     def take(self, characters: int = 0, steps: int = 1) -> None:
         self.steps -= steps
@@ -52,7 +53,7 @@ class Budget:
         if self.steps < 0 or self.characters < 0:
             raise Runaway("takes too many steps" if self.steps < 0 else "handles too much text")
         if time.monotonic() > self.ends:
-            raise Runaway(f"takes more than {SECONDS:g} seconds")
+            raise Runaway(f"takes more than {self.seconds:g} seconds")
 
     def take_items(self, count: int) -> None:
         """For a list: an item is 8 bytes and up to 64 for a value of its own."""

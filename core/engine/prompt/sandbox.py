@@ -62,14 +62,16 @@ _COMPARISONS = (
 _LONG_STRING_METHODS = frozenset(("center", "encode", "expandtabs", "ljust", "rjust", "translate", "zfill"))
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
-    """The template's output. Blocks for at most about `budget.SECONDS`; call it in a worker thread.
+def render(
+    source: str, variables: Mapping[str, Any], *, steps: int = budget.STEPS, seconds: float = budget.SECONDS
+) -> str:
+    """Return the template's output. Call it in a worker thread: it blocks, at most for about `seconds`.
 
     Raises Refused, Runaway or Broken.
     """
     template = compiled(source)
     try:
-        token = budget.current.set(Budget(variables))
+        token = budget.current.set(Budget(variables, steps=steps, seconds=seconds))
         try:
             return template.render(variables)
         finally:
