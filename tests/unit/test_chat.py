@@ -462,19 +462,36 @@ def test_a_late_error_is_an_event_before_done() -> None:
 
 
 class LoadingHost(FakeHost):
-    """Takes `seconds` to load, then lends its engine or fails."""
+    """Loads until `loaded` is set, then lends its engine or fails."""
 
-    def __init__(self, engine: ScriptedEngine, seconds: float, error: Exception | None = None) -> None:
+    def __init__(self, engine: ScriptedEngine, error: Exception | None = None) -> None:
         super().__init__(engine, status="available")
         self.loading = Loading("download", "fake-1b", 42, 100)
-        self.seconds = seconds
+        self.loaded = asyncio.Event()
         self.failure = error
 
     async def lease(self, deadline: float | None = None) -> Any:
-        await asyncio.sleep(self.seconds)
+        await self.loaded.wait()
         if self.failure is not None:
             raise self.failure
         return await super().lease(deadline)
+
+
+def stream_while_loading(host: LoadingHost) -> tuple[int, str]:
+    """Stream a chat; the load ends once the stream has begun."""
+    fake = fake_service(host.engine, host=host)
+
+    async def call() -> tuple[int, str]:
+        response = await dispatch(fake.service, chat_request(stream=True))
+        async with asyncio.timeout(30):
+            first = await anext(aiter(response.body))  # type: ignore[arg-type]
+        host.loaded.set()
+        status, rest = await read(response)
+        return status, first.decode() + rest
+
+    status, stream = asyncio.run(call())
+    assert host.leases == 0
+    return status, stream
 
 
 @pytest.fixture
@@ -486,10 +503,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_stream_tells_the_progress_of_a_load() -> None:
-    """While the model loads a stream is open and says how far it is; then it is like any other."""
-    engine = ScriptedEngine("one two")
-
-    status, stream = post(fake_service(engine, host=LoadingHost(engine, 0.1)), stream=True)
+    """While the model loads, the stream is open and reports the progress; then it is like any other."""
+    status, stream = stream_while_loading(LoadingHost(ScriptedEngine("one two")))
 
     assert status == 200
     assert stream.startswith(": loading 42%\n\n")
@@ -499,11 +514,7 @@ def test_a_stream_tells_the_progress_of_a_load() -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_load_that_fails_late_is_an_error_event() -> None:
     """Once the 200 is out, a failed load is an error event and [DONE]."""
-    engine = ScriptedEngine()
-
-    status, stream = post(
-        fake_service(engine, host=LoadingHost(engine, 0.1, ModelUnavailable("No space left."))), stream=True
-    )
+    status, stream = stream_while_loading(LoadingHost(ScriptedEngine(), ModelUnavailable("No space left.")))
 
     error, done = events(stream)
     assert (status, error["error"]["message"], done) == (200, "No space left.", "data: [DONE]")
@@ -512,8 +523,10 @@ def test_a_load_that_fails_late_is_an_error_event() -> None:
 def test_a_load_that_fails_at_once_is_a_status() -> None:
     """A load that fails before the 200 is out is a 503, stream or not."""
     engine = ScriptedEngine()
+    host = LoadingHost(engine, ModelUnavailable("No."))
+    host.loaded.set()
 
-    status, _ = post(fake_service(engine, host=LoadingHost(engine, 0, ModelUnavailable("No."))), stream=True)
+    status, _ = post(fake_service(engine, host=host), stream=True)
 
     assert status == 503
 
@@ -523,7 +536,7 @@ def test_a_load_that_fails_at_once_is_a_status() -> None:
 def test_a_client_gone_while_loading_leaves_nothing(chunks: int) -> None:
     """Closing a stream whose model still loads cancels the wait for it."""
     engine = ScriptedEngine()
-    fake = fake_service(engine, host=LoadingHost(engine, 60))
+    fake = fake_service(engine, host=LoadingHost(engine))
 
     async def leave() -> None:
         response = await dispatch(fake.service, chat_request(stream=True))
