@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import msgspec
 
 from core.settings import Settings
-from handlers.request_context import platform, request_id
+from handlers.http import platform, request_id
 
 # At debug these print headers and signed URLs, and with them tokens and keys.
 _TALKATIVE = (

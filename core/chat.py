@@ -16,9 +16,9 @@ from core.engine.interface import Engine, FinishReason, GenerationRequest, Sampl
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
-from core.session import Turn
-from core.wire import chat_answer as answer
-from core.wire.chat_request import ChatRequest, plain
+from core.session import Session
+from core.wire import chat as wire
+from core.wire.chat import ChatRequest, plain
 from core.wire.fields import sampler_seed, sampler_temperature, token_bias
 
 
@@ -32,8 +32,8 @@ async def check(service: Service, request: ChatRequest) -> None:
         await asyncio.to_thread(constraints.grammar, schema, "response_format")
 
 
-async def begin(service: Service, request: ChatRequest, *, tenant: str = "", ends: float | None = None) -> Turn:
-    """Start to answer what `check` has let pass; returns when the first piece is there. The caller closes the Turn.
+async def begin(service: Service, request: ChatRequest, *, tenant: str = "", ends: float | None = None) -> Session:
+    """Start to answer what `check` has let pass; returns when the first piece is there. The caller closes the Session.
 
     Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
     """
@@ -80,8 +80,8 @@ def _sampling(request: ChatRequest, n_vocab: int) -> Sampling:
     )
 
 
-async def complete(turn: Turn, request: ChatRequest) -> answer.Completion:
-    """The whole answer."""
+async def complete(turn: Session, request: ChatRequest) -> wire.Completion:
+    """The whole wire."""
     n = request.n or 1
     texts: list[list[str]] = [[] for _ in range(n)]
     tokens: list[list[TokenLogprob]] = [[] for _ in range(n)]
@@ -91,16 +91,16 @@ async def complete(turn: Turn, request: ChatRequest) -> answer.Completion:
         tokens[piece.index].extend(piece.logprobs)
         if piece.finish_reason is not None:
             finishes[piece.index] = piece.finish_reason
-    return answer.Completion(
+    return wire.Completion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
         model=turn.card.name,
         choices=[
-            answer.Choice(
+            wire.Choice(
                 index=index,
-                message=answer.AssistantMessage("".join(texts[index])),
+                message=wire.AssistantMessage("".join(texts[index])),
                 finish_reason=finishes[index],
-                logprobs=answer.logprobs(tokens[index]) if request.logprobs else None,
+                logprobs=wire.logprobs(tokens[index]) if request.logprobs else None,
             )
             for index in range(n)
         ],
@@ -109,38 +109,38 @@ async def complete(turn: Turn, request: ChatRequest) -> answer.Completion:
     )
 
 
-async def chunks(turn: Turn, request: ChatRequest) -> AsyncIterator[answer.Chunk]:
+async def chunks(turn: Session, request: ChatRequest) -> AsyncIterator[wire.Chunk]:
     """The answer as it comes: role, text, finish of each choice, and usage at the end if it was asked for."""
     counted = bool(request.stream_options and request.stream_options.include_usage)
     chunk_id, created, model, print_ = new_id("chatcmpl"), int(time.time()), turn.card.name, fingerprint(turn)
     between = None if counted else UNSET
     opened: set[int] = set()
 
-    def chunk(choice: answer.ChunkChoice) -> answer.Chunk:
-        return answer.Chunk(chunk_id, created, model, print_, (choice,), between)
+    def chunk(choice: wire.ChunkChoice) -> wire.Chunk:
+        return wire.Chunk(chunk_id, created, model, print_, (choice,), between)
 
     async for piece in turn.pieces():
         if piece.index not in opened:
             opened.add(piece.index)
-            yield chunk(answer.ChunkChoice(piece.index, answer.Delta("assistant", "", None)))
+            yield chunk(wire.ChunkChoice(piece.index, wire.Delta("assistant", "", None)))
         if piece.text or piece.logprobs:
-            logprobs = answer.logprobs(piece.logprobs) if request.logprobs else None
-            yield chunk(answer.ChunkChoice(piece.index, answer.Delta(content=piece.text), logprobs))
+            logprobs = wire.logprobs(piece.logprobs) if request.logprobs else None
+            yield chunk(wire.ChunkChoice(piece.index, wire.Delta(content=piece.text), logprobs))
         if piece.finish_reason is not None:
-            yield chunk(answer.ChunkChoice(piece.index, answer.Delta(), None, piece.finish_reason))
+            yield chunk(wire.ChunkChoice(piece.index, wire.Delta(), None, piece.finish_reason))
     if counted:
-        yield answer.Chunk(chunk_id, created, model, print_, (), usage(turn))
+        yield wire.Chunk(chunk_id, created, model, print_, (), usage(turn))
 
 
-def usage(turn: Turn) -> answer.Usage:
-    return answer.usage(turn.prompt_tokens, turn.completion_tokens, turn.cached_tokens)
+def usage(turn: Session) -> wire.Usage:
+    return wire.usage(turn.prompt_tokens, turn.completion_tokens, turn.cached_tokens)
 
 
 def new_id(kind: str) -> str:
     return f"{kind}-{os.urandom(12).hex()}"
 
 
-def fingerprint(turn: Turn) -> str:
+def fingerprint(turn: Session) -> str:
     """Changes when the model file or how it is loaded changes: the same seed may then give another text."""
     card = turn.card
     known = f"{card.path} {card.size_bytes} {card.description} {turn.config}"

@@ -20,8 +20,8 @@ from core.engine.interface import Engine, FinishReason, GenerationRequest, Sampl
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
-from core.session import Turn
-from core.wire.chat_answer import Usage
+from core.session import Session
+from core.wire.chat import Usage
 from core.wire.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 
 MAX_TOKENS = 1024  # of an answer, unless the client says otherwise: a small model in a loop would fill the context
@@ -121,8 +121,8 @@ async def check(service: Service, request: ExtractRequest) -> None:
     await asyncio.to_thread(_check_schema, request)
 
 
-async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", ends: float | None = None) -> Turn:
-    """Start on what `check` has let pass; returns when the first piece is there. The caller closes the Turn.
+async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", ends: float | None = None) -> Session:
+    """Start on what `check` has let pass; returns when the first piece is there. The caller closes the Session.
 
     Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy and ModelUnavailable.
     """
@@ -135,14 +135,14 @@ async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", 
         raise
 
 
-async def complete(turn: Turn, request: ExtractRequest) -> Extraction:
+async def complete(turn: Session, request: ExtractRequest) -> Extraction:
     """The extraction, validated."""
     events = [event async for event in stream(turn, request)]
     assert isinstance(events[-1], Extraction)
     return events[-1]
 
 
-async def stream(turn: Turn, request: ExtractRequest) -> AsyncIterator[ExtractionDelta | Extraction]:
+async def stream(turn: Session, request: ExtractRequest) -> AsyncIterator[ExtractionDelta | Extraction]:
     """Pieces of the raw JSON as they come, and at the end the extraction itself."""
     extraction_id, created, model = new_id("extr"), int(time.time()), turn.card.name
     raw: list[str] = []

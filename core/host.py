@@ -20,10 +20,9 @@ from typing import Literal
 from core import background
 from core.engine.interface import Engine, EngineConfig
 from core.errors import ApiError, Busy, ModelUnavailable
-from core.lending import Lease, Loaded
+from core.lending import Lease, Loaded, Served
 from core.loader import LoadEngine, Loader, Loading, load_llama
-from core.selection import Choice, choose
-from core.served import Served
+from core.selection import Selection, select
 from core.settings import Settings
 from core.store.model_file import ModelFile
 from core.store.reference import Reference
@@ -74,7 +73,7 @@ class Host:
         self._loader = Loader(settings, store, timeline, load)
         self._served = Served()
         self._lock = threading.Lock()
-        self._choice: Choice | None = None  # under the lock
+        self._selection: Selection | None = None  # under the lock
         self._swapping = threading.Lock()
         self._swaps: set[Future[None]] = set()
 
@@ -85,38 +84,38 @@ class Host:
 
     def state(self) -> HostState:
         self._served.drop_failed()
-        choice, _ = self._wanted()
+        selection, _ = self._wanted()
         served, loading = self._served, self._loader.progress()
         error = None if served.error is None else served.error.message
         status: Status
-        if (held := served.held) is not None:
+        if (held := served.current) is not None:
             status = "available" if self._loader.arriving else "ready"
             card = held.engine.card
             return HostState(status, card.name, loading, error, held.engine, card.path, served.lent)
-        status = "available" if choice.here else "unloaded"
-        return HostState(status, choice.name, loading, error or choice.error, None, choice.path, served.lent)
+        status = "available" if selection.is_local else "unloaded"
+        return HostState(status, selection.name, loading, error or selection.error, None, selection.path, served.lent)
 
     def start(self, *, load: bool | None = None) -> None:
         """Begin what the settings ask for, in a thread: download what is missing, and load if AUTO_PRELOAD (or `load`).
 
         Needs no event loop; returns once llama.cpp is imported. Does nothing if something is under way or loaded.
         """
-        choice = self._chosen()
+        selection = self._chosen()
         load = self._settings.auto_preload if load is None else load
-        if choice.reference is None:
-            if choice.error is not None:
-                log.error("%s", choice.error)
+        if selection.reference is None:
+            if selection.error is not None:
+                log.error("%s", selection.error)
             return
-        if not choice.here and self._settings.model_target == "memory":
+        if not selection.is_local and self._settings.model_target == "memory":
             load = True  # what is downloaded into memory is there only as a loaded model
         if load:
-            if not self._begin(lambda: self._load(choice, config_of(self._settings))):
+            if not self._begin(lambda: self._load(selection, config_of(self._settings))):
                 return
             # In this thread, beside the file's check in the other one: the load in C begins as soon as both are done,
             # and whatever the caller imports next no longer takes turns with it.
             self._loader.import_bindings()
-        elif not choice.here:
-            self._begin(lambda: self._download(choice))
+        elif not selection.is_local:
+            self._begin(lambda: self._download(selection))
 
     async def lease(self, deadline: float | None = None) -> Lease:
         """The engine, loading it first if need be. Waits at most until `deadline` (monotonic).
@@ -158,14 +157,14 @@ class Host:
 
     # Loading
 
-    def _chosen(self) -> Choice:
-        idle = not self._served.busy and self._served.held is None
+    def _chosen(self) -> Selection:
+        idle = not self._served.busy and self._served.current is None
         with self._lock:
-            if self._choice is None or (not self._choice.here and idle):
-                self._choice = choose(self._settings, self._store)
-            return self._choice
+            if self._selection is None or (not self._selection.is_local and idle):
+                self._selection = select(self._settings, self._store)
+            return self._selection
 
-    def _wanted(self) -> tuple[Choice, EngineConfig]:
+    def _wanted(self) -> tuple[Selection, EngineConfig]:
         """What the next request would be served by, if nothing is loaded."""
         return self._served.last or (self._chosen(), config_of(self._settings))
 
@@ -173,10 +172,10 @@ class Host:
         while (lease := self._served.lend()) is None:
             if not self._served.busy:
                 self._served.check_retry()
-                choice, config = self._wanted()
-                if choice.reference is None:
-                    raise ModelUnavailable(choice.error or _NOTHING, retry_after=None)
-                self._begin(functools.partial(self._load, choice, config))
+                selection, config = self._wanted()
+                if selection.reference is None:
+                    raise ModelUnavailable(selection.error or _NOTHING, retry_after=None)
+                self._begin(functools.partial(self._load, selection, config))
             if not await self._served.wait(deadline, most):
                 raise self._still_loading()
         return lease
@@ -203,23 +202,23 @@ class Host:
         threading.Thread(target=run, name="load", daemon=True).start()
         return True
 
-    def _download(self, choice: Choice) -> None:
-        self._loader.download(choice)
+    def _download(self, selection: Selection) -> None:
+        self._loader.download(selection)
         with self._lock:
-            self._choice = None  # to be looked up again: it is here now
+            self._selection = None  # to be looked up again: it is here now
 
-    def _load(self, choice: Choice, config: EngineConfig) -> None:
+    def _load(self, selection: Selection, config: EngineConfig) -> None:
         """Load a model where none is served. Raises what the loader raises."""
-        assert choice.reference is not None
-        file = self._loader.open(choice)
-        held = self._loader.load(file, choice.reference, config)
-        choice = replace(choice, here=True, path=str(file.path))
-        if choice.chosen_by != "/reload":
+        assert selection.reference is not None
+        file = self._loader.open(selection)
+        held = self._loader.load(file, selection.reference, config)
+        selection = replace(selection, is_local=True, path=str(file.path))
+        if selection.chosen_by != "/reload":
             with self._lock:
-                self._choice = choice
+                self._selection = selection
         lease = self._served.hold(held)  # it must not be freed while it warms up
         try:
-            self._served.publish(held, choice)
+            self._served.publish(held, selection)
             if not self._served.awaited:
                 held.engine.warm()
         finally:
@@ -244,13 +243,13 @@ class Host:
             if reference is None:
                 raise ModelUnavailable(_NOTHING, retry_after=None)
             file = self._store.open(reference)
-            choice = Choice("/reload", "it was asked for", reference, here=True, path=str(file.path))
+            selection = Selection("/reload", "it was asked for", reference, is_local=True, path=str(file.path))
             try:
                 if old is None or self._room_for(file, config):
                     # The old one serves meanwhile.
-                    self._publish(self._loader.load(file, reference, config), choice)
+                    self._publish(self._loader.load(file, reference, config), selection)
                 else:
-                    self._swap_in_place(old, file, choice, config)
+                    self._swap_in_place(old, file, selection, config)
             finally:
                 self._loader.announce(None)
 
@@ -262,15 +261,15 @@ class Host:
             return False
         return True
 
-    def _publish(self, held: Loaded, choice: Choice) -> None:
+    def _publish(self, held: Loaded, selection: Selection) -> None:
         """Change over to a loaded model."""
-        self._served.publish(held, choice)
+        self._served.publish(held, selection)
         self._await_tensors(held)
 
-    def _swap_in_place(self, old: Loaded, file: ModelFile, choice: Choice, config: EngineConfig) -> None:
+    def _swap_in_place(self, old: Loaded, file: ModelFile, selection: Selection, config: EngineConfig) -> None:
         """Free the old model first: new requests wait, running answers get RELOAD_GRACE_S. If the new model fails, the
         old one returns; if that fails, too, the next request tries it again."""
-        assert choice.reference is not None
+        assert selection.reference is not None
         self._loader.announce(Loading("swap", file.name))
         self._served.withdraw()
         try:
@@ -280,12 +279,12 @@ class Host:
                 self._served.fail(error)
                 raise error
             try:
-                held = self._loader.load(file, choice.reference, config)
+                held = self._loader.load(file, selection.reference, config)
             except Exception:
                 log.warning("the new model failed; loading the old one again")
                 self._restore()
                 raise
-            self._publish(held, choice)
+            self._publish(held, selection)
         finally:
             self._served.settle()
 

@@ -1,24 +1,32 @@
-"""Lease: the right to use an engine. Lender: who has one, and when an engine that was swapped out may be freed."""
+"""Lend the loaded model to requests: leases, waiting for a load, and freeing an engine after a swap.
+
+`Lease` is the right to use an engine, `Lender` counts leases and frees retired engines, `Served` holds the current
+model and the requests that wait for one. Nothing here loads a model; `core.host` does.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from core.engine.interface import Engine, EngineConfig
+from core.errors import ApiError, Busy, ModelUnavailable
+from core.selection import Selection
 from core.store.reference import Reference
 
-log = logging.getLogger("slm.lease")
+logger = logging.getLogger("slm.lending")
 
-STOP_S = 2.0  # what leases get to come back at the end, once their answers are cut
-CUT_S = 10.0  # the same for a swap: a prompt that is being built in a worker thread may take seconds
+STOP_S = 2.0  # shutdown: how long to wait for leases after their generations are stopped
+CUT_S = 10.0  # swap: the same; longer, because a worker thread may take seconds to build a prompt
 
 
 @dataclass(slots=True, eq=False)
 class Loaded:
-    """An engine, how it came to be, and how many use it."""
+    """An engine, the reference and configuration it was loaded from, and its number of leases."""
 
     engine: Engine
     reference: Reference
@@ -28,7 +36,7 @@ class Loaded:
 
 
 class Lease:
-    """The right to use an engine: one that is retired is freed when its last lease is released."""
+    """The right to use an engine. A retired engine is freed when its last lease is released."""
 
     __slots__ = ("_lender", "_loaded", "engine")
 
@@ -38,12 +46,12 @@ class Lease:
         self._loaded: Loaded | None = loaded
 
     def release(self) -> None:
-        """Give the engine back. Idempotent, from any thread."""
+        """Return the engine. Idempotent and thread-safe."""
         self._lender._take_back(self)
 
 
 class Lender:
-    """Thread-safe. Knows engines only while they are lent or waiting to be freed."""
+    """Counts leases and frees retired engines. Thread-safe."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
@@ -52,7 +60,7 @@ class Lender:
 
     @property
     def lent(self) -> int:
-        """How many leases are not given back yet, retired engines' included."""
+        """Number of outstanding leases, including those of retired engines."""
         return self._lent
 
     def lend(self, loaded: Loaded) -> Lease:
@@ -62,7 +70,7 @@ class Lender:
         return Lease(self, loaded)
 
     def retire(self, loaded: Loaded) -> None:
-        """Free the engine now, or when its last lease is back. Lend it no more. Idempotent."""
+        """Free the engine as soon as it has no leases. It must not be lent again. Idempotent."""
         with self._change:
             if loaded.retired:
                 return
@@ -73,26 +81,26 @@ class Lender:
             self._free(loaded)
 
     def wait_freed(self, loaded: Loaded, grace: float) -> bool:
-        """Block until a retired engine is freed: its answers get `grace` seconds to finish and are cut then.
+        """Block until a retired engine is freed. Generations get `grace` seconds to finish, then they are stopped.
 
-        Return False if a lease is still out CUT_S after that; the engine is freed when it comes back.
+        Return False if a lease is still outstanding CUT_S after that. The engine is then freed when it is released.
         """
         with self._change:
             if self._change.wait_for(lambda: loaded not in self._retired, timeout=grace):
                 return True
-        log.warning("answers are cut: they held the old model for more than %g s", grace)
+        logger.warning("stopping generations that still use the old model after %g s", grace)
         loaded.engine.stop()
         with self._change:
             return self._change.wait_for(lambda: loaded not in self._retired, timeout=CUT_S)
 
     def close(self, grace: float) -> None:
-        """Wait up to `grace` seconds for the leases of retired engines, then cut their answers."""
+        """Wait up to `grace` seconds for the leases of retired engines, then stop their generations."""
         deadline = time.monotonic() + grace
         with self._change:
             self._change.wait_for(lambda: not self._retired, timeout=max(0.0, deadline - time.monotonic()))
             late = list(self._retired)
         for loaded in late:
-            loaded.engine.stop()  # its streams fail, their leases come back, the last one frees it
+            loaded.engine.stop()  # its streams fail and release their leases; the last release frees it
         with self._change:
             self._change.wait_for(lambda: not self._retired, timeout=STOP_S)
 
@@ -105,7 +113,7 @@ class Lender:
             self._lent -= 1
             free = loaded.retired and loaded.leases == 0
         if free:
-            # A release comes from an event loop; joining the engine's thread and unmapping do not belong there.
+            # `release` runs on an event loop, which must not block on joining the engine thread and unmapping.
             threading.Thread(target=self._free, args=(loaded,), name="free").start()
 
     def _free(self, loaded: Loaded) -> None:
@@ -115,3 +123,206 @@ class Lender:
             with self._change:
                 self._retired.discard(loaded)
                 self._change.notify_all()
+
+
+RETRY_S = 5.0  # after a failed load, requests get its error for this long before the load is retried
+
+
+class Served:
+    """The current model, the work that will replace it, and the requests that wait. Thread-safe.
+
+    A load or an in-place swap starts with `begin` (or `withdraw`) and ends with `settle`. In between, `publish` makes a
+    model available. Requests without a model wait for the future of that work, which completes as soon as a model can
+    be leased or the work has failed.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._lender = Lender()
+        self._current: Loaded | None = None
+        self._last: tuple[Selection, EngineConfig] | None = None
+        self._work: Future[None] | None = None
+        self._busy = False  # loading, swapping, or tensors are still being downloaded
+        self._waiting = 0
+        self._awaited = False
+        self._error: ApiError | None = None
+        self._failed_at = 0.0
+        self._closed = False
+
+    @property
+    def current(self) -> Loaded | None:
+        return self._current
+
+    @property
+    def last(self) -> tuple[Selection, EngineConfig] | None:
+        """The last served model and its configuration. After a failure the next load retries it."""
+        return self._last
+
+    @property
+    def busy(self) -> bool:
+        return self._busy
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request has waited for the current work."""
+        return self._awaited
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for the current work."""
+        return self._waiting
+
+    @property
+    def lent(self) -> int:
+        return self._lender.lent
+
+    @property
+    def error(self) -> ApiError | None:
+        """Why the last load, or the last served engine, failed."""
+        return self._error
+
+    def drop_failed(self) -> None:
+        """Stop serving a model whose engine has failed. The next request loads it again without delay."""
+        with self._change:
+            failed = self._current
+            if failed is None or failed.engine.failed is None:
+                return
+            self._current, self._error, self._failed_at = None, failed.engine.failed, float("-inf")
+            lease = self._lender.lend(failed)
+        logger.error("the engine of %s has failed; it will be loaded again", failed.engine.card.name)
+        # Retiring an engine without leases frees it in this thread, which may be an event loop's: use a lease instead.
+        self._lender.retire(failed)
+        lease.release()
+
+    # Requests
+
+    def lend(self) -> Lease | None:
+        """Return a lease of the current model, or None without one. Raises ModelUnavailable once closed."""
+        self.drop_failed()
+        with self._change:
+            self._check_open()
+            return None if self._current is None else self._lender.lend(self._current)
+
+    async def wait(self, deadline: float | None, most: int | None) -> bool:
+        """Wait until the current work has published a model or failed. Return at once without work.
+
+        Return False if the deadline passes first. Raises Busy if `most` requests already wait.
+        """
+        with self._change:
+            work = self._work
+            if work is None:
+                return True
+            if most is not None and self._waiting >= most:
+                raise Busy(
+                    f"{most} requests are already waiting for the model to load. Try again later.", retry_after=5
+                )
+            self._awaited = True
+            self._waiting += 1
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work)), timeout)
+        except TimeoutError:
+            return False
+        finally:
+            with self._change:
+                self._waiting -= 1
+        return True
+
+    def check_retry(self) -> None:
+        """Raise ModelUnavailable with the last load's error if it failed less than RETRY_S ago."""
+        with self._change:
+            if self._error is not None and time.monotonic() - self._failed_at < RETRY_S:
+                raise ModelUnavailable(self._error.message)
+
+    # Loads and swaps
+
+    def begin(self) -> bool:
+        """Claim the load. Return False if a model is served, another thread is loading, or this is closed."""
+        with self._change:
+            if self._closed or self._current is not None or self._busy:
+                return False
+            self._busy, self._work = True, Future()
+            self._error, self._awaited = None, False
+            return True
+
+    def wait_idle(self) -> Loaded | None:
+        """Block until no load is running and return the current model. Raises ModelUnavailable once closed."""
+        with self._change:
+            self._change.wait_for(lambda: not self._busy)
+            self._check_open()
+        self.drop_failed()
+        return self._current
+
+    def withdraw(self) -> None:
+        """Take the current model out of service for an in-place swap. Requests wait for the work that starts here."""
+        with self._change:
+            old, self._current = self._current, None
+            self._busy, self._work = True, Future()
+            self._error, self._awaited = None, True
+        if old is not None:
+            self._lender.retire(old)
+
+    def wait_freed(self, old: Loaded, grace: float) -> bool:
+        """See `Lender.wait_freed`."""
+        return self._lender.wait_freed(old, grace)
+
+    def publish(self, loaded: Loaded, selection: Selection) -> None:
+        """Make `loaded` the current model and retire the previous one. Raises ModelUnavailable once closed."""
+        with self._change:
+            closed, work = self._closed, self._work
+            if closed:
+                retired: Loaded | None = loaded
+            else:
+                retired, self._current = self._current, loaded
+                self._last, self._error = (selection, loaded.config), None
+        if work is not None and not work.done():
+            work.set_result(None)  # waiting requests may lease it now: templates and the tokenizer need no weights
+        if retired is not None:
+            self._lender.retire(retired)
+        if closed:
+            raise ModelUnavailable("The server is stopping.", retry_after=1)
+
+    def hold(self, loaded: Loaded) -> Lease:
+        """Return a lease of a model that is not published yet."""
+        return self._lender.lend(loaded)
+
+    def give_up(self, loaded: Loaded, error: Exception) -> None:
+        """Stop serving a published model whose tensors could not be downloaded."""
+        with self._change:
+            if self._current is loaded:
+                self._current = None
+        self._lender.retire(loaded)
+        self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Record why there is no model. The state shows it, and requests in the next RETRY_S get it."""
+        if error is self._error or self._closed:
+            return
+        if isinstance(error, ApiError):
+            logger.error("%s", error.message)
+        else:
+            logger.error("the load failed", exc_info=error)
+            error = ModelUnavailable("The model could not be loaded. The server log has the reason.")
+        with self._change:
+            self._error, self._failed_at = error, time.monotonic()
+
+    def settle(self) -> None:
+        """End the current work and wake the requests that wait for it."""
+        with self._change:
+            work, self._work, self._busy = self._work, None, False
+            self._change.notify_all()
+        if work is not None and not work.done():
+            work.set_result(None)
+
+    def close(self, grace: float) -> None:
+        """Stop lending, wait up to `grace` seconds for the leases, then stop their generations and free the engine."""
+        with self._change:
+            self._closed = True
+            last, self._current = self._current, None
+        if last is not None:
+            self._lender.retire(last)
+        self._lender.close(grace)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelUnavailable("The server is stopping.", retry_after=1)

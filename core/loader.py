@@ -1,4 +1,4 @@
-"""Loader: from a choice to an engine, with every step's time and progress. Knows nothing of who uses the engine."""
+"""Loader: from a selection to an engine, with every step's time and progress. Knows nothing of who uses the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from core.engine.interface import Engine, EngineConfig
 from core.lending import Loaded
-from core.selection import Choice
+from core.selection import Selection
 from core.settings import Settings
 from core.store.model_file import ModelFile
 from core.store.reference import File, Reference
@@ -81,24 +81,27 @@ class Loader:
         with self._timeline.phase("import llama.cpp"), contextlib.suppress(ImportError, OSError, RuntimeError):
             native.bindings()
 
-    def download(self, choice: Choice) -> None:
+    def download(self, selection: Selection) -> None:
         """Bring the model to this machine. Raises what the store raises."""
-        assert choice.reference is not None
-        assert not isinstance(choice.reference, File)
+        assert selection.reference is not None
+        assert not isinstance(selection.reference, File)
         with self._timeline.phase("download"):
             self._store.fetch(
-                choice.reference, refresh=False, progress=self._download_progress(choice), cancelled=self._stopping
+                selection.reference,
+                refresh=False,
+                progress=self._download_progress(selection),
+                cancelled=self._stopping,
             )
 
-    def open(self, choice: Choice) -> ModelFile:
+    def open(self, selection: Selection) -> ModelFile:
         """The model's bytes, downloaded if need be. Raises what the store raises."""
-        assert choice.reference is not None
-        if not choice.here:
+        assert selection.reference is not None
+        if not selection.is_local:
             # The bindings' import and the first bytes' way over the network take the same time: do both at once.
             threading.Thread(target=self.import_bindings, name="import", daemon=True).start()
         with self._timeline.phase("open"):
             return self._store.open(
-                choice.reference, progress=self._download_progress(choice), cancelled=self._stopping
+                selection.reference, progress=self._download_progress(selection), cancelled=self._stopping
             )
 
     def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
@@ -147,8 +150,8 @@ class Loader:
 
         return bool(native.bindings().llama_supports_gpu_offload())
 
-    def _download_progress(self, choice: Choice) -> Callable[[int, int], None]:
-        name = choice.name or ""
+    def _download_progress(self, selection: Selection) -> Callable[[int, int], None]:
+        name = selection.name or ""
         return lambda done, total: self.announce(Loading("download", name, done, total))
 
     def _stopping(self) -> bool:

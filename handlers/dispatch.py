@@ -7,14 +7,16 @@ reason in the log. Errors after the first byte of a stream are the stream's own 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 
-from core.errors import MethodNotAllowed, Unauthorized, UnsupportedMediaType
+from core.errors import ApiError, MethodNotAllowed, Unauthorized, UnsupportedMediaType
 from core.service import Service
-from handlers import auth, problem, routes
+from handlers import auth, routes
 from handlers.body import json_response
-from handlers.http import Request, Response
-from handlers.request_context import request_id
+from handlers.http import Request, Response, request_id
+
+logger = logging.getLogger("slm.dispatch")
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -44,7 +46,7 @@ def admit(service: Service, request: Request) -> None:
 
 def refusal(error: Exception) -> Response:
     """An error as an answer; for adapters that must refuse before there is a request to dispatch, too."""
-    known = problem.told(error)
+    known = to_api_error(error)
     headers: Headers = ()
     if known.retry_after is not None:
         headers = (("retry-after", str(known.retry_after)),)
@@ -53,6 +55,14 @@ def refusal(error: Exception) -> Response:
     elif isinstance(known, Unauthorized):
         headers = (("www-authenticate", "Bearer"),)
     return json_response(known.body(), known.status, headers)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Return an ApiError unchanged. Log any other exception and return a generic 500 with the request id."""
+    if isinstance(error, ApiError) and error.status != ApiError.status:
+        return error
+    logger.error("unhandled exception: %s", type(error).__name__, exc_info=error)
+    return ApiError(f"Internal server error. Details are in the server log under request id {request_id.get()}.")
 
 
 def finished(service: Service, request: Request, response: Response) -> Response:

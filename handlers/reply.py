@@ -7,18 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from core.service import Service
-from core.session import Turn
+from core.session import Session
 from handlers import sse
 from handlers.body import json_response
-from handlers.http import Response
-from handlers.request_context import note
+from handlers.http import Response, add_log_fields
 
 GRACE_S = 0.5  # a load that fails this fast still becomes a status
 PATIENCE_S = 3.0  # for the first piece of a model that is ready: proxies and clients give up on a silent server
 WAITING_S = 1.0  # between two comments until the first piece
 
 
-async def whole(beginning: Awaitable[Turn], fold: Callable[[Turn], Awaitable[Any]]) -> Response:
+async def whole(beginning: Awaitable[Session], fold: Callable[[Session], Awaitable[Any]]) -> Response:
     """One JSON body."""
     turn = await beginning
     try:
@@ -29,8 +28,8 @@ async def whole(beginning: Awaitable[Turn], fold: Callable[[Turn], Awaitable[Any
 
 async def streamed(
     service: Service,
-    beginning: Coroutine[Any, Any, Turn],
-    events: Callable[[Turn], AsyncIterator[Any]],
+    beginning: Coroutine[Any, Any, Session],
+    events: Callable[[Session], AsyncIterator[Any]],
 ) -> Response:
     """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
 
@@ -65,7 +64,7 @@ async def streamed(
     return sse.stream(all_events(), close=lambda: _abandon(task), silence=silence)
 
 
-async def _abandon(task: asyncio.Future[Turn]) -> None:
+async def _abandon(task: asyncio.Future[Session]) -> None:
     """Free what a beginning has taken, wherever it stands."""
     if not task.done():
         task.cancel()
@@ -74,6 +73,6 @@ async def _abandon(task: asyncio.Future[Turn]) -> None:
         _close(task.result())
 
 
-def _close(turn: Turn) -> None:
+def _close(turn: Session) -> None:
     turn.close()
-    note(model=turn.card.name, prompt_tokens=turn.prompt_tokens, completion_tokens=turn.completion_tokens)
+    add_log_fields(model=turn.card.name, prompt_tokens=turn.prompt_tokens, completion_tokens=turn.completion_tokens)

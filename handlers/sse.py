@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from handlers import problem
+from handlers.dispatch import to_api_error
 from handlers.http import Response
 
 HEADERS = (
@@ -92,7 +92,7 @@ class Frames:
             async for event in self._events:
                 self._write(frame(event))
         except Exception as error:  # noqa: BLE001 - the status is out: dispatch cannot tell the client any more
-            self._write(frame(problem.told(error).body()))
+            self._write(frame(to_api_error(error).body()))
         self._ended = True
         self._write(DONE)
         if self._timer is not None:

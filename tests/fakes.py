@@ -14,7 +14,7 @@ from core.engine.interface import Cause, Delta, EngineConfig, FinishReason, Gene
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
-from core.selection import Choice
+from core.selection import Selection
 from core.service import Service
 from core.settings import Settings
 from core.store.reference import File, Reference
@@ -162,8 +162,8 @@ class FakeLease:
             self._host = None
 
 
-EMBEDDED = Choice("embedded", "nothing is configured", File(CARD.path), here=True, path=CARD.path)
-NOTHING = Choice("nothing", "no model is configured, and EMBEDDED_MODEL=off")
+EMBEDDED = Selection("embedded", "nothing is configured", File(CARD.path), is_local=True, path=CARD.path)
+NOTHING = Selection("nothing", "no model is configured, and EMBEDDED_MODEL=off")
 
 
 class FakeHost:
@@ -176,7 +176,7 @@ class FakeHost:
         self.error: str | None = None
         self.swap_error: ApiError | None = None
         self.swaps: list[tuple[str | None, EngineConfig]] = []
-        self.choice = NOTHING if engine is None else EMBEDDED
+        self.selection = NOTHING if engine is None else EMBEDDED
         self.leases = 0
         self.started = False
         self.told_to_load: bool | None = None
@@ -184,7 +184,7 @@ class FakeHost:
 
     @property
     def boot(self) -> dict[str, str | None]:
-        return self.choice.report()
+        return self.selection.report()
 
     def state(self) -> HostState:
         ready = self.status == "ready"

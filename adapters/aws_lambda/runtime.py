@@ -21,7 +21,7 @@ from adapters.aws_lambda.cycle import App, Cycle, Receive, Send
 from adapters.aws_lambda.failure import Failure, envelope
 from adapters.aws_lambda.lifespan import Lifespan, StartupFailed
 from adapters.aws_lambda.runtime_api import Invocation, RuntimeAPI, RuntimeGone
-from handlers.request_context import platform, request_id
+from handlers.http import platform, request_id
 
 logger = logging.getLogger(__name__)
 

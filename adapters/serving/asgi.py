@@ -24,8 +24,7 @@ from core.errors import InvalidRequest, TooLarge
 from core.service import Service
 from core.settings import Settings
 from handlers.dispatch import admit, dispatch, finished, refusal
-from handlers.http import Request, Response
-from handlers.request_context import identify, open_facts, request_id
+from handlers.http import Request, Response, collect_log_fields, identify, request_id
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -93,7 +92,7 @@ class Endpoint:
         service = self.service()
         request = to_request(scope)
         request_id.set(request.id)
-        facts = open_facts()
+        facts = collect_log_fields()
         status = GONE
         try:
             status = await _serve(service, request, receive, send)

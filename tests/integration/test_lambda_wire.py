@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from handlers.request_context import platform
+from handlers.http import platform
 from infra.emulator.event import to_event
 from infra.emulator.exchange import Behaviour, Exchange
 from tests.lambda_runtime import json_app, runtime

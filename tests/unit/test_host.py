@@ -16,7 +16,6 @@ import pytest
 
 import core.host
 import core.lending
-import core.served
 from core.engine import native
 from core.engine.interface import EngineConfig
 from core.errors import Busy, InvalidRequest, ModelUnavailable
@@ -113,7 +112,7 @@ def test_a_failed_load_is_told_and_not_repeated_by_every_request(models: Path, m
         assert loader.loads == ["a"]
         assert "cannot be loaded" in (host.state().error or "")
         loader.broken = set()
-        monkeypatch.setattr(core.served, "RETRY_S", 0.0)
+        monkeypatch.setattr(core.lending, "RETRY_S", 0.0)
         (await host.lease()).release()
         assert host.state().error is None
         await host.close(1)
@@ -357,7 +356,7 @@ def test_the_old_model_may_arrive_again_after_a_failed_swap(
 
 def test_if_the_old_model_fails_too_the_next_request_loads_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state says why; it is the model served last that is tried again, not the one that the settings name."""
-    monkeypatch.setattr(core.served, "RETRY_S", 0.0)
+    monkeypatch.setattr(core.lending, "RETRY_S", 0.0)
     loader = Loader()
     host = make(models, loader)
     write(models, "c.gguf", tiny_model())

@@ -11,7 +11,7 @@ import pytest
 
 from adapters import logs
 from core.settings import Settings
-from handlers.request_context import platform, request_id
+from handlers.http import platform, request_id
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import InvalidRequest, ModelUnavailable
-from core.selection import choose
+from core.selection import select
 from core.settings import Settings, SettingsError
 from core.store import reference as ref
 from core.store.reference import S3, File, HuggingFace
@@ -88,21 +88,21 @@ def test_model_sha256_holds_for_a_local_file(tmp_path: Path) -> None:
     """The start says which digest the file has; a file that changes later is read anew."""
     path = files.write(tmp_path, "m.gguf", EVIL)
     settings = Settings(models_dir=tmp_path, model_path="m.gguf", model_sha256=(GOOD_SHA256,))
-    choice = choose(settings, Store(tmp_path))
-    assert choice.reference is None
-    assert choice.error is not None
-    assert f"{EVIL_SHA256}, not {GOOD_SHA256}" in choice.error
+    selection = select(settings, Store(tmp_path))
+    assert selection.reference is None
+    assert selection.error is not None
+    assert f"{EVIL_SHA256}, not {GOOD_SHA256}" in selection.error
 
     path.write_bytes(GOOD)
     models = Store(tmp_path)
-    choice = choose(settings, models)
-    assert choice.here
-    assert isinstance(choice.reference, File)
-    assert models.open(choice.reference).path == path
+    selection = select(settings, models)
+    assert selection.is_local
+    assert isinstance(selection.reference, File)
+    assert models.open(selection.reference).path == path
     path.write_bytes(EVIL)
     os.utime(path, ns=(1, 1))
     with pytest.raises(InvalidRequest, match="MODEL_SHA256"):
-        models.open(choice.reference)
+        models.open(selection.reference)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_model_sha256_holds_for_a_local_file(tmp_path: Path) -> None:
 )
 def test_the_settings_pin_what_they_name(tmp_path: Path, settings: Settings) -> None:
     """By MODEL_SHA256, or in the reference itself."""
-    assert choose(settings, Store(tmp_path)).reference == ref.pin(HUB, (GOOD_SHA256,))
+    assert select(settings, Store(tmp_path)).reference == ref.pin(HUB, (GOOD_SHA256,))
 
 
 def test_a_pin_is_part_of_a_references_text() -> None:

@@ -1,20 +1,20 @@
 """The chat completion request: OpenAI's fields as far as a text model goes, and top_k, min_p, repeat_penalty.
 
 Fields that are not named here (`user`, `metadata`, `store`, `service_tier`, ...) are accepted and have no effect. Those
-that would change the answer and are not supported are refused (`core.openai.unsupported`). An explicit null is the same
+that would change the answer and are not supported are refused (`core.wire.fields`). An explicit null is the same
 as an absent field.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from core.engine.interface import FinishReason, TokenLogprob
 from core.errors import InvalidRequest
-from core.openai import unsupported
-from core.openai.unsupported import UnsupportedFields
 from core.wire.fields import (
     Bias,
     Choices,
@@ -30,6 +30,8 @@ from core.wire.fields import (
     Temperature,
     TopK,
     TopLogprobs,
+    UnsupportedFields,
+    check_unsupported,
     nested_beyond,
 )
 
@@ -97,7 +99,7 @@ class ChatRequest(UnsupportedFields, kw_only=True):
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         if self.modalities and "audio" in self.modalities:
             raise InvalidRequest("'modalities' may only hold 'text': this model makes no audio.", param="modalities")
-        unsupported.check(self)
+        check_unsupported(self)
         self._check_tools()
         for index, message in enumerate(self.messages):
             _check(message, f"messages[{index}]")
@@ -194,3 +196,100 @@ def _object(call: FunctionCall) -> Any:
         return msgspec.json.decode(arguments) if arguments else {}
     except (msgspec.DecodeError, RecursionError):
         return arguments  # what a model once said need not be JSON
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int  # of all choices
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Likely(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Token(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Likely]
+
+
+class Logprobs(Struct):
+    content: list[Token]
+    refusal: None = None
+
+
+class AssistantMessage(Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+    annotations: tuple[()] = ()
+
+
+class Choice(Struct):
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: Logprobs | None = None
+
+
+class Completion(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    system_fingerprint: str
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class Delta(Struct, omit_defaults=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChunkChoice(Struct):
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Chunk(Struct):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: tuple[ChunkChoice, ...]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+    )
+
+
+def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
+    """OpenAI's shape. `token` shows half a character as U+FFFD; `bytes` has it exactly."""
+    return Logprobs(
+        [
+            Token(
+                token.token.decode(errors="replace"),
+                token.logprob,
+                list(token.token),
+                [Likely(text.decode(errors="replace"), logprob, list(text)) for text, logprob in token.top],
+            )
+            for token in tokens
+        ]
+    )

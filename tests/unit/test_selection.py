@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from core.host import Host
-from core.selection import Choice, choose
+from core.selection import Selection, select
 from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.reference import File, HuggingFace
@@ -51,31 +51,36 @@ class Hub:
         return False
 
 
-def chosen(folder: Path, source: Hub | None = None, **settings: Any) -> Choice:
+def chosen(folder: Path, source: Hub | None = None, **settings: Any) -> Selection:
     store = Store(folder, (source or Hub(),))  # type: ignore[arg-type]
-    return choose(Settings(models_dir=folder, **settings), store)
+    return select(Settings(models_dir=folder, **settings), store)
 
 
 def test_auto_names_a_model_to_download(tmp_path: Path) -> None:
-    """AUTO_REPO_ID and AUTO_FILENAME together are a reference; the hub is not asked for a choice."""
-    choice = chosen(tmp_path, **AUTO)
+    """AUTO_REPO_ID and AUTO_FILENAME together are a reference; the hub is not asked for a selection."""
+    selection = chosen(tmp_path, **AUTO)
 
-    assert (choice.chosen_by, choice.reference, choice.here, choice.error) == ("AUTO_REPO_ID", REFERENCE, False, None)
-    assert choice.name == "auto"
+    assert (selection.chosen_by, selection.reference, selection.is_local, selection.error) == (
+        "AUTO_REPO_ID",
+        REFERENCE,
+        False,
+        None,
+    )
+    assert selection.name == "auto"
 
 
 def test_auto_is_served_from_the_disk_once_it_was_downloaded(tmp_path: Path) -> None:
     """The next start finds it, also where it may not download."""
     Store(tmp_path, (Hub(),)).fetch(REFERENCE)  # type: ignore[arg-type]
-    choice = chosen(tmp_path, auto_if_missing=False, **AUTO)
+    selection = chosen(tmp_path, auto_if_missing=False, **AUTO)
 
-    assert choice.report() == {
+    assert selection.report() == {
         "chosen_by": "AUTO_REPO_ID",
         "reason": "it was downloaded before",
         "reference": "hf://org/repo/auto.gguf@main",
         "path": str(tmp_path / "auto.gguf"),
     }
-    assert choice.here
+    assert selection.is_local
 
 
 @pytest.mark.parametrize(
@@ -90,10 +95,10 @@ def test_auto_is_served_from_the_disk_once_it_was_downloaded(tmp_path: Path) -> 
 )
 def test_auto_that_cannot_be_used_says_why(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     """It never falls back to the embedded model: another model than the one that was set would be a lie."""
-    choice = chosen(tmp_path, **settings)
+    selection = chosen(tmp_path, **settings)
 
-    assert (choice.chosen_by, choice.reference, choice.here) == ("AUTO_REPO_ID", None, False)
-    assert (choice.error or "").startswith(words)
+    assert (selection.chosen_by, selection.reference, selection.is_local) == ("AUTO_REPO_ID", None, False)
+    assert (selection.error or "").startswith(words)
 
 
 def test_model_path_goes_before_auto_where_it_is_there(tmp_path: Path) -> None:
@@ -109,10 +114,10 @@ def test_model_path_goes_before_auto_where_it_is_there(tmp_path: Path) -> None:
 def test_a_missing_model_path_with_an_unusable_auto_names_the_path(tmp_path: Path) -> None:
     """The first thing that was set is the one to correct."""
     missing = str(tmp_path / "missing.gguf")
-    choice = chosen(tmp_path, model_path=missing, auto_repo_id="org/repo")
+    selection = chosen(tmp_path, model_path=missing, auto_repo_id="org/repo")
 
-    assert (choice.chosen_by, choice.reference) == ("MODEL_PATH", None)
-    assert f"MODEL_PATH={missing}" in (choice.error or "")
+    assert (selection.chosen_by, selection.reference) == ("MODEL_PATH", None)
+    assert f"MODEL_PATH={missing}" in (selection.error or "")
 
 
 def test_with_nothing_set_it_is_the_embedded_model(tmp_path: Path) -> None:
@@ -120,7 +125,7 @@ def test_with_nothing_set_it_is_the_embedded_model(tmp_path: Path) -> None:
     embedded = chosen(tmp_path)
     nothing = chosen(tmp_path, embedded_model="off")
 
-    assert (embedded.chosen_by, embedded.path, embedded.here) == ("embedded", str(embedded_model()), True)
+    assert (embedded.chosen_by, embedded.path, embedded.is_local) == ("embedded", str(embedded_model()), True)
     assert (nothing.chosen_by, nothing.reference, nothing.error) == ("nothing", None, None)
 
 
