@@ -45,7 +45,7 @@ if ! installed; then
   fi >&2
 fi
 if ! installed; then
-  hook="-DCMAKE_PROJECT_llama.cpp_INCLUDE='$PWD/infra/llama_cpp.cmake'"
+  hook="-DCMAKE_PROJECT_llama.cpp_INCLUDE='$PWD/infra/docker/llama_cpp.cmake'"
   if ! CMAKE_ARGS="-DLLAVA_BUILD=OFF $hook ${CMAKE_ARGS:-}" "${pip[@]}" --verbose "$requirement" 2>&1 | tee "$log" | progress; then
     echo "The build failed. The last lines of $log:" >&2
     tail -n 20 "$log" >&2
