@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SAM := build/sam/bin/sam
 UV := build/uv/bin/uv
 .DEFAULT_GOAL := help
-.PHONY: help dev install run url test lint format settings bench rie sam image image-test lock lock-check clean
+.PHONY: help dev install run url test check lint format settings bench rie sam image image-test lock lock-check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,8 @@ url: $(VENV)/.installed-embedded ## serve a local Lambda function URL on 127.0.0
 
 test: $(VENV)/.installed-dev rie ## run the tests
 	$(BIN)/python -m pytest -q
+
+check: lint test ## what CI runs: lint, then the tests
 
 lint: $(VENV)/.installed-dev $(SAM) ## ruff, strict mypy, the generated docs/settings.md and .env.example, the template, the Dockerfiles
 	$(BIN)/ruff check .
