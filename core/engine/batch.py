@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.engine.bindings import Bindings
 
 
 class Batch:
@@ -13,7 +16,7 @@ class Batch:
     a token.
     """
 
-    def __init__(self, bindings: Any, size: int, n_slots: int) -> None:
+    def __init__(self, bindings: Bindings, size: int, n_slots: int) -> None:
         self.size = size
         self.length = 0
         self._tokens: Any = (ctypes.c_int32 * size)()

@@ -6,9 +6,10 @@ The memory is unified: slots share its cells, so copying a prefix from one slot 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
+    from core.engine.bindings import Bindings, Context, Memory
     from core.engine.generation import Sequence
 
 
@@ -61,9 +62,10 @@ class Cache:
     is how many tokens a sliding-window layer sees, 0 if there is none.
     """
 
-    def __init__(self, bindings: Any, context: Any, n_slots: int, *, trimmable: bool, window: int = 0) -> None:
+    def __init__(self, bindings: Bindings, context: Context, n_slots: int, *, trimmable: bool, window: int = 0) -> None:
         self._bindings = bindings
-        self._memory = bindings.llama_get_memory(context)
+        # Not None: that is checked when the context is made.
+        self._memory = cast("Memory", bindings.llama_get_memory(context))
         self._trimmable = trimmable
         self._window = window
         self._clock = 0

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.engine import cpus, native
 from core.engine.generation import GenerationStream, Sequence
+from core.engine.grammar.compiler import GrammarCompiler
 from core.engine.interface import EngineConfig, GenerationRequest, ModelCard
 from core.engine.prompt import templates
 from core.engine.sampling import Sampler, TokenStep
@@ -22,6 +23,9 @@ from core.engine.vocabulary import Vocabulary
 from core.engine.worker import Worker
 from core.errors import ApiError, ContextOverflow, InvalidRequest, ModelUnavailable
 from core.store.model_file import ModelFile
+
+if TYPE_CHECKING:
+    from core.engine.bindings import Bindings, Context, Model
 
 PREPARE_WITHIN_S = 3.0  # after the load, requests or not
 LOOK_S, QUIET_LOOKS = 0.05, 6
@@ -60,6 +64,7 @@ class Llama:
             bindings.llama_model_free(self._model)
             raise
         self._vocabulary = Vocabulary(bindings, self._model)
+        self._grammars = GrammarCompiler(bindings, self._model)
         self.config = config
         self.card = self._describe()
         if self.card.n_ctx < config.n_ctx:
@@ -100,7 +105,7 @@ class Llama:
         return self._vocabulary.control_names().starts(text)
 
     def check_grammar(self, grammar: str) -> None:
-        self._vocabulary.matcher(grammar)
+        self._grammars.matcher(grammar)
 
     def generate(self, request: GenerationRequest) -> GenerationStream:
         if len(request.prompt) + 1 > self.card.n_ctx:
@@ -114,7 +119,7 @@ class Llama:
                 f"'logit_bias' names token {unknown[0]}; this model's tokens are 0 to {n_vocab - 1}.",
                 param="logit_bias",
             )
-        matcher = None if request.grammar is None else self._vocabulary.matcher(request.grammar)
+        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
         stream = GenerationStream(request, self._worker.interrupt)
         samplers: list[Sampler] = []
         sequences: list[Sequence] = []
@@ -157,12 +162,13 @@ class Llama:
                 self._file.arrival.cancel()
             self._worker.close()
             self._vocabulary.close()
+            self._grammars.close()
             self._preparing.join()
             self._bindings.llama_free(self._context)
             self._bindings.llama_model_free(self._model)
             self._file.release()
 
-    def _load_model(self, config: EngineConfig, progress: Callable[[float], None] | None) -> Any:
+    def _load_model(self, config: EngineConfig, progress: Callable[[float], None] | None) -> Model:
         bindings, file = self._bindings, self._file
         params = bindings.llama_model_default_params()
         params.n_gpu_layers = config.n_gpu_layers
@@ -204,7 +210,7 @@ class Llama:
             param="model_path",
         )
 
-    def _make_context(self, config: EngineConfig) -> Any:
+    def _make_context(self, config: EngineConfig) -> Context:
         bindings = self._bindings
         params = bindings.llama_context_default_params()
         params.n_ctx = config.n_ctx
@@ -284,10 +290,10 @@ class Llama:
         # Not at a lower priority: llguidance holds the interpreter lock while it builds (0.1 s for 49k tokens, 1.2 for
         # 262k), and beside busy threads every other Python thread would wait for one with a tenth of a CPU.
         with contextlib.suppress(ModelUnavailable):  # freed meanwhile
-            self._vocabulary.prepare(lambda: time.sleep(REST_S))
+            self._grammars.prepare(lambda: time.sleep(REST_S))
 
 
-def _metadata(bindings: Any, model: Any) -> dict[str, str]:
+def _metadata(bindings: Bindings, model: Model) -> dict[str, str]:
     """The GGUF's scalar metadata as text. Arrays (the vocabulary) come as "[...]" and are left out."""
     found = {}
     buffer = ctypes.create_string_buffer(1 << 16)

@@ -13,9 +13,12 @@ import threading
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from core.engine.variants import best, cpu_flags
+
+if TYPE_CHECKING:
+    from core.engine.bindings import Bindings, Context
 
 log = logging.getLogger("slm.llama")
 
@@ -25,7 +28,7 @@ LOG_LEVEL_ERROR = 4  # ggml.h's GGML_LOG_LEVEL_ERROR; the bindings have no name 
 MOST_CAPTURED = 20  # lines
 
 _lock = threading.Lock()
-_bindings: Any = None
+_bindings: Bindings | None = None
 _log_callback: Any = None  # ctypes callbacks must outlive every call into the library
 _verbose = False
 
@@ -39,7 +42,7 @@ class _Capture(threading.local):
 _capture = _Capture()
 
 
-def bindings() -> Any:
+def bindings() -> Bindings:
     """`llama_cpp.llama_cpp`, imported at the first call with its backends ready. Thread-safe.
 
     The package's own `__init__` imports numpy, jinja2 and diskcache for the high-level class, which is not used here:
@@ -63,7 +66,7 @@ def bindings() -> Any:
                 package.__path__ = list(spec.submodule_search_locations)
                 package.__spec__ = spec
                 sys.modules["llama_cpp"] = package
-            module = importlib.import_module("llama_cpp.llama_cpp")
+            module: Any = importlib.import_module("llama_cpp.llama_cpp")
             _route_log(module)
             _load_backends(module)
             module.llama_backend_init()
@@ -71,7 +74,7 @@ def bindings() -> Any:
     return _bindings
 
 
-def _load_backends(module: Any) -> None:
+def _load_backends(module: types.ModuleType) -> None:
     """Load the CPU backend of a `GGML_BACKEND_DL` build: the best variant for this CPU.
 
     Only that one is opened where it is certain which it is; else ggml opens all and chooses. The variants lie in
@@ -79,7 +82,7 @@ def _load_backends(module: Any) -> None:
     is a static variable, and a twin under another name (libggml.so beside libggml.so.0) has its own. An ordinary build
     has its backend linked in and nothing to load.
     """
-    package = Path(module.__file__).parent
+    package = Path(str(module.__file__)).parent
     folders = (package / "lib", package.parent / "bin", package.parent / "lib")
     variants = next((folder for folder in folders if any(folder.glob("libggml-cpu-*.so"))), None)
     if variants is None:
@@ -123,7 +126,7 @@ def _mapped_library(name: str) -> str | None:
     return None
 
 
-def _route_log(module: Any) -> None:
+def _route_log(module: Bindings) -> None:
     """Send llama.cpp's log lines to logging: errors as errors, unless `captured_errors` collects them."""
     global _log_callback
 
@@ -178,7 +181,7 @@ class Abort:
     read.
     """
 
-    def __init__(self, bindings: Any, context: Any) -> None:
+    def __init__(self, bindings: Bindings, context: Context) -> None:
         self._flag = ctypes.create_string_buffer(2)
         self._lock = threading.Lock()
         self._streams: tuple[Ending, ...] = ()  # of the decode call under way

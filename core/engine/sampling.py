@@ -11,6 +11,7 @@ from core.engine.interface import TokenLogprob
 from core.errors import ApiError
 
 if TYPE_CHECKING:
+    from core.engine.bindings import Bindings, Context, SamplerChain, SamplerLink
     from core.engine.generation import Sequence
     from core.engine.interface import Cause, FinishReason, Sampling
     from core.engine.vocabulary import Vocabulary
@@ -28,7 +29,14 @@ class Sampler:
     """One chain: logit bias, penalties, top-k, top-p, min-p, temperature, draw. Built once a sequence; `free` it."""
 
     def __init__(
-        self, bindings: Any, sampling: Sampling, *, prompt: Iterable[int] = (), n_vocab: int, n_ctx: int, index: int
+        self,
+        bindings: Bindings,
+        sampling: Sampling,
+        *,
+        prompt: Iterable[int] = (),
+        n_vocab: int,
+        n_ctx: int,
+        index: int,
     ) -> None:
         """`index` of the sequence is added to the seed. `prompt` counts for `repeat_penalty`."""
         self._sample = bindings.llama_sampler_sample
@@ -56,15 +64,16 @@ class Sampler:
             links.append(bindings.llama_sampler_init_dist(seed))
         for link in links:
             bindings.llama_sampler_chain_add(chain, link)
-        self._chain = chain
+        self._chain: SamplerChain | None = chain
 
-    def sample(self, context: Any, row: int) -> int:
+    def sample(self, context: Context, row: int) -> int:
         """Draw a token from the logits of batch index `row` and note it for the penalties."""
+        assert self._chain is not None
         return int(self._sample(self._chain, context, row))
 
     def accept(self, token: int) -> None:
         """Note a token that was not drawn (a forced one) for the penalties."""
-        if self.penalised:
+        if self.penalised and self._chain is not None:
             self._accept(self._chain, token)
 
     def free(self) -> None:
@@ -73,7 +82,9 @@ class Sampler:
             self._chain = None
 
 
-def _penalties(bindings: Any, sampling: Sampling, prompt: Iterable[int], n_vocab: int, n_ctx: int) -> list[Any]:
+def _penalties(
+    bindings: Bindings, sampling: Sampling, prompt: Iterable[int], n_vocab: int, n_ctx: int
+) -> list[SamplerLink]:
     """The links for the penalties that are set. Their window is the context, so that they look at the whole answer."""
     links = []
     if sampling.repeat_penalty != 1.0:
@@ -92,7 +103,7 @@ def _penalties(bindings: Any, sampling: Sampling, prompt: Iterable[int], n_vocab
     return links
 
 
-def logits_of(bindings: Any, context: Any, row: int, n_vocab: int) -> Any:
+def logits_of(bindings: Bindings, context: Context, row: int, n_vocab: int) -> Any:
     """The logits of batch index `row` as a writable numpy view on llama.cpp's buffer, valid until the next decode."""
     import numpy as np  # only masks and logprobs need it: 0.1-0.3 s at a cold start
 
@@ -125,7 +136,7 @@ class TokenStep:
     `n_limit` is the most tokens a sequence may have, prompt included.
     """
 
-    def __init__(self, bindings: Any, context: Any, vocabulary: Vocabulary, n_limit: int) -> None:
+    def __init__(self, bindings: Bindings, context: Context, vocabulary: Vocabulary, n_limit: int) -> None:
         self._bindings = bindings
         self._context = context
         self._vocabulary = vocabulary

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.engine import native, schedule
 from core.engine.batch import Batch
@@ -22,6 +22,9 @@ from core.engine.generation import GenerationStream, Sequence, deliver
 from core.engine.interface import Cause, Delta, FinishReason, TokenLogprob
 from core.engine.sampling import TokenStep
 from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
+
+if TYPE_CHECKING:
+    from core.engine.bindings import Bindings, Context
 
 log = logging.getLogger("slm.engine")
 
@@ -141,8 +144,8 @@ class Worker:
 
     def __init__(
         self,
-        bindings: Any,
-        context: Any,
+        bindings: Bindings,
+        context: Context,
         step: TokenStep,
         *,
         n_batch: int,

@@ -39,8 +39,8 @@ class Loop:
         context.n_ctx, context.n_seq_max, context.kv_unified = load.n_ctx, load.n_parallel, True
         context.n_batch = context.n_ubatch = load.n_batch
         context.n_threads = context.n_threads_batch = load.n_threads
-        self.context = self.lib.llama_init_from_model(self.model, context)
-        self.memory = self.lib.llama_get_memory(self.context)
+        self.context: Any = self.lib.llama_init_from_model(self.model, context)
+        self.memory = self.lib.llama_get_memory(self.context) if self.context else None
         self.sampler = self.lib.llama_sampler_chain_init(self.lib.llama_sampler_chain_default_params())
         self.lib.llama_sampler_chain_add(self.sampler, self.lib.llama_sampler_init_greedy())
         self.n_batch = load.n_batch

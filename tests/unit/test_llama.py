@@ -12,9 +12,9 @@ import pytest
 
 from core.engine import llama
 from core.engine.generation import GenerationStream
+from core.engine.grammar.compiler import GrammarCompiler
 from core.engine.interface import GenerationRequest, Sampling
 from core.engine.llama import Llama
-from core.engine.vocabulary import Vocabulary
 from core.errors import ContextOverflow
 
 LoadTiny = Callable[..., Llama]
@@ -116,16 +116,16 @@ def test_a_request_that_fails_half_way_frees_what_it_made(
 def test_a_request_takes_over_a_tokenizer_that_is_being_prepared(tiny_engine: LoadTiny) -> None:
     """It does not wait for the thread that prepares, which rests here until the request is done."""
     engine = tiny_engine("llama-49k")
-    vocabulary = Vocabulary(engine._bindings, engine._model)
+    compiler = GrammarCompiler(engine._bindings, engine._model)
     built: list[Any] = []
 
     def rest() -> None:
         if not built:
-            thread = threading.Thread(target=lambda: built.append(vocabulary.tokenizer()))
+            thread = threading.Thread(target=lambda: built.append(compiler.tokenizer()))
             thread.start()
             thread.join(60)
             assert built
 
-    vocabulary.prepare(rest)
-    assert vocabulary.tokenizer() is built[0]
+    compiler.prepare(rest)
+    assert compiler.tokenizer() is built[0]
     assert built[0].vocab_size == 49152

@@ -44,3 +44,19 @@ def test_after_a_capture_errors_are_logged_again(caplog: pytest.LogCaptureFixtur
 
     assert not lines
     assert "/nowhere/a.gguf" in caplog.text
+
+
+def test_the_bindings_have_what_their_type_promises() -> None:
+    """`Bindings` is written by hand: each of its names is one of llama_cpp's, and structures have their fields."""
+    from core.engine.bindings import Bindings, ContextParams, ModelParams
+
+    module = native.bindings()
+    functions = {name for name in vars(Bindings) if name.startswith(("llama_", "ggml_"))}
+    names = functions | Bindings.__annotations__.keys()
+    assert len(names) > 50
+    assert [name for name in sorted(names) if not hasattr(module, name)] == []
+    for params, structure in (
+        (ModelParams, module.llama_model_default_params()),
+        (ContextParams, module.llama_context_default_params()),
+    ):
+        assert [name for name in params.__annotations__ if not hasattr(structure, name)] == []
