@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
 WHEEL = "aws-sam-cli==1.170.0"
-BUILD = Path(__file__).parents[1] / "build"
+BUILD = Path(__file__).parents[2] / "build"
 SHA256 = {
     "x86_64": "6b1e686e62ab2baf5759c412c4864276ef2a88b094fca53ec070637ccba9b9a5",
     "arm64": "ec2e5d09633d853834c008b1ef264bf834b258a94d551d2b2074966494b39a21",
@@ -107,10 +109,15 @@ class Emulator:
 
 
 def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
+    """Return two free ports below 32768: the kernel gives none of these to a process that binds port 0."""
+    free = []
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == 2:
+            return free[0], free[1]
+    raise RuntimeError("No two of 100 ports on 127.0.0.1 are free.")
 
 
 if __name__ == "__main__":
