@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import boto3
@@ -15,17 +14,34 @@ from adapters.s3.bucket import Bucket
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 BUCKET = "models"
+SERVE = """
+import sys
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.server import MotoRequestHandler
+from werkzeug.serving import make_server
+
+app = DomainDispatcherApplication(create_backend_app)
+make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler, fd=int(sys.argv[1])).serve_forever()
+"""
 
 
 @contextmanager
 def moto_server():
-    """The port of a fresh S3 with one bucket, "models"."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    """Start a fresh S3 with one bucket, "models", and give its port.
+
+    It inherits a socket that listens already: no other process can take the port, and clients queue until it runs.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        port = listener.getsockname()[1]
+        descriptor = listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(descriptor)],
+            pass_fds=[descriptor],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    with server:
         try:
-            _await_port(port, server)
             client = s3_client(port)
             client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
             client.close()
@@ -47,18 +63,6 @@ def s3_client(port):
 
 def bucket(port, name=BUCKET):
     return Bucket(name, credentials=CredentialChain(ENVIRON), endpoint_url=f"http://127.0.0.1:{port}", environ=ENVIRON)
-
-
-def _await_port(port, server):
-    for _ in range(600):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            assert server.poll() is None, "moto's server ended"
-            time.sleep(0.05)
-        else:
-            return
-    raise AssertionError("moto's server does not listen")
 
 
 def clean_environ():
