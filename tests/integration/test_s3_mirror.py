@@ -505,7 +505,7 @@ def test_ten_processes_upload_once(port, client, path):
         from pathlib import Path
         from tests.integration.s3_double import bucket, s3_client
         from tests.integration import test_s3_mirror as t
-        from adapters import s3_mirror
+        from adapters.s3.mirror import mirror as s3_mirror
         from adapters.s3.mirror.upload import Upload
         s3_mirror.RETRY_S = 0.3
         client = s3_client(PORT)
