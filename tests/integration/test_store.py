@@ -550,34 +550,41 @@ def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> Non
     assert (folder / NAME).read_bytes() == CONTENT
 
 
-def test_a_hundred_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
-    """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds."""
+def test_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
+    """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds.
+
+    The time until a kill follows the speed of the machine, so that some fetches finish and some do not.
+    """
     draw = random.Random(0)
-    finished = 0
-    for _ in range(100):
+    finished, killed, longest = 0, 0, 0.05
+    while min(finished, killed) < 15:
+        assert finished + killed < 1000
+        path = folder / NAME
+        if path.exists() and draw.random() < 0.5:
+            path.unlink()
+        missing = not path.exists()
         child = os.fork()
         if child == 0:
             _fetch_slowly(folder)
-        time.sleep(draw.uniform(0, 0.06))
+        time.sleep(draw.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        path = folder / NAME
         if path.exists():
             assert path.read_bytes() == CONTENT
-            finished += 1
-            if known := sidecar.read(path):
-                assert known.sha256 == SHA256
-            if draw.random() < 0.5:
-                path.unlink()
+            if described := sidecar.read(path):
+                assert described.sha256 == SHA256
+            if missing:
+                finished, longest = finished + 1, longest / 1.2
+        else:
+            killed, longest = killed + 1, longest * 1.2
     store = Store(folder, (_Local(0.0),))
 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
     assert names(folder) == [NAME, NAME + ".json"]
-    assert 5 < finished < 95
 
 
 class _Local:
-    """The content without a network, in pieces: so that a hundred processes take seconds."""
+    """The content without a network, in pieces: so that many processes take seconds."""
 
     name, authority = "huggingface", True
 
