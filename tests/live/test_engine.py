@@ -14,7 +14,7 @@ import pytest
 
 from core.engine.interface import EngineConfig, GenerationRequest, Sampling
 from core.engine.llama import Llama
-from core.errors import Busy, ContextOverflow, InvalidRequest, ModelUnavailable
+from core.errors import Busy, ContextOverflow, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from core.store.embedded import embedded_model
 from core.store.model_file import ModelFile
 
@@ -42,6 +42,7 @@ class Answer:
     tokens: int
     cached: int
     logprobs: list[Any]
+    causes: set[str]
 
 
 def chat(engine: Llama, question: str) -> tuple[int, ...]:
@@ -50,13 +51,14 @@ def chat(engine: Llama, question: str) -> tuple[int, ...]:
 
 async def collect(engine: Llama, request: GenerationRequest) -> Answer:
     stream = engine.generate(request)
-    answer = Answer([""] * request.n, [""] * request.n, 0, 0, [])
+    answer = Answer([""] * request.n, [""] * request.n, 0, 0, [], set())
     async for piece in stream:
         answer.texts[piece.index] += piece.text
         answer.tokens += piece.tokens
         answer.logprobs += piece.logprobs
         if piece.finish_reason:
             answer.finishes[piece.index] = piece.finish_reason
+            answer.causes.add(str(piece.cause))
     answer.cached = stream.cached_tokens
     return answer
 
@@ -249,10 +251,15 @@ def test_cancel_frees_the_slot_in_the_middle_of_a_prompt(engine: Llama) -> None:
 
 
 def test_the_deadline_ends_a_running_answer(engine: Llama) -> None:
-    """Out of time is not an error: what there is ends with length."""
-    answer = ask(engine, "Write a very long story.", max_tokens=None, deadline=time.monotonic() + 1.0)
+    """An answer that runs out of time ends with `length`. It is no error."""
+    for seconds in (0.5, 4, 32, 256):  # a busy machine may need more for the first token
+        try:
+            answer = ask(engine, "Write a very long story.", max_tokens=None, deadline=time.monotonic() + seconds)
+        except DeadlineExceeded:
+            continue
+        break
 
-    assert answer.finishes == ["length"]
+    assert (answer.finishes, answer.causes) == (["length"], {"deadline"})
 
 
 def test_a_closed_engine_takes_no_more() -> None:
