@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adapters.serving.protocol import Limits
-from adapters.serving.server import Server, address_of, listen
+from adapters.serving.server import Limits, Server, address_of, listen
 from core.service import Service
 
 

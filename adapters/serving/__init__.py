@@ -1,1 +1,1 @@
-"""The ASGI application, and uvicorn configured for it. `adapters.aws_lambda` serves the same application."""
+"""The ASGI application and the uvicorn server for it. The Lambda runtime serves the same application."""

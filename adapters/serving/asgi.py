@@ -1,11 +1,10 @@
-"""ASGI: `create_app` for uvicorn and for the Lambda runtime. Translates scopes to Requests and Responses to messages.
+"""The ASGI application: translate scopes to Requests and Responses to ASGI messages.
 
-It routes nothing and decides nothing: `handlers.dispatch` does. What is its own is time on the wire: bodies are bounded
-while they arrive, a client that hangs up ends the work done for it, and every Response is closed.
+`handlers.dispatch` routes and decides. This module reads the body within MAX_BODY_BYTES, cancels the work when the
+client disconnects, closes every Response and writes the access log.
 
-An embedding adapter may say more than a scope can, in `scope["extensions"]["slm.request"]`:
-`{"deadline": seconds on time.monotonic()'s clock or None, "id": str or None, "direct": bool, "principal": str or None}`
-(see `handlers.http.Request`).
+The Lambda runtime passes what a scope has no place for in `scope["extensions"]["slm.request"]`, a dictionary with the
+keys `deadline`, `id`, `direct` and `principal` (see `handlers.http.Request`).
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-access = logging.getLogger("access")
+logger = logging.getLogger("slm.access")
 
-GONE = 499  # nginx's number for "the client hung up first"; only ever in the log
-DRAIN_FACTOR, DRAIN_S = 4, 5.0
+GONE = 499  # nginx's status for "client closed request"; it appears only in the access log
+DRAIN_FACTOR, DRAIN_S = 4, 5.0  # a refused body is read up to this multiple of the limit, for this many seconds
 
 
 def create_app(service: Service | None = None) -> Starlette:
-    """The application. Without a service one is built from the environment when the application starts."""
+    """Return the application. Without `service`, one is built from the environment when the application starts."""
     from starlette.applications import Starlette
 
     endpoint = Endpoint(service)
@@ -55,19 +54,18 @@ def create_app(service: Service | None = None) -> Starlette:
             await endpoint.close()
 
     app = Starlette(lifespan=lifespan)
-    app.router.default = endpoint  # no routes of Starlette's: `handlers.routes` has them all
+    app.router.default = endpoint  # Starlette routes nothing: `handlers.routes` has all routes
     return app
 
 
 class Endpoint:
-    """The one ASGI endpoint, with a lifespan of its own: the Lambda runtime serves it without Starlette, whose import
-    takes 40 ms of each cold start."""
+    """The ASGI application without Starlette, whose import takes 40 ms of a cold start. The Lambda runtime calls it."""
 
     def __init__(self, service: Service | None) -> None:
         self._service = service
 
     def service(self) -> Service:
-        """Built at the first call where there is no lifespan (Mangum with `lifespan="off"`)."""
+        """Return the service. Without a lifespan (Mangum's `lifespan="off"`) the first request builds it."""
         if self._service is None:
             from adapters.wiring import build
 
@@ -83,7 +81,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
@@ -99,8 +97,8 @@ class Endpoint:
         finally:
             _log(scope, request, status, time.monotonic() - began, facts)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """ASGI's lifespan: start, wait for the end, close."""
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Serve ASGI's lifespan protocol: start, wait for the shutdown event, close."""
         await receive()
         self.start()
         await send({"type": "lifespan.startup.complete"})
@@ -110,33 +108,34 @@ class Endpoint:
 
 
 def to_request(scope: Scope) -> Request:
-    """The scope as a Request whose body is still to be read."""
+    """Return the Request of a scope. Its body is not read yet."""
     headers: dict[str, str] = {}
     for raw_name, raw_value in scope["headers"]:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    known = (scope.get("extensions") or {}).get("slm.request") or {}
+    platform = (scope.get("extensions") or {}).get("slm.request") or {}
     client = scope.get("client")
     return Request(
         method=scope["method"],
-        path="/" + scope["path"].lstrip("/"),  # OpenAI(base_url=URL + "/v1") with a URL that ends in /
-        id=identify(headers.get("x-request-id") or known.get("id")),
+        path="/" + scope["path"].lstrip("/"),  # a function URL ends in "/", and clients append "/v1"
+        id=identify(headers.get("x-request-id") or platform.get("id")),
         headers=headers,
         query=dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)),
         client=client[0] if client else None,
-        deadline=known.get("deadline"),
+        deadline=platform.get("deadline"),
         http_version=scope.get("http_version", "1.1"),
-        direct=bool(known.get("direct", False)),
-        principal=known.get("principal"),
+        direct=bool(platform.get("direct", False)),
+        principal=platform.get("principal"),
     )
 
 
 class _Gone(Exception):
-    """The client hung up."""
+    """The client disconnected."""
 
 
 async def _serve(service: Service, request: Request, receive: Receive, send: Send) -> int:
-    """Answer, unless the client goes first: then the work for it is cancelled at once. Returns the status."""
+    """Answer the request and return the status. If the client disconnects, cancel the work and return GONE."""
+    # 1) Check the head, then read the body.
     try:
         admit(service, request)
         request = await _with_body(request, receive, service.settings.max_body_bytes)
@@ -145,16 +144,16 @@ async def _serve(service: Service, request: Request, receive: Receive, send: Sen
     except InvalidRequest as error:
         return await _send(finished(service, request, refusal(error)), send)
 
+    # 2) Answer while watching for a disconnect. Neither task outlives this function, even if it is cancelled.
     work = asyncio.create_task(_answer(service, request, send))
-    gone = asyncio.create_task(_disconnected(receive))
+    disconnect = asyncio.create_task(_disconnected(receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        # Both are over when this returns, whether the answer is out, the client has gone or the server is stopping.
-        gone.cancel()
+        disconnect.cancel()
         if not work.done():
             work.cancel()
-        await asyncio.wait({work, gone})
+        await asyncio.wait({work, disconnect})
     return GONE if work.cancelled() else work.result()
 
 
@@ -173,7 +172,7 @@ async def _send(response: Response, send: Send) -> int:
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-    except OSError:  # what `send` raises, by the ASGI specification, when the client has gone
+    except OSError:  # ASGI: `send` raises OSError after a disconnect
         return GONE
     finally:
         await response.aclose()
@@ -194,12 +193,12 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _with_body(request: Request, receive: Receive, limit: int) -> Request:
-    """Raises TooLarge as soon as it is known, at best before the first byte, and _Gone."""
+    """Return `request` with its body. Raise TooLarge as early as possible, or _Gone after a disconnect."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        if "expect" not in request.headers:  # a client that asks first has sent nothing, and shall not be told to
+        if "expect" not in request.headers:  # with `Expect: 100-continue` no body was sent yet; do not invite it
             await _drain(receive, limit)
-        raise TooLarge(f"The body has {declared[:20]} bytes; the most is {limit} (MAX_BODY_BYTES).")
+        raise TooLarge(f"The request body has {declared[:20]} bytes. The maximum is {limit} (MAX_BODY_BYTES).")
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -211,7 +210,7 @@ async def _with_body(request: Request, receive: Receive, limit: int) -> Request:
         if size > limit:
             if message.get("more_body", False):
                 await _drain(receive, limit)
-            raise TooLarge(f"The body has more than {limit} bytes, which is the most (MAX_BODY_BYTES).")
+            raise TooLarge(f"The request body has more than the maximum of {limit} bytes (MAX_BODY_BYTES).")
         chunks.append(chunk)
         if not message.get("more_body", False):
             break
@@ -220,14 +219,14 @@ async def _with_body(request: Request, receive: Receive, limit: int) -> Request:
 
 
 async def _drain(receive: Receive, limit: int) -> None:
-    """Read on and forget, within reason: closing a socket with unread bytes resets it, and the client, still sending,
-    would see the reset instead of the 413."""
-    seen = 0
+    """Read and discard the rest of a body. A socket that is closed with unread bytes sends a reset, and the client
+    would not see the 413."""
+    size = 0
     try:
         async with asyncio.timeout(DRAIN_S):
-            while seen <= limit * DRAIN_FACTOR:
+            while size <= limit * DRAIN_FACTOR:
                 message = await receive()
-                seen += len(message.get("body", b""))
+                size += len(message.get("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return
     except TimeoutError:
@@ -235,13 +234,12 @@ async def _drain(receive: Receive, limit: int) -> None:
 
 
 def _log(scope: Scope, request: Request, status: int, seconds: float, facts: dict[str, object]) -> None:
-    """One line a request. The path is percent-encoded, so that no client can write a line of its own."""
+    """Write one line for a request. The path is percent-encoded, so a client cannot forge a line."""
     raw = scope.get("raw_path")
     path = raw.decode("latin-1") if raw else quote(request.path)
     milliseconds = round(seconds * 1e3, 1)
     fields = {"method": request.method, "path": path[:200], "status": status, "ms": milliseconds, **facts}
-    told = " ".join(f"{name}={value}" for name, value in facts.items())
+    line = [request.method, path[:200], str(status), f"{milliseconds} ms"]
+    line += [f"{name}={value}" for name, value in facts.items()]
     level = logging.WARNING if status >= 500 else logging.INFO
-    access.log(
-        level, "%s %s %s %s ms %s", request.method, path[:200], status, milliseconds, told, extra={"fields": fields}
-    )
+    logger.log(level, "%s", " ".join(line), extra={"fields": fields})

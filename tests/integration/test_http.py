@@ -413,7 +413,7 @@ def test_a_stream_is_not_buffered_and_ends_with_done(open_server: tuple[FakeServ
 
 def test_the_access_log_has_one_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     """Method, path without its query and percent-encoded, status, time; nobody can forge a second line."""
-    caplog.set_level("INFO", logger="access")
+    caplog.set_level("INFO", logger="slm.access")
     with serving(fake_service().service) as address:
         raw(address, "GET", "/nope%0AGET%20/fake?key=secret", {}, b"")
 
@@ -439,5 +439,5 @@ def test_no_key_is_ever_logged(caplog: pytest.LogCaptureFixture) -> None:
                 raw(address, "GET", f"/health?wait=x&key={key}", headers, b"")
 
     logged = caplog.text + "".join(str(vars(record)) for record in caplog.records)
-    assert len([record for record in caplog.records if record.name == "access"]) >= 36
+    assert len([record for record in caplog.records if record.name == "slm.access"]) >= 36
     assert [key for key in (good, admin, wrong) if key in logged] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from adapters.serving.protocol import Limits
+from adapters.serving.server import Limits
 from core.settings import keys
 from infra.bench.wire import KEY, attack
 from tests.fakes import ScriptedEngine, fake_service
@@ -216,6 +217,36 @@ def test_the_longest_waiting_connection_makes_room() -> None:
             assert b"data: [DONE]" in begun + received(running)
 
 
+def test_a_client_that_is_still_sending_reads_its_refusal() -> None:
+    """After a 408 the server reads on for a while: a reset would discard the response before the client reads it."""
+    with serving(fake_service().service, SHORT) as address, connected(address) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        connection.recv(1, socket.MSG_PEEK)
+        for _ in range(3):  # a closed socket answers the first byte with a reset, and sending the next one raises
+            connection.sendall(b"x")
+            connection.recv(1, socket.MSG_PEEK)
+        assert refused(answer(connection)) == (408, "request_timeout")
+        assert received(connection) == b""
+
+
+def test_a_refused_client_cannot_keep_its_connection() -> None:
+    """A client that sends on is disconnected after a while, or after 1 MiB."""
+    with serving(fake_service().service, SHORT) as address:
+        for size in (1, 100_000):
+            with connected(address) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\n")
+                assert refused(answer(connection)) == (408, "request_timeout")
+                with pytest.raises(ConnectionError):
+                    send_until_closed(connection, b"x" * size)
+
+
+def send_until_closed(connection: socket.socket, data: bytes) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        connection.sendall(data)
+        time.sleep(0.02)
+
+
 def ended(connection: socket.socket) -> bool:
     try:
         return connection.recv(1) == b""
@@ -227,7 +258,7 @@ def test_half_open_requests_are_closed_while_others_are_served() -> None:
     """A small form of `python -m infra.bench.wire`: every one is closed with 408, a healthy client sees none of it."""
     limits = Limits(head_s=1.0, body_window_s=1.0)
     with serving(fake_service(api_keys=keys(KEY)).service, limits) as address:
-        result: Any = asyncio.run(attack(address, 40, 40, drip_s=0.2, limit_s=PATIENCE_S))
+        result: Any = asyncio.run(attack(address, 40, 40, drip_s=0.01, limit_s=PATIENCE_S))
 
     assert len(result.closed_s) == 80
     assert set(result.statuses) == {b"HTTP/1.1 408 Request Timeout"}
