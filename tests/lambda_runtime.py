@@ -1,4 +1,4 @@
-"""The runtime in the test's own loop, against the strict Runtime API double. Any violation fails the test."""
+"""Run the Lambda runtime in the test's own loop against the strict Runtime API double. A violation fails the test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 20.0
 
 
 class Bench:
-    """`server` is the double, `runtime` what is tested; `status` its exit status once it has ended."""
+    """The double (`server`), the runtime under test and its running task."""
 
     def __init__(self, server: RuntimeAPIServer, runtime: Runtime, running: asyncio.Task[int]) -> None:
         self.server = server
@@ -25,11 +25,11 @@ class Bench:
         self.running = running
 
     async def ended(self) -> int:
-        """The exit status, when the runtime ends by itself."""
+        """Wait until the runtime ends by itself, and return its exit status."""
         return await asyncio.wait_for(asyncio.shield(self.running), PATIENCE_S)
 
     async def invoke(self, event: Any, **options: Any) -> Exchange:
-        """Invoke and wait for the whole answer."""
+        """Invoke the function and wait for the whole answer."""
         exchange = self.server.invoke(event, **options)
         await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
         return exchange
@@ -37,12 +37,12 @@ class Bench:
     async def get(
         self, path: str = "/", *, method: str = "GET", behaviour: Behaviour | None = None, **event: Any
     ) -> Exchange:
-        """A function URL event."""
+        """Send a function URL event and wait for the whole answer."""
         timeout_s = event.pop("timeout_s", 30.0)
         return await self.invoke(to_event(method, path, **event), timeout_s=timeout_s, behaviour=behaviour)
 
     async def is_well(self) -> None:
-        """Two good invocations: what every test of a failure ends with."""
+        """Check that two further invocations succeed. Every test of a failure ends with it."""
         for _ in range(2):
             exchange = await self.get("/ping")
             assert exchange.error is None
@@ -50,21 +50,17 @@ class Bench:
 
 
 @asynccontextmanager
-async def runtime(
-    app: Any, *, environ: dict[str, str] | None = None, lifespan: bool = False, **options: Any
-) -> AsyncIterator[Bench]:
-    """A runtime that serves `app`, and `/ping` by itself. Without `lifespan` the application has none."""
+async def runtime(app: Any, *, environ: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Bench]:
+    """Run a runtime that serves `app`, and `/ping` by itself."""
 
-    async def pinged(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" and not lifespan:
-            raise NotImplementedError
+    async def with_ping(scope: Any, receive: Any, send: Any) -> None:
         await (ping if scope.get("path") == "/ping" else app)(scope, receive, send)
 
     ping = json_app()
     concurrency = options.get("concurrency", 1)
     options.setdefault("init_ends", time.monotonic() + 5)
     async with RuntimeAPIServer(concurrency=concurrency) as server:
-        under_test = Runtime(pinged, {"AWS_LAMBDA_RUNTIME_API": server.address, **(environ or {})}, **options)
+        under_test = Runtime(with_ping, {"AWS_LAMBDA_RUNTIME_API": server.address, **(environ or {})}, **options)
         running = asyncio.ensure_future(under_test.run())
         bench = Bench(server, under_test, running)
         try:
@@ -80,7 +76,7 @@ async def runtime(
 
 
 def json_app(body: bytes = b'{"ok":true}', *, status: int = 200, headers: Any = None) -> Any:
-    """An application that answers everything alike."""
+    """Return an application that gives the same answer to every request."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"

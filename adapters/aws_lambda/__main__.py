@@ -1,4 +1,4 @@
-"""`python -m adapters.aws_lambda`: the entry point of the container image."""
+"""The entry point of the container image: `python -m adapters.aws_lambda`."""
 
 from __future__ import annotations
 
@@ -18,93 +18,102 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Load, start, serve. The exit status tells Lambda nothing; what went wrong it is told through `/init/error`."""
+    """Start, load and serve. Return the exit status; Lambda gets the reason of a failure through `/init/error`."""
     if "AWS_LAMBDA_RUNTIME_API" not in os.environ:
         sys.stderr.write(
-            "AWS_LAMBDA_RUNTIME_API is not set: this is the entry point for AWS Lambda and its emulators.\n"
-            "To serve on this machine: python -m adapters.local; to try Lambda here: make url.\n"
+            "AWS_LAMBDA_RUNTIME_API is not set. This is the entry point for AWS Lambda and its emulators.\n"
+            "To serve on this machine, run python -m adapters.local. To try Lambda on this machine, run make url.\n"
         )
         return 2
     try:
         return _serve()
     except SettingsError as error:
-        return _refuse("Runtime.SettingsError", str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, Lambda must be told, else it only sees a process end
+        return _report_failure("Runtime.SettingsError", str(error))
+    except Exception as error:  # noqa: BLE001 - without a report Lambda would only see that the process ended
         traceback.print_exc()
-        return _refuse("Runtime.InitFailed", f"The start failed with {type(error).__name__}; the log has the reason.")
+        message = f"The start failed with {type(error).__name__}. The reason is in the log."
+        return _report_failure("Runtime.InitFailed", message)
 
 
 def _serve() -> int:
+    # 1) Read the model in the image into the page cache.
     prefetch.begin(os.environ)
-    from adapters.aws_lambda.start import Boot  # before asyncio and the web framework: it starts the load
+    # 2) Read the settings and start loading the model, before asyncio and the application are imported.
+    from adapters.aws_lambda.start import Start
 
-    boot = Boot(os.environ)
-    with boot.timeline.phase("imports"):
+    start = Start(os.environ)
+    # 3) Import everything else while the tensors load. They load in C, without the interpreter lock.
+    with start.timeline.phase("imports"):
         import asyncio
 
-        from adapters.aws_lambda import runtime as loop
-        from adapters.aws_lambda import snapstart
+        from adapters.aws_lambda import runtime, snapstart
         from adapters.logs import configure
         from adapters.serving.asgi import Endpoint
 
-        # The first request needs these, at a time when the CPU may be down to the memory's share. Here they cost
-        # nothing: the tensors load in C, without the interpreter's lock.
-        from core.engine.prompt import sandbox as jinja  # noqa: F401
+        # The first request needs these. Later the CPU may be down to the share that the memory size buys.
+        from core.engine.prompt import sandbox  # noqa: F401
         from handlers import chat, extract  # noqa: F401
-    configure(boot.settings)
-    service = boot.service()
+    configure(start.settings)
+    service = start.service()
 
-    kept: list[asyncio.Future[None]] = []  # the loop holds its tasks weakly
+    tasks: list[asyncio.Future[None]] = []  # the event loop only holds weak references
 
     async def settle() -> None:
         await service.host.wait_ready(float("inf"))
-        report(service)
+        log_cold_start(service)
 
     async def ready() -> None:
-        """An event that waits already (on-demand) is taken while the last tensors arrive: parsing it, its template and
-        its tokens need none. Where none waits, the environment would be frozen amid the download."""
+        """Return when the first event may be taken.
+
+        On demand an event is already waiting. It is taken while the last tensors arrive, because parsing it and
+        rendering and tokenizing its prompt need none of them. In the other cases no event waits, and Lambda would
+        freeze the process mid-download.
+        """
         settling = asyncio.ensure_future(settle())
-        kept.append(settling)
+        tasks.append(settling)
         if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand") == "on-demand":
             with contextlib.suppress(ApiError):
                 (await service.host.lease()).release()
         else:
             await settling
-            if not snapstart.wanted(os.environ):  # whose hook does it, and fails if the model does
+            if not snapstart.enabled(os.environ):  # SnapStart's hook primes, and fails if the model does
                 with contextlib.suppress(ApiError):
                     await snapstart.prime(service, init_ends)
 
-    async def before() -> None:
+    async def before_snapshot() -> None:
         await snapstart.prime(service, init_ends)
 
-    async def after() -> None:
-        boot.timeline.restart()
-        with boot.timeline.phase("restore"):
-            found = await asyncio.to_thread(boot.read_secret)
+    async def after_restore() -> None:
+        start.timeline.restart()
+        with start.timeline.phase("restore"):
+            secret = await asyncio.to_thread(start.read_secret)
             snapstart.reseed()
-        runtime.app = Endpoint(boot.with_keys(found))
-        report(service)
+        loop.app = Endpoint(start.with_keys(secret))
+        log_cold_start(service)
 
-    init_ends = time.monotonic() - boot.timeline.now() + loop.init_seconds(os.environ, boot.settings.function_timeout_s)
-    runtime = loop.Runtime(
+    # 4) Serve.
+    init_s = runtime.init_seconds(os.environ, start.settings.function_timeout_s)
+    init_ends = time.monotonic() - start.timeline.now() + init_s
+    loop = runtime.Runtime(
         Endpoint(service),
         os.environ,
         mode=service.settings.response_mode,
         ready=ready,
         init_ends=init_ends,
         concurrency=max(1, int(os.environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)),
-        hooks=snapstart.Hooks(before, after),
+        hooks=snapstart.Hooks(before_snapshot, after_restore),
         afterwards=service.store.idle if service.settings.s3_bucket else None,
+        close=lambda: service.host.close(service.settings.shutdown_grace_s),
     )
-    return asyncio.run(runtime.run())
+    return asyncio.run(loop.run())
 
 
-def report(service: Service) -> None:
-    """The cold start as one log line."""
+def log_cold_start(service: Service) -> None:
+    """Log the phases of the cold start in one line."""
     import logging
 
     state = service.host.state()
-    logging.getLogger(__name__).info(
+    logging.getLogger("slm.lambda").info(
         "Cold start: %s after %.0f ms.",
         state.status,
         service.timeline.now() * 1e3,
@@ -112,14 +121,14 @@ def report(service: Service) -> None:
     )
 
 
-def _refuse(kind: str, message: str) -> int:
-    """Tell Lambda why there will be no service."""
+def _report_failure(kind: str, message: str) -> int:
+    """Report to Lambda why the start failed."""
     import asyncio
 
-    from adapters.aws_lambda.failure import Failure
+    from adapters.aws_lambda.answer import Failure
     from adapters.aws_lambda.runtime_api import RuntimeAPI, RuntimeGone
 
-    async def tell() -> None:
+    async def post() -> None:
         api = RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"])
         try:
             await api.init_error(Failure(kind, message))
@@ -128,14 +137,14 @@ def _refuse(kind: str, message: str) -> int:
 
     sys.stderr.write(message + "\n")
     try:
-        asyncio.run(tell())
+        asyncio.run(post())
     except RuntimeGone as error:
         sys.stderr.write(f"{error}\n")
     return 1
 
 
 if __name__ == "__main__":
-    # Not sys.exit: a load under way in a thread must not keep Lambda waiting for a process that has given up.
+    # sys.exit would wait for a thread that is still loading.
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""The client's side of one HTTP/1.1 keep-alive connection: an asyncio Protocol that parses replies as bytes arrive.
+"""One HTTP/1.1 keep-alive connection to a server, from the client's side. httptools parses the replies.
 
-A Protocol and not streams, because an answer may come before the question has ended: a 413 in the middle of an upload
-is seen before the next write, without a task that waits for it. Knows no Lambda.
+It is an asyncio Protocol, not a pair of streams: a reply may come before the request has ended. A 413 in the middle of
+an upload is seen before the next write, without a task that reads. The module knows nothing about Lambda.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import time
 from dataclasses import dataclass
 from typing import cast
 
-MAX_HEAD = 1 << 20  # bytes; the client context of an invocation travels in a header
-_MAX_LINE = 1 << 10
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+MAX_HEAD = 1 << 20  # bytes between two pieces of a body; the client context of an invocation travels in a header
 
 
 class ConnectionLost(Exception):
-    """The connection ended before its reply. Not an OSError, so that nobody mistakes it for the application's own."""
+    """The connection ended before its reply. Not an OSError, which an application may raise itself."""
 
     def __init__(self, message: str, *, untouched: bool = False) -> None:
         super().__init__(message)
-        self.untouched = untouched  # not a byte of a reply had come
+        self.untouched = untouched  # no byte of the reply had arrived
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """`headers` has lower-case names; of repeated ones the last is kept."""
+    """`headers` has lower-case names and the last value of a repeated one."""
 
     status: int
     headers: dict[str, str]
@@ -33,53 +34,55 @@ class Reply:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time: `expect()`, then `write()` it in as many parts as it has, then await the reply."""
+    """Carry one request at a time: call `expect`, `write` the request in any number of parts, await the reply."""
 
     def __init__(self) -> None:
         self.used = False  # it has carried a reply before
-        self._rests_since = time.monotonic()
+        self._idle_since = time.monotonic()
         self._transport: asyncio.WriteTransport | None = None
-        self._buffer = bytearray()
-        self._reply: asyncio.Future[Reply] | None = None
-        self._head: tuple[int, dict[str, str]] | None = None
-        self._chunks: bytearray | None = None
-        self._until_eof = False
-        self._trailing = False
         self._writable: asyncio.Future[None] | None = None
+        self._reply: asyncio.Future[Reply] | None = None
+        self._parser = HttpResponseParser(self)
+        self._untouched = True
+        self._status = 0  # once the head is complete
+        self._headers: dict[str, str] = {}
+        self._body = bytearray()
+        self._pending = 0  # bytes since the last piece of a body
 
-    # What the owner calls
+    # Called by the owner
 
     @property
     def usable(self) -> bool:
-        """Open, and nothing under way."""
+        """Whether it is open and carries no request."""
         return self._transport is not None and not self._transport.is_closing() and self._reply is None
 
-    def rested(self) -> float:
+    def idle_seconds(self) -> float:
         """Seconds since it was opened or carried its last reply."""
-        return time.monotonic() - self._rests_since
+        return time.monotonic() - self._idle_since
 
     def expect(self) -> asyncio.Future[Reply]:
-        """Begin a request. The future ends with its Reply or ConnectionLost, perhaps before all is written."""
+        """Begin a request. The future ends with its Reply or ConnectionLost, perhaps before everything is written."""
         assert self.usable
+        self._untouched = True
         self._reply = asyncio.get_running_loop().create_future()
         return self._reply
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send at once what the socket takes and buffer the rest; after a loss it is dropped silently."""
+        """Send what the socket takes now and buffer the rest. Does nothing on a lost connection."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     async def drained(self) -> None:
-        """Return when the peer has taken enough for more to be written, or the connection is lost."""
+        """Wait until the transport's buffer has room or the connection is lost."""
         if self._writable is not None:
             await asyncio.shield(self._writable)
 
     def close(self) -> None:
-        """Abandon it. A waiting reply ends with ConnectionLost."""
+        """Abort the connection. A pending reply ends with ConnectionLost."""
         if self._transport is not None:
             self._transport.abort()
 
-    # What the event loop calls
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.WriteTransport", transport)
@@ -93,114 +96,62 @@ class Connection(asyncio.Protocol):
             writable.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        if self._reply is None:  # nobody asked: an idle timeout's farewell, or a peer out of step
+        if self._reply is None:  # no request is running: a server that closes an idle connection, or is out of step
             self.close()
             return
-        self._buffer += data
+        self._untouched = False
+        self._pending += len(data)
         try:
-            while self._reply is not None and self._step():
-                pass
-        except ValueError as error:
-            self._fail(f"not HTTP/1.1: {error}")
-            self.close()
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self._lose(f"not HTTP/1.1: {error}")
+            return
+        if self._reply is not None and self._pending > MAX_HEAD:
+            self._lose("not HTTP/1.1: the head is too long")
 
     def eof_received(self) -> bool:
-        if self._until_eof:
-            self._finish(bytes(self._buffer))
+        framed = "content-length" in self._headers or "transfer-encoding" in self._headers
+        if self._status and not framed:
+            self.on_message_complete()  # such a body ends with the connection
         return False  # close
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._fail("the peer closed the connection" if exc is None else str(exc) or type(exc).__name__)
+        self._lose("the peer closed the connection" if exc is None else str(exc) or type(exc).__name__)
         self.resume_writing()
 
-    # Parsing
+    # Called by the parser
 
-    def _step(self) -> bool:
-        """Take one element from the buffer; False when it is not whole yet."""
-        if self._head is None:
-            return self._take_head()
-        if self._until_eof:
-            return False
-        if self._chunks is not None:
-            return self._take_chunk(self._chunks)
-        return self._take_body(int(self._head[1].get("content-length", "0")))
-
-    def _take_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD:
-                raise ValueError("the head is too long")
-            return False
-        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        del self._buffer[: end + 4]
-        version, _, rest = first.partition(" ")
-        if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise ValueError("no status line")
-        status = int(rest[:3])
-        if 100 <= status < 200:
-            return True
-        headers = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            headers[name.lower()] = value.strip()
-        if version == "HTTP/1.0":
-            headers.setdefault("connection", "close")
-        self._head = (status, headers)
-        if status in (204, 304):
-            self._finish(b"")
-        elif headers.get("transfer-encoding", "").lower() == "chunked":
-            self._chunks = bytearray()
-        elif "content-length" not in headers:
-            self._until_eof = True
-        return True
-
-    def _take_body(self, length: int) -> bool:
-        if len(self._buffer) < length:
-            return False
-        body = bytes(self._buffer[:length])
-        del self._buffer[:length]
-        self._finish(body)
-        return True
-
-    def _take_chunk(self, chunks: bytearray) -> bool:
-        end = self._buffer.find(b"\r\n", 0, _MAX_LINE)
-        if end < 0:
-            if len(self._buffer) >= _MAX_LINE:
-                raise ValueError("a chunk has no size")
-            return False
-        if self._trailing:
-            line = bytes(self._buffer[:end])
-            del self._buffer[: end + 2]
-            if not line:
-                self._finish(bytes(chunks))
-            return True
-        size = int(self._buffer[:end].partition(b";")[0], 16)
-        if size == 0:
-            del self._buffer[: end + 2]
-            self._trailing = True
-            return True
-        if len(self._buffer) < end + 2 + size + 2:
-            return False
-        chunks += self._buffer[end + 2 : end + 2 + size]
-        del self._buffer[: end + 2 + size + 2]
-        return True
-
-    def _finish(self, body: bytes) -> None:
-        assert self._head is not None
-        status, headers = self._head
-        reply, self._reply = self._reply, None
-        over = self._until_eof or headers.get("connection", "").lower() == "close" or bool(self._buffer)
-        self._head, self._chunks, self._until_eof, self._trailing, self.used = None, None, False, False, True
-        self._rests_since = time.monotonic()
-        if reply is not None and not reply.done():
-            reply.set_result(Reply(status, headers, body))
-        if over:
+    def on_message_begin(self) -> None:
+        if self._reply is None:  # bytes after the reply: the peer is out of step
             self.close()
+        self._status, self._headers, self._body = 0, {}, bytearray()
 
-    def _fail(self, reason: str) -> None:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        self._pending = 0
+        self._body += data
+
+    def on_message_complete(self) -> None:
+        if 100 <= self._status < 200:  # an interim response; the reply follows
+            return
+        reply, self._reply = self._reply, None
+        if not self._parser.should_keep_alive():
+            self.close()
+        self.used = True
+        self._pending = 0
+        self._idle_since = time.monotonic()
+        if reply is not None and not reply.done():
+            reply.set_result(Reply(self._status, self._headers, bytes(self._body)))
+
+    def _lose(self, reason: str) -> None:
         reply, self._reply = self._reply, None
         if reply is not None and not reply.done():
-            untouched = self._head is None and not self._buffer
-            reply.set_exception(ConnectionLost(reason, untouched=untouched))
-            reply.exception()  # retrieved: whoever still awaits it sees it, nobody is warned if not
+            reply.set_exception(ConnectionLost(reason, untouched=self._untouched))
+            reply.exception()  # mark it as retrieved: asyncio logs no warning if the owner drops the future
+        self.close()

@@ -1,4 +1,7 @@
-"""The handler for Amazon's own Python runtime (awslambdaric): Mangum round the same application, buffered."""
+"""The handler for a deployment under awslambdaric, Amazon's own Python runtime. Mangum wraps the same application.
+
+awslambdaric does not stream from Python, so answers are buffered.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,33 @@ from typing import Any
 
 from adapters.aws_lambda.cycle import App, Receive, Send
 from adapters.aws_lambda.events import principal
-from adapters.aws_lambda.start import Boot
+from adapters.aws_lambda.start import Start
 
 
 def make_handler() -> Any:
-    """Build the service, start loading, and wrap the application. Raises SettingsError."""
-    boot = Boot(os.environ)
+    """Build the service, start loading the model, and wrap the application. Raises SettingsError."""
+    start = Start(os.environ)
     from mangum import Mangum
 
     from adapters.logs import configure
     from adapters.serving.asgi import create_app
 
-    configure(boot.settings)
-    # lifespan="off": Mangum would start and stop the application with every event.
-    return Mangum(with_deadline(create_app(boot.service())), lifespan="off")
+    configure(start.settings)
+    # lifespan="off": Mangum would start and stop the application for every event.
+    return Mangum(with_request_context(create_app(start.service())), lifespan="off")
 
 
-def with_deadline(app: App) -> App:
-    """Tell the application what our own runtime tells it: the deadline, the request's id and who signed it."""
+def with_request_context(app: App) -> App:
+    """Pass the deadline, the request id and the IAM principal to the application, as our own runtime does."""
 
     async def wrapped(scope: Any, receive: Receive, send: Send) -> None:
         context = scope["aws.context"]
-        deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1000
-        known = {
-            "deadline": deadline,
+        extension = {
+            "deadline": time.monotonic() + context.get_remaining_time_in_millis() / 1000,
             "id": context.aws_request_id,
             "direct": False,
             "principal": principal(scope["aws.event"]),
         }
-        await app({**scope, "extensions": {"slm.request": known}}, receive, send)
+        await app({**scope, "extensions": {"slm.request": extension}}, receive, send)
 
     return wrapped

@@ -1,8 +1,8 @@
-"""Direct invokes, for Step Functions, the AWS CLI and SDKs: `{"operation": "extract", ...body}`, guarded by IAM.
+"""Direct invokes from Step Functions, the AWS CLI and SDKs: `{"operation": "extract", ...body}`. IAM guards them.
 
-An operation is its route, called by a user, or by an administrator where DIRECT_ADMIN=true. The answer is plain JSON
-without an envelope. An error is a function error (`Function.ModelUnavailable`, ...) with a client's message, so that a
-state machine can retry or catch it.
+An operation runs its HTTP route, as a user, or as an administrator with DIRECT_ADMIN=true. The answer is the route's
+JSON without an envelope. An error becomes a function error (`Function.ModelUnavailable`, ...), so that a state machine
+can retry or catch it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from typing import Any
 from urllib.parse import urlencode
 
-from adapters.aws_lambda.failure import Failure
+from adapters.aws_lambda.answer import Failure
 
 OPERATIONS = {
     "health": ("GET", "/health"),
@@ -24,19 +24,19 @@ OPERATIONS = {
 
 
 class UnknownEvent(ValueError):
-    """Nothing that this function serves. The message says what it does serve."""
+    """An event that this function does not serve. The message says what it serves."""
 
 
 def to_request(event: Any) -> tuple[dict[str, Any], bytes]:
-    """The ASGI scope and body of an operation. Raises UnknownEvent."""
+    """Return the ASGI scope and body of an operation. Raises UnknownEvent."""
     if not isinstance(event, dict) or "operation" not in event:
         raise UnknownEvent(f"This function serves HTTP events and {_form()}; got {_shape(event)}.")
     fields = dict(event)
     operation = fields.pop("operation")
     if not isinstance(operation, str) or operation not in OPERATIONS:
-        raise UnknownEvent(f"There is no operation {str(operation)[:80]!r}; this function serves {_form()}.")
+        raise UnknownEvent(f"Unknown operation {str(operation)[:80]!r}. This function serves {_form()}.")
     if fields.get("stream"):
-        raise UnknownEvent("A direct invoke answers with one JSON document: leave 'stream' out.")
+        raise UnknownEvent("A direct invoke returns one JSON document and cannot stream. Remove 'stream'.")
     method, path = OPERATIONS[operation]
     body = json.dumps(fields).encode() if method == "POST" else b""
     scope = {
@@ -57,10 +57,10 @@ def to_request(event: Any) -> tuple[dict[str, Any], bytes]:
 
 
 def failure(status: int, body: bytes) -> Failure:
-    """An answer of 400 and over as a function error, typed by its code."""
+    """Return an answer with a status of 400 or above as a function error, typed by its code."""
     try:
-        told = json.loads(body)["error"]
-        name, message = str(told["code"] or told["type"]), str(told["message"])
+        error = json.loads(body)["error"]
+        name, message = str(error["code"] or error["type"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         name, message = "error", f"The operation ended with status {status}."
     kind = "".join(part.capitalize() for part in name.split("_") if part.isascii() and part.isalpha())
@@ -72,7 +72,7 @@ def _form() -> str:
 
 
 def _shape(event: Any) -> str:
-    """What kind of event it is, by its keys alone."""
+    """Describe an event by its keys, without any value that a client sent."""
     if not isinstance(event, dict):
         return f"a JSON {type(event).__name__}"
     records = event.get("Records")

@@ -1,9 +1,9 @@
-"""Prefetch: read a model in the image with many threads before anything else is done.
+"""Read the model in the image into the page cache, with several threads, before anything else happens.
 
-Lambda fetches an image's blocks when they are first read, and llama.cpp reads a mapped file in order with one thread:
-each block is a round trip. Here the round trips overlap, and begin while Python still imports. On a file system that
-takes 4 ms a read, 98 MB were there after 0.97 s with eight threads, after 2.7 s with MAP_POPULATE as in llama.cpp, and
-after 5.6 s with posix_fadvise(WILLNEED).
+Lambda fetches a block of an image when it is first read, and llama.cpp reads a mapped file in order with one thread, so
+each block costs a round trip. Here the round trips overlap and begin while Python still imports. On a file system that
+takes 4 ms a read, 98 MB were in memory after 0.97 s with eight threads, after 2.7 s with MAP_POPULATE as in llama.cpp,
+and after 5.6 s with posix_fadvise(WILLNEED).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 from collections.abc import Iterator, Mapping
 
 THREADS = 8
-_LOOKS = 16
+_SAMPLES = 16
 _STEP = 1 << 20  # bytes of one read
 _SPLIT = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 
 
 def begin(environ: Mapping[str, str]) -> list[threading.Thread]:
-    """Start reading the model file that the environment names, in threads of its own; none if there is no such file."""
+    """Start threads that read the model which the environment names, and return them. Returns none without a file."""
     paths = [path for path in parts(model(environ)) if os.path.isfile(path)]  # noqa: PTH113 - no pathlib before the load
     sizes = [os.path.getsize(path) for path in paths]  # noqa: PTH202 - as above
     if not paths or not _fits(sum(sizes)) or all(map(_cached, paths, sizes)):
@@ -30,7 +30,7 @@ def begin(environ: Mapping[str, str]) -> list[threading.Thread]:
     lock = threading.Lock()
 
     def work() -> None:
-        with contextlib.suppress(OSError), Reader() as reader:  # what cannot be read is for the loader to report
+        with contextlib.suppress(OSError), Reader() as reader:  # the loader reports a file that cannot be read
             while True:
                 with lock:
                     piece = next(pieces, None)
@@ -45,7 +45,7 @@ def begin(environ: Mapping[str, str]) -> list[threading.Thread]:
 
 
 class Reader:
-    """Reads pieces of files and forgets them: they stay in the page cache."""
+    """Read pieces of files and drop them. They stay in the page cache."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_STEP)
@@ -69,17 +69,17 @@ class Reader:
 
 
 def model(environ: Mapping[str, str]) -> str:
-    """The path of the model in the image: the one that is named, else the embedded package's; "" for none."""
-    named = environ.get("MODEL_PATH") or ("" if environ.get("AUTO_REPO_ID") else environ.get("BAKED_MODEL", ""))
-    if named or environ.get("AUTO_REPO_ID") or environ.get("EMBEDDED_MODEL", "auto").lower() == "off":
-        return "" if "://" in named else named
+    """Return the path of the model in the image: the configured one, else the embedded package's, else ""."""
+    path = environ.get("MODEL_PATH") or ("" if environ.get("AUTO_REPO_ID") else environ.get("BAKED_MODEL", ""))
+    if path or environ.get("AUTO_REPO_ID") or environ.get("EMBEDDED_MODEL", "auto").lower() == "off":
+        return "" if "://" in path else path
     from core.store.embedded import embedded_model
 
     return str(embedded_model() or "")
 
 
 def parts(path: str) -> Iterator[str]:
-    """Every file of a split model, given its first; else the file itself."""
+    """Yield every file of a split model, given its first file, else the file itself."""
     split = _SPLIT.fullmatch(path)
     if split is None:
         if path:
@@ -90,15 +90,15 @@ def parts(path: str) -> Iterator[str]:
 
 
 def _cached(path: str, size: int) -> bool:
-    """Whether the pages are in memory already, by a look at a few of them."""
+    """Return whether the pages are in memory, judged by a few of them."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return True
     try:
-        for number in range(_LOOKS):
-            os.preadv(fd, [bytearray(1)], size * number // _LOOKS, os.RWF_NOWAIT)
-    except OSError:  # EAGAIN: it would have to be fetched; or this file system cannot say
+        for number in range(_SAMPLES):
+            os.preadv(fd, [bytearray(1)], size * number // _SAMPLES, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: the page is not in memory; or the file system does not support the flag
         return False
     finally:
         os.close(fd)
@@ -106,7 +106,7 @@ def _cached(path: str, size: int) -> bool:
 
 
 def _fits(size: int) -> bool:
-    """Whether the pages have room: else the last ones would push out the first."""
+    """Return whether memory has room for the pages. Otherwise the last ones would evict the first."""
     try:
         with open("/proc/meminfo", "rb") as file:  # noqa: PTH123 - no pathlib before the load
             line = next(line for line in file if line.startswith(b"MemAvailable:"))

@@ -1,40 +1,38 @@
-"""The Lambda Runtime API's client: next, response (whole or streamed), error, init/error, restore.
+"""A client for the Lambda Runtime API: next, response (whole or streamed), error, init/error, restore.
 
-Two keep-alive connections, one that waits for events and one that answers them. Contract:
-https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html and runtimes-custom.html. Knows no HTTP events, no ASGI.
+It uses two keep-alive connections, one that waits for events and one that answers them. The contract:
+https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html and runtimes-custom.html. The module knows neither HTTP
+events nor ASGI.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
-from adapters.aws_lambda.failure import Failure
+from adapters.aws_lambda.answer import CONTENT_TYPE, Failure
 from adapters.aws_lambda.http1 import Connection, ConnectionLost, Reply
-from adapters.aws_lambda.prelude import CONTENT_TYPE
 from core.version import VERSION
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("slm.lambda")
 
 _VERSION = "/2018-06-01/runtime"
 _USER_AGENT = f"slm-api-server/{VERSION} python/{sys.version_info[0]}.{sys.version_info[1]}"
-_REST_S = 1.0  # a connection that has rested longer is not used for an answer: the peer may be about to close it
-REPLY_GRACE_S = 5.0  # after the deadline, for Lambda's reply: a reader that is slow is still reading
-_PIECE = 256 * 1024  # most bytes of one chunk: bounds what is copied and buffered of a large body
+_MAX_IDLE_S = 1.0  # a connection that was idle for longer carries no answer: the peer may be about to close it
+REPLY_GRACE_S = 5.0  # wait for Lambda's reply this long after the deadline: a slow client may still be reading
+_MAX_CHUNK = 256 * 1024  # bytes; bounds what is copied and buffered of a large body
 
 
 class RuntimeGone(Exception):
-    """The Runtime API gives no more events: end the process, Lambda starts another."""
+    """The Runtime API gives no more events. End the process, and Lambda starts another."""
 
 
 class Disconnected(OSError):
-    """Lambda takes no more of this answer. An OSError, as ASGI has it for a client that has gone."""
+    """Lambda has stopped reading this answer. An OSError, which ASGI uses for a client that has disconnected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,41 +42,38 @@ class Invocation:
     id: str
     event: bytes
     deadline: float
-    arn: str = ""
     trace_id: str | None = None
-    client_context: Any = None
-    identity: Any = None
-    tenant_id: str | None = None
     invocation_id: str | None = None
 
     @classmethod
     def of(cls, reply: Reply) -> Invocation:
         headers = reply.headers
         deadline_ms = float(headers.get("lambda-runtime-deadline-ms", "0") or 0)
-        # Without a deadline (no Lambda does that): Lambda's longest timeout.
+        # Lambda always sends a deadline. Without one, assume its longest timeout.
         remaining = deadline_ms / 1000 - time.time() if deadline_ms else 900.0
         return cls(
             headers["lambda-runtime-aws-request-id"],
             reply.body,
             time.monotonic() + remaining,
-            headers.get("lambda-runtime-invoked-function-arn", ""),
             headers.get("lambda-runtime-trace-id") or None,
-            _json(headers.get("lambda-runtime-client-context")),
-            _json(headers.get("lambda-runtime-cognito-identity")),
-            headers.get("lambda-runtime-aws-tenant-id") or None,
             headers.get("lambda-runtime-invocation-id") or None,
         )
 
+    def log_fields(self) -> dict[str, str]:
+        """Return the names that Lambda and X-Ray use for this invocation.
 
-def _json(text: str | None) -> Any:
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        return None
+        They are kept in a context variable. The environment variable _X_AMZN_TRACE_ID would be right for one only of
+        several loops in a process.
+        """
+        fields = {"requestId": self.id}
+        root = next((part for part in (self.trace_id or "").split(";") if part.startswith("Root=")), "")
+        if root:
+            fields["xray_trace_id"] = root.removeprefix("Root=")
+        return fields
 
 
 class RuntimeAPI:
-    """`address` is host:port, as in AWS_LAMBDA_RUNTIME_API. One per loop: it serves one invocation at a time."""
+    """A client for `address` (host:port). Make one for each loop: it serves one invocation at a time."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -88,7 +83,7 @@ class RuntimeAPI:
         self._answering: Connection | None = None
 
     async def next(self) -> Invocation:
-        """The next event; waits as long as it takes, frozen or not. Raises RuntimeGone."""
+        """Wait for the next event without a time limit; Lambda may freeze the process meanwhile. Raises RuntimeGone."""
         reply = await self._get("invocation/next")
         if reply.status != 200:
             raise RuntimeGone(f"the Runtime API answered {reply.status} to /next")
@@ -98,31 +93,31 @@ class RuntimeAPI:
             raise RuntimeGone(f"the Runtime API's answer to /next cannot be read: {error!r}") from error
 
     async def respond(self, invocation: Invocation, body: bytes, content_type: str = "application/json") -> int:
-        """A whole answer; its status: 202, or what is logged, for there is nothing else to do about it."""
+        """Send a whole answer and return the status of Lambda's reply: 202, or an error, which is logged."""
         head = self._head(f"invocation/{invocation.id}/response", content_type, invocation)
         return await self._post(head + f"Content-Length: {len(body)}\r\n\r\n", body, invocation)
 
     def stream(self, invocation: Invocation) -> ResponseStream:
-        """An answer to be streamed. It takes its connection when it is opened, for minutes may pass until then."""
+        """Return a streamed answer. It takes its connection when it is opened, because minutes may pass until then."""
         head = self._head(f"invocation/{invocation.id}/response", CONTENT_TYPE, invocation) + (
             "Lambda-Runtime-Function-Response-Mode: streaming\r\n"
             "Transfer-Encoding: chunked\r\n"
-            # Trailers that are not declared here are dropped silently.
+            # Lambda drops trailers that are not declared here.
             "Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n\r\n"
         )
-        return ResponseStream(self._to_answer, head.encode(), invocation)
+        return ResponseStream(self._answering_connection, head.encode(), invocation)
 
     async def error(self, invocation: Invocation, failure: Failure) -> int:
-        """The event failed. For events that are not HTTP: a function URL makes a bare 502 of it."""
+        """Report that the event failed. Not for HTTP events: a function URL turns it into a bare 502."""
         head = self._head(f"invocation/{invocation.id}/error", "application/json", invocation)
         return await self._failed(head, failure, invocation)
 
     async def init_error(self, failure: Failure) -> None:
-        """The start failed; the process must end now."""
+        """Report that the start failed. The process must end after it."""
         await self._failed(self._head("init/error", "application/json"), failure)
 
     async def restore_next(self) -> None:
-        """SnapStart: returns in the process that was restored from the snapshot. Raises RuntimeGone."""
+        """SnapStart: wait for the snapshot and return in a process that was restored from it. Raises RuntimeGone."""
         reply = await self._get("restore/next")
         if reply.status != 200:
             raise RuntimeGone(f"the Runtime API answered {reply.status} to /restore/next")
@@ -153,14 +148,14 @@ class RuntimeAPI:
             if self._polling is None or not self._polling.usable:
                 self._polling = await self._open()
             connection = self._polling
-            kept = connection.used
+            reused = connection.used
             reply = connection.expect()
             connection.write(request)
             try:
                 return await reply
             except ConnectionLost as error:
-                # A kept connection may have been closed while the process was frozen; a new one has no excuse.
-                if not (kept and error.untouched):
+                # The peer may have closed a reused connection while the process was frozen. Retry once on a new one.
+                if not (reused and error.untouched):
                     raise RuntimeGone(f"the Runtime API is gone: {error}") from error
 
     async def _failed(self, head: str, failure: Failure, invocation: Invocation | None = None) -> int:
@@ -169,23 +164,23 @@ class RuntimeAPI:
         return await self._post(head, body, invocation)
 
     async def _post(self, head: str, body: bytes, invocation: Invocation | None) -> int:
-        """Send it and return the reply's status; 0, and a line in the log, where none comes by the deadline."""
-        of = invocation.id if invocation is not None else "init or restore"
+        """Send the request and return the status of the reply, or 0 if none comes by the deadline, which is logged."""
+        subject = invocation.id if invocation is not None else "init or restore"
         while True:
-            connection = await self._to_answer()
-            kept = connection.used
+            connection = await self._answering_connection()
+            reused = connection.used
             reply = connection.expect()
             connection.write(head.encode() + body)
             try:
-                return _judged(await _reply_by_deadline(connection, reply, invocation), of)
+                return _status(await _reply_by_deadline(connection, reply, invocation), subject)
             except ConnectionLost as error:
-                if not (kept and error.untouched):
-                    logger.warning("The Runtime API did not confirm the answer to %s: %s", of, error)
+                if not (reused and error.untouched):
+                    logger.warning("The Runtime API did not confirm the answer to %s: %s", subject, error)
                     return 0
 
-    async def _to_answer(self) -> Connection:
+    async def _answering_connection(self) -> Connection:
         connection = self._answering
-        if connection is None or not connection.usable or connection.rested() > _REST_S:
+        if connection is None or not connection.usable or connection.idle_seconds() > _MAX_IDLE_S:
             if connection is not None:
                 connection.close()
             self._answering = connection = await self._open()
@@ -200,7 +195,7 @@ class RuntimeAPI:
 
 
 class ResponseStream:
-    """A streamed answer: `open`, then a chunk for each `write`, out at once, then `end`, then `confirmed`."""
+    """A streamed answer. Call `open`, then `write` for each chunk, then `end`, then `confirmed`."""
 
     def __init__(self, connect: Callable[[], Awaitable[Connection]], head: bytes, invocation: Invocation) -> None:
         self.begun = False
@@ -212,55 +207,55 @@ class ResponseStream:
         self._reply: asyncio.Future[Reply] | None = None
 
     async def open(self) -> None:
-        """Take a connection that works; call it when the first byte is there, not before. Raises RuntimeGone."""
+        """Take a working connection. Call it when the first byte is ready. Raises RuntimeGone."""
         if not self.begun:
             self._connection = await self._connect()
 
     @property
     def broken(self) -> bool:
-        """Lambda has answered or hung up before the end: nothing more of it will be read."""
+        """Whether Lambda has replied or hung up before the end. It reads no more of the answer then."""
         return self._reply is not None and self._reply.done() and not self.ended
 
     async def write(self, data: bytes | bytearray | memoryview, *, last: bool = False) -> None:
-        """Send `data` as one chunk (large data as several) and with `last` the end. Raises Disconnected."""
+        """Send `data` as one chunk, large data as several, and with `last` the end. Raises Disconnected."""
         if self.broken:
-            raise Disconnected("Lambda takes no more of this answer")
+            raise Disconnected("Lambda has stopped reading this answer")
         size = len(data)
-        if size > _PIECE:
+        if size > _MAX_CHUNK:
             view = memoryview(data)
-            for start in range(0, size - _PIECE, _PIECE):
-                await self._chunk(view[start : start + _PIECE], b"")
-            data = view[start + _PIECE :]
+            for start in range(0, size - _MAX_CHUNK, _MAX_CHUNK):
+                await self._chunk(view[start : start + _MAX_CHUNK], b"")
+            data = view[start + _MAX_CHUNK :]
         await self._chunk(data, b"0\r\n\r\n" if last else b"")
 
     def write_now(self, data: bytes) -> None:
-        """`write` for those who cannot wait; dropped after the end and once Lambda takes no more."""
+        """Like `write`, without waiting. Does nothing after the end or once Lambda has stopped reading."""
         if not self.ended and not self.broken:
             self._send(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def end(self, failure: Failure | None = None) -> None:
-        """The last chunk; with a failure, the trailers that tell of it."""
+        """Send the last chunk, and the trailers of a failure."""
         if not self.ended and not self.broken:
             self._send(b"0\r\n" + (failure.trailers() if failure else b"") + b"\r\n")
             self.ended = True
 
     async def confirmed(self) -> int:
-        """Wait for Lambda's reply; its status, 0 for none. A reply before the end leaves the connection unusable."""
+        """Wait for Lambda's reply and return its status, or 0 if none comes. Ends the answer if it has not ended."""
         assert self._reply is not None
         assert self._connection is not None
         if not self.ended:
-            # Between chunks, so an end is due first: the emulator panics at a body that is cut inside.
+            # Send the last chunk first: Amazon's emulator panics at a body that is cut off.
             self._connection.write(b"0\r\n\r\n")
             self._connection.close()
-        of = self._invocation.id
         try:
-            return _judged(await _reply_by_deadline(self._connection, self._reply, self._invocation), of)
+            reply = await _reply_by_deadline(self._connection, self._reply, self._invocation)
+            return _status(reply, self._invocation.id)
         except ConnectionLost as error:
-            logger.warning("The Runtime API did not take the whole answer to %s: %s", of, error)
+            logger.warning("The Runtime API did not accept the whole answer to %s: %s", self._invocation.id, error)
             return 0
 
     async def _chunk(self, data: bytes | bytearray | memoryview, end: bytes) -> None:
-        # An empty chunk would be the end.
+        # An empty chunk would mark the end.
         chunk = b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if len(data) else b""
         self.ended = bool(end)
         if chunk or end:
@@ -268,7 +263,7 @@ class ResponseStream:
         assert self._connection is not None
         await self._connection.drained()
         if self.broken:
-            raise Disconnected("Lambda takes no more of this answer")
+            raise Disconnected("Lambda has stopped reading this answer")
 
     def _send(self, data: bytes) -> None:
         assert self._connection is not None
@@ -282,21 +277,21 @@ class ResponseStream:
 async def _reply_by_deadline(
     connection: Connection, reply: asyncio.Future[Reply], invocation: Invocation | None
 ) -> Reply:
-    """Raises ConnectionLost also when the reply does not come: nothing may wait for it beyond the invocation's end."""
+    """Wait for the reply. Raises ConnectionLost, also if none has come shortly after the invocation's deadline."""
     if invocation is None:
         return await reply
-    left = max(0.0, invocation.deadline - time.monotonic()) + REPLY_GRACE_S
+    remaining = max(0.0, invocation.deadline - time.monotonic()) + REPLY_GRACE_S
     try:
-        return await asyncio.wait_for(asyncio.shield(reply), left)
+        return await asyncio.wait_for(asyncio.shield(reply), remaining)
     except TimeoutError:
         connection.close()
         raise ConnectionLost("no reply came before the deadline") from None
 
 
-def _judged(reply: Reply, of: str) -> int:
-    """413: the answer was too large; 410: too late (the invocation was ended without us). Nothing can be mended."""
+def _status(reply: Reply, subject: str) -> int:
+    """Return the reply's status and log an error: 410 (the invocation has ended), 413 (too large) or another."""
     if reply.status == 410:
-        logger.warning("The answer to %s came after its invocation had ended (410).", of)
+        logger.warning("The answer to %s came after its invocation had ended (410).", subject)
     elif reply.status >= 300:
-        logger.error("The Runtime API answered %d to the answer to %s: %s", reply.status, of, reply.body[:300])
+        logger.error("The Runtime API replied %d to the answer to %s: %s", reply.status, subject, reply.body[:300])
     return reply.status

@@ -1,7 +1,7 @@
-"""SnapStart: what is done once before the snapshot, and in each process restored from it.
+"""SnapStart: the work before the snapshot, and the work in each process restored from it.
 
-Protocol as in awslambdaric's `bootstrap.on_init_complete`: only when AWS_LAMBDA_INITIALIZATION_TYPE is `snap-start`.
-Untried on AWS.
+The protocol is awslambdaric's `bootstrap.on_init_complete`. It applies only if AWS_LAMBDA_INITIALIZATION_TYPE is
+`snap-start`. Not yet tested on AWS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.aws_lambda.failure import Failure
+from adapters.aws_lambda.answer import Failure
 from adapters.aws_lambda.runtime_api import RuntimeAPI
 from core.errors import ApiError
 from core.settings import SettingsError
@@ -21,7 +21,7 @@ from core.settings import SettingsError
 if TYPE_CHECKING:
     from core.service import Service
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("slm.lambda")
 
 EXIT_BEFORE_SNAPSHOT = 64
 EXIT_AFTER_RESTORE = 65
@@ -29,41 +29,41 @@ EXIT_AFTER_RESTORE = 65
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Work that belongs into the snapshot, and work that makes a restored process one of its own."""
+    """`before` is work whose result the snapshot keeps. `after` renews what restored processes must not share."""
 
     before: Callable[[], Awaitable[None]]
     after: Callable[[], Awaitable[None]]
 
 
-def wanted(environ: Mapping[str, str]) -> bool:
+def enabled(environ: Mapping[str, str]) -> bool:
     return environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start"
 
 
 async def take(api: RuntimeAPI, hooks: Hooks) -> int:
-    """Prepare, be snapshot, come back restored. 0, or the exit status after the error has been told."""
+    """Prepare, wait for the snapshot, and renew the restored process. Return 0, or the exit status after an error."""
     try:
         await hooks.before()
-    except Exception as error:  # whatever it is, Lambda must be told before the process ends
+    except Exception as error:  # the process ends, and Lambda needs the reason
         logger.error("The work before the snapshot failed.", exc_info=error)
-        await api.init_error(Failure("Runtime.BeforeSnapshotError", f"Before the snapshot: {_told(error)}"))
+        await api.init_error(Failure("Runtime.BeforeSnapshotError", f"Before the snapshot: {_message(error)}"))
         return EXIT_BEFORE_SNAPSHOT
     await api.restore_next()
-    api.close()  # these connections are the snapshot's
+    api.close()  # their sockets belong to the process that was snapshot
     try:
         await hooks.after()
     except Exception as error:  # as above
         logger.error("The work after the restore failed.", exc_info=error)
-        await api.restore_error(Failure("Runtime.AfterRestoreError", f"After the restore: {_told(error)}"))
+        await api.restore_error(Failure("Runtime.AfterRestoreError", f"After the restore: {_message(error)}"))
         return EXIT_AFTER_RESTORE
     return 0
 
 
-def _told(error: Exception) -> str:
-    """Our own errors have words for it; another's name must do."""
+def _message(error: Exception) -> str:
+    """Return the message of our own errors, the class name of others."""
     return str(error) if isinstance(error, ApiError | SettingsError) else f"{type(error).__name__}; see the log."
 
 
-# One of each kind: between them they import, compile and build all that a first request would have to.
+# One request of each kind. Together they import, compile and build what a first request needs.
 _PRIMERS: tuple[tuple[str, bytes], ...] = (
     ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"Hello"}],"max_tokens":1}'),
     (
@@ -78,7 +78,8 @@ async def prime(service: Service, deadline: float) -> None:
     """Wait for the model until `deadline` (monotonic), then answer one chat and one extraction, so that weights,
     buffers, the compiled template and the grammar tokenizer are in memory.
 
-    Raises ModelUnavailable if the model does not come. A model that cannot chat still serves what it can.
+    Raises ModelUnavailable if the model is not ready in time. A failed request is only logged: a model that cannot chat
+    may still extract.
     """
     from handlers.dispatch import dispatch
     from handlers.http import Request
@@ -94,8 +95,10 @@ async def prime(service: Service, deadline: float) -> None:
 
 
 def reseed() -> None:
-    """Generators that would give every restored process the same numbers. `os.urandom` needs nothing: the kernel
-    is reseeded by the platform."""
+    """Reseed the generators that would give every restored process the same numbers.
+
+    `os.urandom` needs no care: the platform reseeds the kernel.
+    """
     import os
 
     random.seed()

@@ -1,8 +1,7 @@
-"""Boot: from the environment to a Service that is already loading its model.
+"""Start: from the environment to a Service that is already loading its model.
 
-The load begins first, in a thread, and everything else of a cold start (the web framework's import, the secret's
-reading) happens beside it, but not before it has begun: two threads that import share one interpreter lock, and each
-takes twice as long.
+The load begins first, in a thread. Everything else of a cold start (importing the application, reading the secret) runs
+while tensors load, but not earlier: two threads that import share one interpreter lock, and each takes twice as long.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ if TYPE_CHECKING:
     from core.service import Service
 
 
-# Lambda's levels (AWS_LAMBDA_LOG_LEVEL, from LoggingConfig.ApplicationLogLevel) as LOG_LEVEL's.
+# The values of AWS_LAMBDA_LOG_LEVEL, which LoggingConfig.ApplicationLogLevel sets, as values of LOG_LEVEL.
 _LEVELS = {"TRACE": "debug", "DEBUG": "debug", "INFO": "info", "WARN": "warning", "ERROR": "error", "FATAL": "error"}
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """Fill in the settings that Lambda and the image decide, where the function's configuration leaves them empty.
+    """Set what Lambda and the image decide, unless the function's configuration sets it.
 
-    Lambda's file system is read-only except for /tmp, and its user has no home. BAKED_MODEL is the model in the image:
-    the image names it, so that no deployment can name a file that the image does not hold.
+    Lambda's file system is read-only except for /tmp, and its user has no home. The image sets BAKED_MODEL to the model
+    that it contains, so no deployment can name a file that is not in the image.
     """
     home = environ.get("HOME", "")
     if not home or not os.access(home, os.W_OK):
@@ -45,41 +44,41 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
 
 
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
-    """Settings for Lambda. Raises SettingsError, also when nothing guards the function's URL."""
+    """Read the settings. Raises SettingsError, also for a function URL without keys or IAM."""
     settings = Settings.from_env(environ)
     if not (settings.api_keys or settings.api_keys_secret or settings.iam_auth):
         raise SettingsError(
-            "API_KEYS or API_KEYS_SECRET must be set: a function URL with AuthType NONE is open to the world. "
-            "If IAM guards it (AuthType AWS_IAM), set IAM_AUTH=true."
+            "API_KEYS or API_KEYS_SECRET must be set: anyone can call a function URL with AuthType NONE. "
+            "If the URL has AuthType AWS_IAM, set IAM_AUTH=true."
         )
     return settings
 
 
-class Boot:
-    """Reads the settings (raises SettingsError) and starts loading; `service` waits for what must be there to serve."""
+class Start:
+    """Read the settings and start loading the model. Raises SettingsError."""
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         self.timeline = Timeline()
         set_defaults(environ)
         self.settings = read_settings(environ)
         self._environ = environ
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="boot")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="start")
         self._service: Future[Service] = self._pool.submit(self._build)
         self._keys = self._pool.submit(self.read_secret)
-        self._pool.shutdown(wait=False)  # takes no more, ends by itself
+        self._pool.shutdown(wait=False)  # its threads end after these two tasks
         wait([self._service])
 
     def service(self) -> Service:
-        """The service with all its keys; its model may still be loading. Raises SettingsError."""
+        """Return the service with all its keys. Its model may still be loading. Raises SettingsError."""
         return self.with_keys(self._keys.result())
 
-    def with_keys(self, found: frozenset[str]) -> Service:
-        """The same service with `found` beside the configured keys."""
-        settings = dataclasses.replace(self.settings, api_keys=self.settings.api_keys | found)
+    def with_keys(self, secret: frozenset[str]) -> Service:
+        """Return the service with the configured keys and those of the secret."""
+        settings = dataclasses.replace(self.settings, api_keys=self.settings.api_keys | secret)
         return dataclasses.replace(self._service.result(), settings=settings)
 
     def read_secret(self) -> frozenset[str]:
-        """The keys in the secret, none if there is no secret. Raises SettingsError."""
+        """Return the keys in the secret, or none without a secret. Raises SettingsError."""
         if self.settings.api_keys_secret is None:
             return frozenset()
         from adapters.aws.secrets import read_keys
@@ -92,5 +91,5 @@ class Boot:
             from adapters.wiring import build
 
             service = build(self.settings, self.timeline, on_lambda=True)
-        service.host.start(load=True)  # whatever AUTO_PRELOAD says: init is the one time that costs no request
+        service.host.start(load=True)  # regardless of AUTO_PRELOAD: during init no request waits
         return service

@@ -247,27 +247,27 @@ def test_generator_is_finalised_when_its_stream_breaks() -> None:
 @pytest.mark.parametrize(
     ("event", "words"),
     [
-        (b"not json", "not JSON"),
-        (b"", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"not json", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
         ([], "a JSON list"),
         (None, "a JSON NoneType"),
         ({}, "an empty object"),
         ({"Records": [{"eventSource": "aws:sqs", "body": "x"}]}, "records of aws:sqs"),
         ({"source": "serverless-plugin-warmup"}, "an object with source"),
         ({"requestContext": {"connectionId": "x"}}, "an object with requestContext"),
-        ({"operation": "drop"}, "no operation 'drop'"),
+        ({"operation": "drop"}, "Unknown operation 'drop'"),
     ],
     ids=["text", "empty", "deep", "list", "null", "object", "sqs", "warmer", "websocket", "operation"],
 )
 def test_events_that_are_not_http_are_function_errors(event: Any, words: str) -> None:
-    """An event that nobody can serve is an error that says what is served; the function goes on."""
+    """An event that the function does not serve is a function error that names what it serves."""
     exchange = answer(json_app(), event=b"null" if event is None else event)
 
     assert exchange.kind == "error"
     assert exchange.error is not None
     assert exchange.error["errorType"] == "Function.UnknownEvent"
-    assert words in exchange.error["errorMessage"].replace("cannot be read", "not JSON")
+    assert words in exchange.error["errorMessage"]
 
 
 @pytest.mark.parametrize("mode", ["response_stream", "buffered"])

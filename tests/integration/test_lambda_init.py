@@ -1,4 +1,4 @@
-"""The start of the runtime and its end: lifespan, init's ten seconds, SnapStart, SIGTERM."""
+"""How the runtime starts and ends: the ten seconds of init, SnapStart, SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,105 +15,31 @@ from tests.lambda_runtime import PATIENCE_S, json_app, runtime
 
 
 class Application:
-    """An application with a lifespan that keeps a diary. `gate` holds its startup up."""
+    """An application that records the paths it serves and its end."""
 
-    def __init__(self, *, gate: asyncio.Event | None = None, failure: str | None = None) -> None:
+    def __init__(self) -> None:
         self.diary: list[str] = []
-        self.gate = gate
-        self.failure = failure
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            self.diary.append(scope["path"])
-            await json_app()(scope, receive, send)
-            return
-        assert (await receive())["type"] == "lifespan.startup"
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.failure is not None:
-            await send({"type": "lifespan.startup.failed", "message": self.failure})
-            return
-        self.diary.append("startup")
-        await send({"type": "lifespan.startup.complete"})
-        assert (await receive())["type"] == "lifespan.shutdown"
-        self.diary.append("shutdown")
-        await send({"type": "lifespan.shutdown.complete"})
+        self.diary.append(scope["path"])
+        await json_app()(scope, receive, send)
+
+    async def close(self) -> None:
+        self.diary.append("closed")
 
 
-def test_lifespan_runs_once_for_the_process() -> None:
-    """Startup before the first event, shutdown after the last, whatever the number of events."""
+def test_the_application_is_closed_once_after_the_last_event() -> None:
+    """`close` runs after the last answer, whatever the number of events."""
     app = Application()
 
     async def go() -> None:
-        async with runtime(app, lifespan=True) as bench:
+        async with runtime(app, close=app.close) as bench:
             for path in ("/1", "/2", "/3"):
                 await bench.get(path)
 
     asyncio.run(go())
 
-    assert app.diary == ["startup", "/1", "/2", "/3", "shutdown"]
-
-
-def test_failed_startup_is_an_init_error() -> None:
-    """An application that cannot start is told to Lambda, and the process ends."""
-
-    async def go() -> None:
-        async with runtime(Application(failure="no database at 10.0.0.1"), lifespan=True) as bench:
-            assert await bench.ended() == 1
-            assert bench.server.init_errors[0]["errorType"] == "Runtime.StartupFailed"
-            assert "10.0.0.1" not in str(bench.server.init_errors)
-            assert not bench.server.polled.is_set()
-
-    asyncio.run(go())
-
-
-def test_slow_startup_hands_over_and_the_first_event_waits() -> None:
-    """When init's time is up, /next is called anyway; the event is answered once the application has started."""
-
-    async def go() -> None:
-        gate = asyncio.Event()
-        app = Application(gate=gate)
-        async with runtime(app, lifespan=True, init_ends=time.monotonic() + 0.05) as bench:
-            exchange = bench.server.invoke(to_event("GET", "/first"))
-            await asyncio.wait_for(bench.server.polled.wait(), PATIENCE_S)
-            await asyncio.sleep(0.05)
-            assert exchange.kind is None
-            gate.set()
-            await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
-            assert exchange.status == 200
-            assert app.diary == ["startup", "/first"]
-            await bench.is_well()
-
-    asyncio.run(go())
-
-
-def test_startup_that_outlasts_an_event_gives_it_a_504() -> None:
-    """An event that waits for the application is answered before its own deadline; later ones are served."""
-
-    async def go() -> None:
-        gate = asyncio.Event()
-        app = Application(gate=gate)
-        async with runtime(app, lifespan=True, init_ends=time.monotonic()) as bench:
-            assert (await bench.get("/early", timeout_s=0.5)).status == 504
-            gate.set()
-            await bench.is_well()
-
-    asyncio.run(go())
-
-
-def test_startup_that_fails_after_the_hand_over_ends_the_process() -> None:
-    """The waiting event gets a 500, then Lambda has to start another process."""
-
-    async def go() -> None:
-        gate = asyncio.Event()
-        async with runtime(Application(gate=gate, failure="x"), lifespan=True, init_ends=time.monotonic()) as bench:
-            exchange = bench.server.invoke(to_event("GET", "/"))
-            await asyncio.wait_for(bench.server.polled.wait(), PATIENCE_S)
-            gate.set()
-            assert await bench.ended() == 1
-            assert exchange.status == 500
-
-    asyncio.run(go())
+    assert app.diary == ["/1", "/2", "/3", "closed"]
 
 
 def test_init_waits_for_what_is_loading() -> None:
@@ -230,21 +156,20 @@ def test_failure_after_the_restore_is_a_restore_error() -> None:
 
 
 def test_stopping_finishes_the_running_event() -> None:
-    """SIGTERM ends the waiting for events, not an answer; then the application is shut down."""
+    """SIGTERM ends the wait for events but no answer. Then the application is closed."""
 
     async def go() -> None:
         app = Application()
 
         async def slow(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http":
-                bench.runtime.stop()
-                await asyncio.sleep(0.05)
+            bench.runtime.stop()
+            await asyncio.sleep(0)
             await app(scope, receive, send)
 
-        async with runtime(slow, lifespan=True) as bench:
+        async with runtime(slow, close=app.close) as bench:
             assert (await bench.get("/last")).status == 200
             assert await bench.ended() == 0
-        assert app.diary == ["startup", "/last", "shutdown"]
+        assert app.diary == ["/last", "closed"]
 
     asyncio.run(go())
 

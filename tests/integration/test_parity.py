@@ -120,7 +120,7 @@ async def by_uvicorn() -> Any:
 
 @asynccontextmanager
 async def by_lambda(mode: str) -> Any:
-    async with runtime(application(), mode=mode, lifespan=True) as bench:
+    async with runtime(application(), mode=mode) as bench:
 
         async def ask(call: Call) -> Answer:
             path, _, query = call.path.partition("?")

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from adapters.aws_lambda.context import LambdaContext, of
 from adapters.aws_lambda.events import BadEvent, HTTPEvent, answer_by, streamed
-from adapters.aws_lambda.runtime_api import Invocation
 from infra.emulator.event import from_buffered, to_event
 
 FILES = Path(__file__).parents[1] / "events"
-
-
-def context() -> LambdaContext:
-    return of(Invocation("id", b"", time.monotonic() + 10), {})
 
 
 def load(name: str) -> dict[str, Any]:
@@ -27,7 +21,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def read(event: dict[str, Any]) -> HTTPEvent:
-    found = HTTPEvent.recognise(event, context())
+    found = HTTPEvent.read(event)
     assert found is not None
     return found
 
@@ -62,7 +56,6 @@ def test_scope_of_each_sender(name: str) -> None:
     assert (scope["type"], scope["method"], scope["path"], scope["query_string"]) == ("http", method, path, query)
     assert (scope["scheme"], scope["server"][1], scope["client"][0]) == (scheme, port, peer)
     assert scope["asgi"]["spec_version"] == "2.4"
-    assert scope["aws.event"] is event
     assert all(name == name.lower() for name, _ in scope["headers"])
 
 
@@ -78,7 +71,7 @@ def test_bodies_are_bytes(name: str) -> None:
 
 def test_sqs_is_not_http() -> None:
     """Records are nobody's request."""
-    assert HTTPEvent.recognise(load("sqs"), context()) is None
+    assert HTTPEvent.read(load("sqs")) is None
 
 
 @pytest.mark.parametrize(

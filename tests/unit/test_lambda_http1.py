@@ -120,7 +120,7 @@ def test_a_lost_connection_says_how_far_it_was(data: bytes, untouched: bool) -> 
         b"SSH-2.0-x\r\n\r\n",
         b"HTTP/1.1 xxx\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 2000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * (MAX_HEAD + 1),
         b"HTTP/1.1 200 OK\r\n" + b"A: " + b"x" * MAX_HEAD,
         b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
     ],

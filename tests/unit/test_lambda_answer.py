@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from adapters.aws_lambda.failure import Failure, envelope, event
-from adapters.aws_lambda.prelude import checked, has_body, prelude
+from adapters.aws_lambda.answer import Failure, checked, has_body, prelude
 from infra.emulator import checks as runtime_api_checks
 
 
@@ -75,16 +74,3 @@ def test_trailers_are_base64_json_of_bounded_size() -> None:
     found = dict(line.split(": ", 1) for line in lines if line)
     assert len(json.loads(base64.b64decode(found["Lambda-Runtime-Function-Error-Body"]))["errorMessage"]) == 800
     assert sum(map(len, lines)) < 8192
-
-
-def test_an_envelope_as_events() -> None:
-    """The client's parser finds the error in the last event but one."""
-    frame, done, end = event(envelope("text", "timeout")).split(b"\n\n")
-
-    assert json.loads(frame[6:])["error"] == {
-        "message": "text",
-        "type": "server_error",
-        "param": None,
-        "code": "timeout",
-    }
-    assert (done, end) == (b"data: [DONE]", b"")

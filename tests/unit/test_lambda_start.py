@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from adapters.aws_lambda import start as boot
-from adapters.aws_lambda.start import Boot, read_settings, set_defaults
+from adapters.aws_lambda import start
+from adapters.aws_lambda.start import Start, read_settings, set_defaults
 from core.downloads import Downloads
 from core.service import Service
 from core.settings import SettingsError, keys
@@ -108,7 +108,7 @@ def wiring(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
 
 def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> None:
     """Loading is started by boot itself, whatever AUTO_PRELOAD says."""
-    service = Boot({"API_KEYS": "a"}).service()
+    service = Start({"API_KEYS": "a"}).service()
 
     assert wiring.told_to_load
     assert service.settings.api_keys == keys("a")
@@ -121,7 +121,7 @@ def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytes
 
     monkeypatch.setattr(secret, "read_keys", lambda arn, environ: keys("from-secret"))
     environ = {"API_KEYS": "a", "API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}
-    started = Boot(environ)
+    started = Start(environ)
 
     assert started.service().settings.api_keys == keys("a,from-secret")
     assert started.with_keys(keys("renewed")).settings.api_keys == keys("a,renewed")
@@ -138,7 +138,7 @@ def test_a_secret_that_cannot_be_read_stops_the_start(wiring: FakeHost, monkeypa
     monkeypatch.setattr(secret, "read_keys", fail)
 
     with pytest.raises(SettingsError, match="cannot be read"):
-        Boot({"API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}).service()
+        Start({"API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}).service()
 
 
 def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
     from adapters import logs
     from infra.emulator.event import from_buffered, to_event
 
-    monkeypatch.setattr(boot.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp"})
+    monkeypatch.setattr(start.os, "environ", {"API_KEYS": "secret", "HOME": "/tmp"})
     monkeypatch.setattr(logs, "configure", lambda settings: None)
 
     class Context:
