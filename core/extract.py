@@ -1,4 +1,4 @@
-"""Extract: a text in, JSON out, held to a schema while it is written and validated when it is done."""
+"""Extract: a text in, JSON out. The schema constrains generation, and the result is validated against it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from core import session as turns
+from core import session as sessions
 from core.chat import new_id, usage
-from core.engine.grammar import json_schema as constraints
+from core.engine.grammar import json_schema
 from core.engine.grammar.expansion import MAX_CHECKS, Expansion
-from core.engine.interface import Engine, FinishReason, GenerationRequest, Sampling
+from core.engine.interface import Cause, Engine, FinishReason, GenerationRequest, Sampling
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
@@ -24,12 +24,12 @@ from core.session import Session
 from core.wire.chat import Usage
 from core.wire.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
 
-MAX_TOKENS = 1024  # of an answer, unless the client says otherwise: a small model in a loop would fill the context
+MAX_TOKENS = 1024  # default; a small model that repeats itself would otherwise fill the context
 MAX_ERRORS = 20
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
-# The same for every document of a batch, so that its tokens are read once and then cached.
+# The same for every document of a batch, so that its prefill is cached.
 SYSTEM = (
     "You extract data from text. Answer with JSON only. Take every value from the text; "
     "do not invent any. If the text does not tell a value, use null, or an empty string or list."
@@ -37,7 +37,7 @@ SYSTEM = (
 
 
 class Example(Struct):
-    """A text and what should be extracted from it."""
+    """A text and the data that should be extracted from it."""
 
     text: str
     data: Any
@@ -63,18 +63,18 @@ class ExtractRequest(Struct, kw_only=True):
             return
         if self.response_format.type == "text":
             raise InvalidRequest(
-                "'response_format.type' must be 'json_object' or 'json_schema' here: an extraction is JSON.",
+                "'response_format.type' must be 'json_object' or 'json_schema' for an extraction.",
                 param="response_format.type",
             )
-        if self.schema is not None and self.response_format.wanted != ANY_OBJECT:
+        if self.schema is not None and self.response_format.answer_schema != ANY_OBJECT:
             raise InvalidRequest("Give either 'schema' or a schema in 'response_format', not both.", param="schema")
 
     @property
-    def wanted(self) -> dict[str, Any]:
-        """The schema of `data`."""
+    def data_schema(self) -> dict[str, Any]:
+        """The JSON Schema of `data`."""
         if self.schema is not None:
             return self.schema
-        schema = self.response_format.wanted if self.response_format else None
+        schema = self.response_format.answer_schema if self.response_format else None
         return ANY_OBJECT if schema is None else schema
 
     @property
@@ -83,7 +83,7 @@ class ExtractRequest(Struct, kw_only=True):
 
 
 class Problem(Struct):
-    """Where `data` breaks the schema, or why that is unknown. `path` is a JSON pointer into `data`."""
+    """Where `data` violates the schema, or why it was not validated. `path` is a JSON Pointer into `data`."""
 
     code: Literal["truncated", "not_json", "schema", "unchecked"]
     message: str
@@ -91,7 +91,10 @@ class Problem(Struct):
 
 
 class Extraction(Struct):
-    """`data` is `raw` as JSON, null when it is none, which happens only when it was cut (`finish_reason` "length")."""
+    """`data` is `raw` as JSON, or null if `raw` is incomplete because it was cut (`finish_reason` is "length").
+
+    `finish_cause` says what cut it; it is absent otherwise.
+    """
 
     id: str
     created: int
@@ -102,11 +105,12 @@ class Extraction(Struct):
     finish_reason: FinishReason
     usage: Usage
     errors: list[Problem]
+    finish_cause: Cause | UnsetType = UNSET
     object: Literal["extraction"] = "extraction"
 
 
 class ExtractionDelta(Struct):
-    """A piece of `raw`, in a stream."""
+    """The next part of `raw`, in a stream."""
 
     id: str
     created: int
@@ -116,50 +120,59 @@ class ExtractionDelta(Struct):
 
 
 async def check(service: Service, request: ExtractRequest) -> None:
-    """What can be told without the model: its name and the schema. Raises InvalidRequest or ModelNotFound."""
-    turns.check_model(service, request.model)
+    """Check what needs no loaded model: its name and the schema. Raises InvalidRequest or ModelNotFound."""
+    sessions.check_model(service, request.model)
     await asyncio.to_thread(_check_schema, request)
 
 
 async def begin(service: Service, request: ExtractRequest, *, tenant: str = "", ends: float | None = None) -> Session:
-    """Start on what `check` has let pass; returns when the first piece is there. The caller closes the Session.
+    """Start a request that has passed `check` and wait for its first delta. The caller closes the Session.
 
-    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy and ModelUnavailable.
+    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
     """
     try:
-        return await turns.begin(
+        return await sessions.begin(
             service, request.model, lambda engine: _generation_request(engine, request, tenant, ends), ends
         )
-    except InvalidRequest as error:  # told of a chat's fields; an extraction has its own
+    except InvalidRequest as error:  # it names a field of a chat: use the extraction's
         error.param = {"messages": "text", "response_format": request.schema_field}.get(error.param or "", error.param)
         raise
 
 
-async def complete(turn: Session, request: ExtractRequest) -> Extraction:
-    """The extraction, validated."""
-    events = [event async for event in stream(turn, request)]
+async def complete(session: Session, request: ExtractRequest) -> Extraction:
+    """Return the validated extraction."""
+    events = [event async for event in stream(session, request)]
     assert isinstance(events[-1], Extraction)
     return events[-1]
 
 
-async def stream(turn: Session, request: ExtractRequest) -> AsyncIterator[ExtractionDelta | Extraction]:
-    """Pieces of the raw JSON as they come, and at the end the extraction itself."""
-    extraction_id, created, model = new_id("extr"), int(time.time()), turn.card.name
+async def stream(session: Session, request: ExtractRequest) -> AsyncIterator[ExtractionDelta | Extraction]:
+    """Yield the raw JSON as it is generated, then the validated extraction."""
+    extraction_id, created, model = new_id("extr"), int(time.time()), session.card.name
     raw: list[str] = []
-    finish: FinishReason = "stop"
-    async for piece in turn.pieces():
-        if piece.text:
-            raw.append(piece.text)
-            yield ExtractionDelta(extraction_id, created, model, piece.text)
-        finish = piece.finish_reason or finish
-    text = "".join(raw)
-    data, errors = await asyncio.to_thread(_judge, text, request.wanted, finish)
-    yield Extraction(extraction_id, created, model, data, text, not errors, finish, usage(turn), errors)
+    async for delta in session:
+        if delta.text:
+            raw.append(delta.text)
+            yield ExtractionDelta(extraction_id, created, model, delta.text)
+    text, finish_reason = "".join(raw), session.finish_reason or "stop"
+    data, errors = await asyncio.to_thread(_validate, text, request.data_schema, finish_reason)
+    yield Extraction(
+        id=extraction_id,
+        created=created,
+        model=model,
+        data=data,
+        raw=text,
+        valid=not errors,
+        finish_reason=finish_reason,
+        usage=usage(session),
+        errors=errors,
+        finish_cause=UNSET if session.cause is None else session.cause,
+    )
 
 
 def _check_schema(request: ExtractRequest) -> None:
-    schema = request.wanted
-    constraints.grammar(schema, request.schema_field)
+    schema = request.data_schema
+    json_schema.grammar(schema, request.schema_field)
     try:
         _validator(msgspec.json.encode(schema))
     except ValueError:
@@ -169,7 +182,7 @@ def _check_schema(request: ExtractRequest) -> None:
 
 
 def _generation_request(engine: Engine, request: ExtractRequest, tenant: str, ends: float | None) -> GenerationRequest:
-    grammar = constraints.grammar(request.wanted, request.schema_field)
+    grammar = json_schema.grammar(request.data_schema, request.schema_field)
     engine.check_grammar(grammar)
     return GenerationRequest(
         prompt=templates.prompt(engine, _messages(request)),
@@ -182,10 +195,10 @@ def _generation_request(engine: Engine, request: ExtractRequest, tenant: str, en
 
 
 def _messages(request: ExtractRequest) -> templates.Messages:
-    """From the constant to what differs: the task, the schema, instructions, examples as turns, the text."""
+    """Return the prompt, its constant parts first: task, schema, instructions, examples as turns, then the text."""
     system = [SYSTEM]
-    if request.wanted != ANY_OBJECT:
-        system.append("The JSON has this schema:\n" + msgspec.json.encode(request.wanted).decode())
+    if request.data_schema != ANY_OBJECT:
+        system.append("The JSON has this schema:\n" + msgspec.json.encode(request.data_schema).decode())
     if request.instructions:
         system.append(request.instructions)
     messages = [{"role": "system", "content": "\n\n".join(system)}]
@@ -197,7 +210,7 @@ def _messages(request: ExtractRequest) -> templates.Messages:
 
 
 def _as_written(data: Any) -> str:
-    """JSON with the separators that the grammar uses."""
+    """Return JSON with the separators of the grammar."""
     import json
 
     return json.dumps(data, ensure_ascii=False)
@@ -205,7 +218,7 @@ def _as_written(data: Any) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _validator(schema: bytes) -> Any:
-    """Never fetches what a schema refers to (jsonschema_rs would), and matches patterns in linear time."""
+    """Build a validator that fetches no remote references (jsonschema_rs would) and matches patterns in linear time."""
     import jsonschema_rs
 
     return jsonschema_rs.validator_for(
@@ -220,34 +233,36 @@ def _retrieve_nothing(uri: str) -> Any:
     raise ValueError("remote schemas are not retrieved")
 
 
-def _judge(text: str, schema: dict[str, Any], finish: FinishReason) -> tuple[Raw, list[Problem]]:
-    """The data and what is wrong with it, in our words.
+def _validate(text: str, schema: dict[str, Any], finish_reason: FinishReason) -> tuple[Raw, list[Problem]]:
+    """Return the data and its errors.
 
-    The data is passed on as it was written: a number of 30 digits has no other form that keeps them.
+    The data is returned as generated, without decoding it: a number of 30 digits would lose some of them.
     """
     import json
 
     nothing = Raw(b"null")
-    if finish == "length":
-        problem = Problem("truncated", "The answer was cut before it ended; raise max_tokens or shorten the text.")
+    if finish_reason == "length":
+        problem = Problem(
+            "truncated", "The answer was cut before it was complete. Raise max_tokens or shorten the text."
+        )
     else:
         problem = Problem("not_json", "The answer is not JSON.")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         return nothing, [problem]
-    if finish == "length" and not isinstance(data, dict | list):
-        return nothing, [problem]  # a number may be whole, or half of one
-    if Expansion(schema).checks(data) > MAX_CHECKS:  # what the grammar holds is kept; `format` is not looked at
-        words = f"The schema's recursion would take more than {MAX_CHECKS} checks of this answer; it was not validated."
-        return Raw(text.encode()), [Problem("unchecked", words)]
+    if finish_reason == "length" and not isinstance(data, dict | list):
+        return nothing, [problem]  # a cut number is still a number
+    if Expansion(schema).checks(data) > MAX_CHECKS:  # the grammar still holds; `format` is not checked
+        message = f"Validating this recursive schema would take more than {MAX_CHECKS} checks, so it was skipped."
+        return Raw(text.encode()), [Problem("unchecked", message)]
     try:
-        broken = list(islice(_validator(msgspec.json.encode(schema)).iter_errors(data), MAX_ERRORS))
+        violations = list(islice(_validator(msgspec.json.encode(schema)).iter_errors(data), MAX_ERRORS))
     except UnicodeEncodeError:
-        return Raw(text.encode()), [Problem("not_json", "A string in the answer holds half a surrogate pair.")]
-    found = []
-    for error in broken:
+        return Raw(text.encode()), [Problem("not_json", "A string in the answer has an unpaired surrogate.")]
+    errors = []
+    for error in violations:
         path = "".join(f"/{step}" for step in error.instance_path)
         keyword = error.schema_path[-1] if error.schema_path else "schema"
-        found.append(Problem("schema", f"'{path or '/'}' does not satisfy '{keyword}'.", path))
-    return Raw(text.encode()), found
+        errors.append(Problem("schema", f"'{path or '/'}' does not satisfy '{keyword}'.", path))
+    return Raw(text.encode()), errors

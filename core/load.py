@@ -1,21 +1,24 @@
-"""Load: bring a model onto this machine. Does not switch to it; that is `core.reload`."""
+"""Load: download a model to this machine. `core.reload` switches to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import InvalidRequest
 from core.service import Service
 from core.store.reference import S3, HuggingFace, parse
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all; 0 when unknown)
+Progress = Callable[[int, int], None]  # (downloaded bytes, total bytes or 0 if unknown)
 
 
 class LoadRequest(Struct, forbid_unknown_fields=True):
-    """`repo_id` and `filename` (and a revision), or a `reference`: hf://org/repo/file.gguf@revision, s3://bucket/key."""
+    """Either `repo_id`, `filename` and an optional `revision`, or a `reference`.
+
+    References are hf://org/repo/file.gguf@revision and s3://bucket/key.
+    """
 
     repo_id: Annotated[str, Meta(max_length=200)] | None = None
     filename: Annotated[str, Meta(max_length=500)] | None = None
@@ -25,8 +28,34 @@ class LoadRequest(Struct, forbid_unknown_fields=True):
     stream: bool | None = None
 
 
+class LoadProgress(Struct):
+    """One event of a streamed load. `total_bytes` is 0 while it is unknown."""
+
+    done_bytes: int
+    total_bytes: int
+    status: Literal["downloading"] = "downloading"
+
+
+class LoadResult(Struct):
+    """A model on this machine. `repo_id`, `filename` and `revision` are those of Hugging Face, `bucket` and `key` S3's;
+    the fields of the other source are absent."""
+
+    status: str
+    path: str
+    size_bytes: int
+    sha256: str | None
+    commit: str | None
+    source: str
+    hint: str
+    repo_id: str | UnsetType = UNSET
+    filename: str | UnsetType = UNSET
+    revision: str | UnsetType = UNSET
+    bucket: str | UnsetType = UNSET
+    key: str | UnsetType = UNSET
+
+
 def to_reference(request: LoadRequest) -> HuggingFace | S3:
-    """What is to be fetched. Raises InvalidRequest naming the field that is missing or wrong."""
+    """Return the model to download. Raises InvalidRequest that names the missing or invalid field."""
     if request.reference is not None:
         if request.repo_id or request.filename or request.revision:
             raise InvalidRequest("Give 'reference' or 'repo_id' and 'filename', not both.", param="reference")
@@ -37,14 +66,14 @@ def to_reference(request: LoadRequest) -> HuggingFace | S3:
         if not isinstance(reference, HuggingFace | S3):
             raise InvalidRequest(
                 f"'reference' must start with hf:// or s3://, got {request.reference[:80]!r}; "
-                "a file that is here needs no loading: POST /reload.",
+                "POST /reload serves a local file.",
                 param="reference",
             )
         return reference
     for field in ("repo_id", "filename"):
         if not getattr(request, field):
             raise InvalidRequest(f"'{field}' is missing; it must be a string.", param=field)
-    # The store's grammar of references is the one judge of names, so these go through it as well.
+    # One grammar validates all names: that of references.
     try:
         reference = parse(f"hf://{request.repo_id}/{request.filename}@{request.revision or 'main'}")
     except InvalidRequest as error:
@@ -63,25 +92,24 @@ def to_sha256(request: LoadRequest) -> str | None:
     return digest
 
 
-async def load(service: Service, request: LoadRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Fetch into MODELS_DIR and say what was done. `progress` is called in the download's thread.
+async def load(service: Service, request: LoadRequest, progress: Progress | None = None) -> LoadResult:
+    """Download a model into MODELS_DIR. `progress` is called in the download's thread.
 
-    Cancelling this stops the download unless another request waits for it. Raises what `Downloads.fetch` raises.
+    Cancelling stops the download unless another request waits for it. Raises what `Downloads.fetch` raises.
     """
     reference, sha256 = to_reference(request), to_sha256(request)
     fetched = await service.downloads.fetch(reference, sha256=sha256, progress=progress)
-    described: dict[str, Any] = (
-        {"repo_id": reference.repo_id, "filename": reference.filename, "revision": reference.revision}
-        if isinstance(reference, HuggingFace)
-        else {"bucket": reference.bucket, "key": reference.key}
+    result = LoadResult(
+        status=fetched.status,
+        commit=fetched.commit,
+        source=fetched.source,
+        path=str(fetched.path),
+        size_bytes=fetched.size_bytes,
+        sha256=fetched.sha256,
+        hint=f'POST /reload {{"model_path": "{fetched.path}"}} to serve it.',
     )
-    return {
-        "status": fetched.status,
-        **described,
-        "commit": fetched.commit,
-        "source": fetched.source,
-        "path": str(fetched.path),
-        "size_bytes": fetched.size_bytes,
-        "sha256": fetched.sha256,
-        "hint": f'POST /reload {{"model_path": "{fetched.path}"}} serves it.',
-    }
+    if isinstance(reference, HuggingFace):
+        result.repo_id, result.filename, result.revision = reference.repo_id, reference.filename, reference.revision
+    else:
+        result.bucket, result.key = reference.bucket, reference.key
+    return result

@@ -5,66 +5,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from typing import Any
 
-from core.load import LoadRequest, load
+from core.load import LoadProgress, LoadRequest, load
 from core.service import Service
 from handlers import sse
 from handlers.body import decode, json_response
 from handlers.http import Request, Response
 
 PROGRESS_EVERY_S = 1.0
+WAKE_EVERY_S = 0.1  # the download reports every block; the event loop is not woken up more often than this
 
 
 async def post_load(service: Service, request: Request) -> Response:
-    wanted = decode(request, LoadRequest)
-    if wanted.stream:
-        return await _streamed(service, wanted)
-    return json_response(await load(service, wanted))
+    body = decode(request, LoadRequest)
+    if body.stream:
+        return await sse.stream(lambda send: _stream(service, body, send))
+    return json_response(await load(service, body))
 
 
-async def _streamed(service: Service, wanted: LoadRequest) -> Response:
-    """Events `{"status": "downloading", done_bytes, total_bytes}`, then the answer or an `error`, then [DONE].
+async def _stream(service: Service, body: LoadRequest, send: sse.Send) -> None:
+    """Send progress events, then the result.
 
-    The status waits for the first bytes, so that a repository that does not exist is still a 4xx.
+    The first event waits for the first bytes, so that a repository that does not exist gets a 4xx.
     """
     loop = asyncio.get_running_loop()
-    begun = asyncio.Event()
-    reached = (0, 0)
-    told = 0.0
+    started = asyncio.Event()
+    progress = LoadProgress(0, 0)
+    last_wake = 0.0
 
-    def progress(done: int, total: int) -> None:  # in the thread that downloads
-        nonlocal reached, told
-        reached = (done, total)
-        if time.monotonic() - told > 0.1:
-            told = time.monotonic()
+    def report(done: int, total: int) -> None:  # in the download's thread
+        nonlocal progress, last_wake
+        progress = LoadProgress(done, total)
+        if time.monotonic() - last_wake > WAKE_EVERY_S:
+            last_wake = time.monotonic()
             with contextlib.suppress(RuntimeError):  # the loop is closed; another request may share the download
-                loop.call_soon_threadsafe(begun.set)
+                loop.call_soon_threadsafe(started.set)
 
-    task = asyncio.create_task(load(service, wanted, progress))
-    waiter = asyncio.create_task(begun.wait())
+    task = asyncio.create_task(load(service, body, report))
+    task.add_done_callback(lambda _: started.set())
     try:
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()  # raises what went wrong before the first byte
-    except BaseException:
-        task.cancel()
-        raise
-    finally:
-        waiter.cancel()
-
-    async def events() -> AsyncIterator[dict[str, Any]]:
+        # 1) Wait for the first bytes, or for the result of a model that is already here.
+        await started.wait()
+        # 2) Report progress until the download ends.
         while not task.done():
-            done, total = reached
-            yield {"status": "downloading", "done_bytes": done, "total_bytes": total}
+            send(progress)
             await asyncio.wait({task}, timeout=PROGRESS_EVERY_S)
-        yield task.result()
-
-    async def close() -> None:
+        # 3) Send the result, or raise what went wrong.
+        send(task.result())
+    finally:
         task.cancel()
         await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # taken note of: an event told it, or nobody is there to be told
-
-    return sse.stream(events(), close=close)
+            task.exception()  # mark it as retrieved, so that asyncio does not log it

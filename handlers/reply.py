@@ -1,78 +1,111 @@
-"""Answers of the model as Responses: whole, or streamed, also while the model is still being loaded."""
+"""Replies of the model: decode the request, run the operation, answer with one JSON body or with a stream."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Protocol, TypeVar
 
 from core.service import Service
-from core.session import Session
+from core.session import Session, deadline
 from handlers import sse
-from handlers.body import json_response
-from handlers.http import Response, add_log_fields
+from handlers.auth import tenant
+from handlers.body import decode, json_response
+from handlers.http import Request, Response, add_log_fields
 
-GRACE_S = 0.5  # a load that fails this fast still becomes a status
-PATIENCE_S = 3.0  # for the first piece of a model that is ready: proxies and clients give up on a silent server
-WAITING_S = 1.0  # between two comments until the first piece
-
-
-async def whole(beginning: Awaitable[Session], fold: Callable[[Session], Awaitable[Any]]) -> Response:
-    """One JSON body."""
-    turn = await beginning
-    try:
-        return json_response(await fold(turn))
-    finally:
-        _close(turn)
+GRACE_S = 0.5  # while the model loads: how long a stream waits for a load that fails at once
+PATIENCE_S = 3.0  # while the model is ready: how long a stream waits for the first token before it sends its status
+WAITING_S = 1.0  # between two comments until the first token
 
 
-async def streamed(
-    service: Service,
-    beginning: Coroutine[Any, Any, Session],
-    events: Callable[[Session], AsyncIterator[Any]],
-) -> Response:
-    """Server-sent events. The status waits for the first piece, so that a request that cannot be answered gets a 4xx.
+class Body(Protocol):
+    """A request body of an operation."""
 
-    It does not wait for long. While the model loads, while the request is queued or its prompt is read, the 200 goes
-    out early and comments follow: a client or a proxy would give up otherwise. What goes wrong after that is an
-    `error` event.
+    stream: bool | None
+
+
+B = TypeVar("B", bound=Body)
+C = TypeVar("C", contravariant=True)
+
+
+class Operation(Protocol[C]):
+    """What `core.chat` and `core.extract` have in common."""
+
+    async def check(self, service: Service, request: C) -> None: ...
+
+    async def begin(self, service: Service, request: C, *, tenant: str = "", ends: float | None = None) -> Session: ...
+
+    async def complete(self, session: Session, request: C) -> Any: ...
+
+    def stream(self, session: Session, request: C) -> AsyncIterator[Any]: ...
+
+
+async def respond(service: Service, request: Request, kind: type[B], operation: Operation[B]) -> Response:
+    """Run `operation` on a body of type `kind`; stream its events if the body says `"stream": true`.
+
+    A stream's status waits for the first token, so that an invalid request gets a 4xx, but only for a few seconds.
+    While the model loads, or the request is queued or in prefill, the 200 is sent early and comments follow, because
+    clients and proxies give up on a silent server. Errors after that are `error` events.
     """
-    task = asyncio.ensure_future(beginning)
-    patience = PATIENCE_S if service.host.state().status == "ready" else GRACE_S
+    body = decode(request, kind)
+    await operation.check(service, body)
+    ends = deadline(service.settings, request.deadline)
+
+    def begin() -> Awaitable[Session]:
+        return operation.begin(service, body, tenant=tenant(service, request), ends=ends)
+
+    if body.stream:
+        session: Session | None = None
+
+        async def produce(send: sse.Send) -> None:
+            nonlocal session
+            session = await begin()
+            try:
+                async for event in operation.stream(session, body):
+                    send(event)
+            finally:
+                _close(session)
+
+        return await sse.stream(
+            produce,
+            patience_s=PATIENCE_S if service.host.state().status == "ready" else GRACE_S,
+            silence=lambda: _silence(service),
+            headers=lambda: () if session is None else _server_timing(session, decode=False),
+        )
+    session = await begin()
     try:
-        await asyncio.wait({task}, timeout=patience)
-    except asyncio.CancelledError:
-        await _abandon(task)
-        raise
-    if task.done():
-        task.result()  # raises what is wrong
-
-    async def all_events() -> AsyncIterator[Any]:
-        turn = await task
-        async for event in events(turn):
-            yield event
-
-    def silence() -> tuple[float, str]:
-        if task.done():
-            return sse.SILENCE_S, "ping"
-        state = service.host.state()
-        if state.status == "ready":
-            return WAITING_S, "waiting"
-        percent = state.loading.percent if state.loading else None
-        return WAITING_S, "loading" if percent is None else f"loading {percent}%"
-
-    return sse.stream(all_events(), close=lambda: _abandon(task), silence=silence)
+        completion = await operation.complete(session, body)
+        return json_response(completion, headers=_server_timing(session, decode=True))
+    finally:
+        _close(session)
 
 
-async def _abandon(task: asyncio.Future[Session]) -> None:
-    """Free what a beginning has taken, wherever it stands."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled() and task.exception() is None:
-        _close(task.result())
+def _silence(service: Service) -> tuple[float, str]:
+    """The comment until the first token: why the client has to wait."""
+    state = service.host.state()
+    if state.status == "ready":
+        return WAITING_S, "waiting"
+    percent = state.loading.percent if state.loading else None
+    return WAITING_S, "loading" if percent is None else f"loading {percent}%"
 
 
-def _close(turn: Session) -> None:
-    turn.close()
-    add_log_fields(model=turn.card.name, prompt_tokens=turn.prompt_tokens, completion_tokens=turn.completion_tokens)
+def _server_timing(session: Session, *, decode: bool) -> tuple[tuple[str, str], ...]:
+    """The times that are final when the headers are sent, in milliseconds."""
+    timings = session.timings
+    entries = [f"queue;dur={timings.queue_ms:.1f}", f"prefill;dur={timings.prefill_ms:.1f}"]
+    if decode:
+        entries.append(f"decode;dur={timings.decode_ms:.1f}")
+    return (("server-timing", ", ".join(entries)),)
+
+
+def _close(session: Session) -> None:
+    session.close()
+    fields: dict[str, object] = {
+        "model": session.card.name,
+        "prompt_tokens": session.prompt_tokens,
+        "completion_tokens": session.completion_tokens,
+    }
+    if session.finish_reason is not None:
+        fields["finish_reason"] = session.finish_reason
+    if session.cause is not None:
+        fields["finish_cause"] = session.cause
+    add_log_fields(**fields)

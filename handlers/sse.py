@@ -1,13 +1,10 @@
-"""Server-sent events: structs in, frames out, a comment in every silence, one [DONE] at the end.
-
-The events are consumed by a task of the stream's own, so that silence can be noticed without cancelling what is
-awaited, and so that a slow reader gets several frames in one chunk.
-"""
+"""Server-sent events: events in, frames out, a comment in every silence, one [DONE] at the end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -18,10 +15,13 @@ from handlers.http import Response
 HEADERS = (
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),  # nginx would hold frames back
+    ("x-accel-buffering", "no"),  # keeps nginx from buffering
 )
 DONE = b"data: [DONE]\n\n"
-SILENCE_S = 15.0
+SILENCE_S = 15.0  # between two comments once the first event has been sent
+
+Send = Callable[[Any], None]
+Silence = Callable[[], tuple[float, str]]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -30,44 +30,62 @@ def frame(event: Any) -> bytes:
     return b"data: " + _encode(event) + b"\n\n"
 
 
-def stream(
-    events: AsyncIterable[Any],
+async def stream(
+    produce: Callable[[Send], Awaitable[None]],
     *,
-    close: Callable[[], Awaitable[None]],
-    silence: Callable[[], tuple[float, str]] = lambda: (SILENCE_S, "ping"),
+    patience_s: float | None = None,
+    silence: Silence = lambda: (SILENCE_S, "ping"),
+    headers: Callable[[], tuple[tuple[str, str], ...]] = tuple,
 ) -> Response:
-    """A 200 that sends `events`; what they raise is told in a last event before [DONE]. `close` frees what they hold.
-    `silence` says how long one may last (seconds) and which comment ends it."""
-    body = Frames(events, silence)
+    """Return a 200 that sends the events which `produce` passes to the function it is called with.
 
-    async def aclose() -> None:
+    The first event is awaited for `patience_s` seconds (None: without a limit), so that an exception before it can
+    still become a status: it is raised here. A later exception becomes an error event before [DONE]. Closing the
+    response cancels `produce`. Until the first event, `silence` returns the seconds between two comments and the text
+    of the next one. `headers` is called when the status is chosen.
+    """
+    body = EventStream(produce, silence)
+    try:
+        await body.wait_first(patience_s)
+    except BaseException:
         await body.aclose()
-        await close()
+        raise
+    return Response(200, (*HEADERS, *headers()), body, body.aclose)
 
-    return Response(200, HEADERS, body, aclose)
 
+class EventStream:
+    """The body of a stream: an async iterator of chunks. A slow reader gets several frames in one chunk.
 
-class Frames:
-    """The body of a stream: an async iterator of chunks. Nothing starts before the first one is asked for."""
+    A task runs the producer, so that a silence can be filled with comments without cancelling what is awaited.
+    """
 
-    def __init__(self, events: AsyncIterable[Any], silence: Callable[[], tuple[float, str]]) -> None:
-        self._events = events
+    def __init__(self, produce: Callable[[Send], Awaitable[None]], silence: Silence) -> None:
+        self._produce = produce
         self._silence = silence
         self._frames: list[bytes] = []
-        self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._last = 0.0  # when something was last written, on the loop's clock
+        self._first = asyncio.Event()  # the first event was sent, or the producer has ended
+        self._status_sent = False
+        self._error: Exception | None = None  # raised before the first event and before the status was chosen
         self._ended = False
+        self._task = asyncio.create_task(self._run())
 
-    def __aiter__(self) -> Frames:
+    async def wait_first(self, patience_s: float | None) -> None:
+        """Wait for the first event, at most `patience_s` seconds. Raises what the producer raised before it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._first.wait(), patience_s)
+        if self._error is not None:
+            raise self._error
+        self._status_sent = True
+
+    def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._task is None and not self._ended:
-            loop = asyncio.get_running_loop()
-            self._task = loop.create_task(self._run())
-            self._last = loop.time()
+        if self._timer is None and not self._ended:
+            self._last = asyncio.get_running_loop().time()
             self._watch()
         while not self._frames:
             if self._ended:
@@ -79,24 +97,31 @@ class Frames:
         return chunk
 
     async def aclose(self) -> None:
-        """Stop consuming; idempotent, also before the first chunk and after the last."""
+        """Cancel the producer and wait until it has ended. Idempotent."""
         self._ended = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is not None and not self._task.done():
+        if not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})
 
     async def _run(self) -> None:
         try:
-            async for event in self._events:
-                self._write(frame(event))
-        except Exception as error:  # noqa: BLE001 - the status is out: dispatch cannot tell the client any more
-            self._write(frame(to_api_error(error).body()))
+            await self._produce(self._send)
+        except Exception as error:  # noqa: BLE001 - after the status, `dispatch` can no longer report it
+            if not self._first.is_set() and not self._status_sent:
+                self._error = error
+            else:
+                self._write(frame(to_api_error(error).body()))
         self._ended = True
+        self._first.set()
         self._write(DONE)
         if self._timer is not None:
             self._timer.cancel()
+
+    def _send(self, event: Any) -> None:
+        self._first.set()
+        self._write(frame(event))
 
     def _write(self, data: bytes) -> None:
         self._frames.append(data)
@@ -105,9 +130,9 @@ class Frames:
             self._reader.set_result(None)
 
     def _watch(self) -> None:
-        """One timer a stream, not one a frame: when it rings too early it is set again for the rest."""
+        """Send a comment after a silence. One timer per stream, not per frame: an early one is set again."""
         loop = asyncio.get_running_loop()
-        seconds, comment = self._silence()
+        seconds, comment = (SILENCE_S, "ping") if self._first.is_set() else self._silence()
         if loop.time() - self._last >= seconds:
             self._write(f": {comment}\n\n".encode())
         self._timer = loop.call_at(self._last + seconds, self._watch)

@@ -1,19 +1,19 @@
-"""The chat completion request: OpenAI's fields as far as a text model goes, and top_k, min_p, repeat_penalty.
+"""OpenAI's chat completions: the request, its translation for the engine, chunks, and the completion they add up to.
 
-Fields that are not named here (`user`, `metadata`, `store`, `service_tier`, ...) are accepted and have no effect. Those
-that would change the answer and are not supported are refused (`core.wire.fields`). An explicit null is the same
-as an absent field.
+The request has OpenAI's fields for text models and top_k, min_p and repeat_penalty. Unlisted fields (`user`,
+`metadata`, `store`, `service_tier`, ...) are accepted and have no effect. Unsupported fields that would change the
+answer are rejected (`core.wire.fields.UnsupportedFields`). An explicit null means the same as an absent field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from core.engine.interface import FinishReason, TokenLogprob
+from core.engine.interface import Cause, FinishReason, Sampling, TokenLogprob
 from core.errors import InvalidRequest
 from core.wire.fields import (
     Bias,
@@ -33,13 +33,16 @@ from core.wire.fields import (
     UnsupportedFields,
     check_unsupported,
     nested_beyond,
+    sampler_seed,
+    sampler_temperature,
+    token_bias,
 )
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 
 class Part(Struct):
-    """A piece of content. Only `text` and an assistant's `refusal` can be read here."""
+    """A content part. Only `text` and an assistant's `refusal` are supported."""
 
     type: str
     text: str | None = None
@@ -98,17 +101,17 @@ class ChatRequest(UnsupportedFields, kw_only=True):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         if self.modalities and "audio" in self.modalities:
-            raise InvalidRequest("'modalities' may only hold 'text': this model makes no audio.", param="modalities")
+            raise InvalidRequest("'modalities' may only contain 'text': this model has no audio.", param="modalities")
         check_unsupported(self)
         self._check_tools()
         for index, message in enumerate(self.messages):
             _check(message, f"messages[{index}]")
 
     def _check_tools(self) -> None:
-        for field, given in (("tools", self.tools), ("functions", self.functions)):
-            if given:
+        for field, value in (("tools", self.tools), ("functions", self.functions)):
+            if value:
                 raise InvalidRequest(
-                    f"'{field}' is not supported yet; leave it out, or ask for JSON with 'response_format'.",
+                    f"'{field}' is not supported yet; leave it out, or use 'response_format' to get JSON.",
                     param=field,
                 )
         if self.tool_choice not in (None, "none", "auto"):
@@ -142,7 +145,7 @@ def _check_part(part: Part, where: str) -> None:
             )
     elif part.type in ("image_url", "input_audio", "file", "video_url"):
         raise InvalidRequest(
-            f"'{where}' is of type '{part.type}': this model reads text only; send parts of type 'text'.",
+            f"'{where}' is of type '{part.type}': this model only reads text; send parts of type 'text'.",
             param=f"{where}.type",
         )
     else:
@@ -150,7 +153,7 @@ def _check_part(part: Part, where: str) -> None:
 
 
 def text_of(message: Message) -> str:
-    """The message's words: parts joined by line breaks (as llama-server does), null as nothing."""
+    """Return the text of a message. Parts are joined by line breaks, as in llama-server; null is an empty string."""
     content = message.content
     if isinstance(content, str):
         return content
@@ -159,20 +162,20 @@ def text_of(message: Message) -> str:
     return message.refusal or ""
 
 
-def plain(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them: content one string, tool calls' arguments objects."""
-    return [_plain(message) for message in messages]
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Return messages as chat templates expect them: content as one string, tool-call arguments as objects."""
+    return [_template_message(message) for message in messages]
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    given: dict[str, Any] = {"role": message.role, "content": text_of(message)}
+def _template_message(message: Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": text_of(message)}
     if message.name is not None:
-        given["name"] = message.name
+        fields["name"] = message.name
     if message.tool_call_id is not None:
-        given["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     calls = _calls(message)
     if calls:
-        given["tool_calls"] = [
+        fields["tool_calls"] = [
             {
                 "id": call.id,
                 "type": "function",
@@ -180,7 +183,7 @@ def _plain(message: Message) -> dict[str, Any]:
             }
             for call in calls
         ]
-    return given
+    return fields
 
 
 def _calls(message: Message) -> list[ToolCall]:
@@ -188,14 +191,14 @@ def _calls(message: Message) -> list[ToolCall]:
 
 
 def _object(call: FunctionCall) -> Any:
-    """OpenAI sends arguments as JSON text, templates (as transformers feeds them) want the object."""
+    """Return tool-call arguments as an object, as transformers passes them to templates. OpenAI sends JSON text."""
     arguments = call.arguments
     if not isinstance(arguments, str):
         return arguments
     try:
         return msgspec.json.decode(arguments) if arguments else {}
     except (msgspec.DecodeError, RecursionError):
-        return arguments  # what a model once said need not be JSON
+        return arguments  # a model may have produced invalid JSON in an earlier turn
 
 
 class PromptTokensDetails(Struct):
@@ -209,7 +212,7 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Likely(Struct):
+class TopLogprob(Struct):
     token: str
     logprob: float
     bytes: list[int]
@@ -219,7 +222,7 @@ class Token(Struct):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Likely]
+    top_logprobs: list[TopLogprob]
 
 
 class Logprobs(Struct):
@@ -235,10 +238,13 @@ class AssistantMessage(Struct):
 
 
 class Choice(Struct):
+    """`finish_cause` extends OpenAI's shape: what cut the answer. It is absent unless `finish_reason` is "length"."""
+
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
     logprobs: Logprobs | None = None
+    finish_cause: Cause | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -251,17 +257,20 @@ class Completion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
-class Delta(Struct, omit_defaults=True):
+class ChunkDelta(Struct, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     refusal: UnsetType | None = UNSET
 
 
 class ChunkChoice(Struct):
+    """`finish_cause` extends OpenAI's shape; see `Choice`."""
+
     index: int
-    delta: Delta
+    delta: ChunkDelta
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
+    finish_cause: Cause | UnsetType = UNSET
 
 
 class Chunk(Struct):
@@ -274,6 +283,49 @@ class Chunk(Struct):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
+class ChunkHead(NamedTuple):
+    """The fields that all chunks of one completion share."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def chunk(self, choice: ChunkChoice | None, usage: Usage | UnsetType | None) -> Chunk:
+        return Chunk(*self, () if choice is None else (choice,), usage)
+
+
+def fold(chunks: list[Chunk], *, logprobs: bool) -> Completion:
+    """Fold the chunks of a finished stream, the last of which holds the usage, into the completion that they add up to.
+
+    Every choice starts with a chunk that has its role and ends with one that has its finish reason.
+    """
+    choices: dict[int, Choice] = {}
+    texts: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for part in chunk.choices:
+            # 1) The first chunk of a choice creates it.
+            choice = choices.get(part.index)
+            if choice is None:
+                choice = choices[part.index] = Choice(part.index, AssistantMessage(""), "stop")
+                choice.logprobs = Logprobs([]) if logprobs else None
+                texts[part.index] = []
+            # 2) Text and logprobs accumulate.
+            if part.delta.content is not UNSET:
+                texts[part.index].append(part.delta.content)
+            if part.logprobs is not None and choice.logprobs is not None:
+                choice.logprobs.content.extend(part.logprobs.content)
+            # 3) The last chunk of a choice says why it ended.
+            if part.finish_reason is not None:
+                choice.finish_reason, choice.finish_cause = part.finish_reason, part.finish_cause
+    for index, pieces in texts.items():
+        choices[index].message.content = "".join(pieces)
+    last = chunks[-1]
+    assert isinstance(last.usage, Usage)
+    ordered = [choices[index] for index in sorted(choices)]
+    return Completion(last.id, last.created, last.model, ordered, last.usage, last.system_fingerprint)
+
+
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
     return Usage(
         prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
@@ -281,15 +333,31 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usa
 
 
 def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
-    """OpenAI's shape. `token` shows half a character as U+FFFD; `bytes` has it exactly."""
+    """Return logprobs in OpenAI's shape. `token` shows an incomplete character as U+FFFD; `bytes` is exact."""
     return Logprobs(
         [
             Token(
                 token.token.decode(errors="replace"),
                 token.logprob,
                 list(token.token),
-                [Likely(text.decode(errors="replace"), logprob, list(text)) for text, logprob in token.top],
+                [TopLogprob(text.decode(errors="replace"), logprob, list(text)) for text, logprob in token.top],
             )
             for token in tokens
         ]
     )
+
+
+def sampling(request: ChatRequest, n_vocab: int) -> Sampling:
+    """Translate the request's sampling fields. The defaults of absent fields are those of `Sampling`."""
+    fields = {
+        "temperature": None if request.temperature is None else sampler_temperature(request.temperature),
+        "top_p": request.top_p,
+        "top_k": None if request.top_k is None else max(0, request.top_k),
+        "min_p": request.min_p,
+        "repeat_penalty": request.repeat_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "seed": sampler_seed(request.seed),
+        "logit_bias": token_bias(request.logit_bias, n_vocab),
+    }
+    return Sampling(**{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class ResponseFormat(Struct):
             )
 
     @property
-    def wanted(self) -> dict[str, Any] | None:
+    def answer_schema(self) -> dict[str, Any] | None:
         """The schema that the answer must match; None for plain text."""
         if self.type == "text":
             return None

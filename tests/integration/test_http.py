@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -280,14 +280,14 @@ class Probe:
 
         generation = self.engine.generate(GenerationRequest(prompt=(1,)))
 
-        async def events() -> AsyncIterator[dict[str, str]]:
-            async for piece in generation:
-                yield {"text": piece.text}
+        async def produce(send: sse.Send) -> None:
+            try:
+                async for delta in generation:
+                    send({"text": delta.text})
+            finally:
+                generation.cancel()
 
-        async def close() -> None:
-            generation.cancel()
-
-        return sse.stream(events(), close=close)
+        return await sse.stream(produce)
 
     async def slow(self, service: object, request: Request) -> Response:
         self.engine.running += 1

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 
-from core.engine.interface import Delta, GenerationRequest, TokenLogprob
+from core.engine.interface import Delta, GenerationRequest, Sampling, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
-from handlers import reply as answer
-from handlers import sse
+from handlers import reply, sse
 from handlers.dispatch import dispatch
-from handlers.http import Request, Response
+from handlers.http import Request, Response, collect_log_fields
 from tests.fakes import CARD, FakeHost, FakeService, ScriptedEngine, ScriptedGeneration, fake_service
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -105,6 +104,87 @@ def test_a_stream_is_openais_chunks() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_a_completion_adds_up_from_its_chunks() -> None:
+    """With n choices and logprobs, the whole completion equals the fold of the stream's chunks."""
+    fields: dict[str, Any] = {"n": 2, "logprobs": True, "max_tokens": 2, "stream_options": {"include_usage": True}}
+    _, body = post(fake_service(ScriptedEngine("one two three")), **fields)
+    _, stream = post(fake_service(ScriptedEngine("one two three")), stream=True, **fields)
+
+    *chunks, usage, _ = events(stream)
+    for choice in body["choices"]:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert choice["message"]["content"] == "".join(part["delta"].get("content", "") for part in parts)
+        assert choice["message"]["role"] == parts[0]["delta"]["role"]
+        assert choice["logprobs"]["content"] == [
+            token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]
+        ]
+        assert (choice["finish_reason"], choice["finish_cause"]) == ("length", "max_tokens")
+        assert (parts[-1]["finish_reason"], parts[-1]["finish_cause"]) == ("length", "max_tokens")
+    assert body["usage"] == usage["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_complete_answer_has_no_finish_cause(stream: bool) -> None:
+    """`finish_cause` extends OpenAI's shape, so it is absent unless the answer was cut."""
+    _, body = post(fake_service(), stream=stream)
+
+    assert "finish_cause" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/extract"])
+def test_the_log_line_has_why_an_answer_ended(path: str, stream: bool) -> None:
+    """finish_reason for every answer, and finish_cause for one that was cut."""
+    fields = {"messages": HELLO} if path.endswith("completions") else {"text": "Hello"}
+
+    async def call(max_tokens: int) -> dict[str, object]:
+        log_fields = collect_log_fields()
+        body = json.dumps({**fields, "stream": stream, "max_tokens": max_tokens}).encode()
+        request = Request("POST", path, "req_1", {"content-type": "application/json"}, body=body)
+        await read(await dispatch(fake_service(ScriptedEngine("one two three")).service, request))
+        return log_fields
+
+    cut, whole = asyncio.run(call(2)), asyncio.run(call(9))
+    assert (cut["finish_reason"], cut["finish_cause"], cut["completion_tokens"]) == ("length", "max_tokens", 2)
+    assert (whole["finish_reason"], whole.get("finish_cause")) == ("stop", None)
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [(False, "queue;dur=1.0, prefill;dur=2.0, decode;dur=3.0"), (True, "queue;dur=1.0, prefill;dur=2.0")],
+)
+def test_server_timing_has_the_times_that_are_final(stream: bool, expected: str) -> None:
+    """The header of a stream is sent before decoding ends."""
+
+    async def call() -> dict[str, str]:
+        response = await dispatch(fake_service().service, chat_request(stream=stream))
+        await response.aclose()
+        return dict(response.headers)
+
+    assert asyncio.run(call())["server-timing"] == expected
+
+
+@pytest.mark.usefixtures("impatient")
+def test_server_timing_is_left_out_before_the_first_token() -> None:
+    """A 200 that is sent while the request waits cannot know its times yet."""
+
+    async def call() -> dict[str, str]:
+        response = await dispatch(fake_service(GatedEngine("one")).service, chat_request(stream=True))
+        await response.aclose()
+        return dict(response.headers)
+
+    assert "server-timing" not in asyncio.run(call())
+
+
+def test_sampling_defaults_are_those_of_the_engine() -> None:
+    """They are defined once, in `Sampling`; a request without sampling fields changes none of them."""
+    fake = fake_service()
+
+    post(fake)
+
+    assert fake.engine.requests[0].sampling == Sampling()
 
 
 def test_a_stream_ends_with_usage_if_asked() -> None:
@@ -356,7 +436,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0].type",
-        "text only",
+        "only reads text",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "missing"),
     ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type", "'smell'"),
@@ -496,9 +576,9 @@ def stream_while_loading(host: LoadingHost) -> tuple[int, str]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "GRACE_S", 0.01)
-    monkeypatch.setattr(answer, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(answer, "WAITING_S", 0.02)
+    monkeypatch.setattr(reply, "GRACE_S", 0.01)
+    monkeypatch.setattr(reply, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(reply, "WAITING_S", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -652,7 +732,7 @@ def test_a_stream_that_waits_for_its_first_token_is_not_silent() -> None:
 
 def test_the_first_comment_comes_within_five_seconds() -> None:
     """Also for a request that is queued."""
-    assert max(answer.PATIENCE_S, answer.GRACE_S) + answer.WAITING_S <= 5
+    assert max(reply.PATIENCE_S, reply.GRACE_S) + reply.WAITING_S <= 5
 
 
 class GatedEngine(ScriptedEngine):
@@ -713,7 +793,6 @@ def test_a_slow_reader_does_not_hold_the_model() -> None:
     async def main() -> None:
         fake = fake_service(ScriptedEngine("one two"))
         response = await dispatch(fake.service, chat_request(stream=True))
-        await anext(aiter(response.body))  # type: ignore[arg-type]
         async with asyncio.timeout(10):
             while fake.host.leases:
                 await asyncio.sleep(0.001)
