@@ -1,4 +1,4 @@
-"""A running generation: the asyncio stream that a client reads, and its n sequences in the engine thread."""
+"""A running generation: the asyncio stream of its deltas, and the n sequences that the engine thread works on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class GenerationStream:
-    """Implements `core.engine.interface.Generation`. Everything but `cancel` and `deliver` belongs to its loop."""
+    """Implements `core.engine.interface.Generation`. The engine thread fills it, one event loop reads it.
+
+    All methods but `cancel` belong to that loop. The engine thread uses `deliver`.
+    """
 
     def __init__(self, request: GenerationRequest, interrupt: Callable[[GenerationStream], None]) -> None:
         self.loop = asyncio.get_running_loop()
@@ -25,7 +28,7 @@ class GenerationStream:
         self.cancelled = False
         self.expired = False  # the deadline has passed
         # Times on `time.monotonic()`'s clock, set by the engine thread. They are those of the first of n sequences,
-        # but for `latest_token_at`.
+        # except for `latest_token_at`.
         self.submitted_at = time.monotonic()
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
@@ -36,12 +39,12 @@ class GenerationStream:
         self._unfinished = request.n
         self._timer: asyncio.TimerHandle | None = None
         if request.deadline is not None:
-            # Wakes a scheduler that is deep in a long prefill; between steps it looks at the clock itself.
+            # Interrupts a long prefill. Between two steps the worker compares the deadline with the clock itself.
             self._timer = self.loop.call_later(max(0.0, request.deadline - self.submitted_at), self._expire)
 
     @property
     def ended(self) -> bool:
-        """Whether nobody wants more of it."""
+        """Whether the stream needs no more deltas."""
         return self.cancelled or self.expired
 
     @property
@@ -81,14 +84,13 @@ class GenerationStream:
             self._interrupt(self)
             try:
                 self.loop.call_soon_threadsafe(self._end)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+            except RuntimeError:  # the loop is closed, and the reader with it
                 return
 
     def put(self, item: Delta | Exception) -> None:
-        """On the loop: hand an item to the reader."""
+        """Add an item and wake the reader."""
         self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._wake()
 
     def _expire(self) -> None:
         self.expired = True
@@ -97,19 +99,22 @@ class GenerationStream:
     def _end(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 def deliver(items: Iterable[tuple[GenerationStream, Delta | Exception]]) -> None:
-    """From the engine thread: give a step's items to their loops, one wake-up a loop."""
+    """Hand a step's items from the engine thread to the streams' event loops, with one wake-up for each loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[GenerationStream, Delta | Exception]]] = {}
     for stream, item in items:
         by_loop.setdefault(stream.loop, []).append((stream, item))
     for loop, group in by_loop.items():
         try:
             loop.call_soon_threadsafe(_put_all, group)
-        except RuntimeError:  # the loop is closed: its readers are gone
+        except RuntimeError:  # the loop is closed, and its readers with it
             for stream, _ in group:
                 stream.cancelled = True
 
@@ -120,16 +125,20 @@ def _put_all(items: list[tuple[GenerationStream, Delta | Exception]]) -> None:
 
 
 class Sequence:
-    """`tokens` holds prompt and answer; those from `slot.tokens` on are still to be decoded."""
+    """One of a request's n answers. Belongs to the engine thread once submitted.
+
+    `tokens` holds the prompt and the answer so far. Those from `len(slot.tokens)` on are not decoded yet. `parent` is
+    the first sequence of the request: the others are forks that share its prompt.
+    """
 
     __slots__ = (
-        "admitted",
-        "begun",
+        "admission",
+        "admitted_once",
         "index",
         "matcher",
+        "n_prefill",
         "n_prompt",
         "parent",
-        "prefill",
         "request",
         "sampler",
         "slot",
@@ -151,35 +160,36 @@ class Sequence:
         self.index = index
         self.stream = stream
         self.sampler = sampler
-        self.matcher = matcher
-        self.parent = parent  # the sequence that reads the shared prompt; None for that one itself
-        self.tokens = list(request.prompt)
-        self.n_prompt = len(self.tokens)
+        self.matcher = matcher  # llguidance's, or None
+        self.parent = parent
         self.text = TextStream(request.stop)
+        self.tokens = list(request.prompt)
+        self.n_prompt = len(request.prompt)
+        self.n_prefill = self.n_prompt  # tokens to prefill: the prompt, and after a preemption the answer so far
         self.slot: Slot | None = None
-        self.admitted = 0
-        self.prefill = self.n_prompt  # its first tokens, which are read before it decodes; after a pause all it had
-        self.begun = False  # has been admitted once: a paused sequence is not a new one
+        self.admission = 0  # its number among all admissions; the highest is the youngest
+        self.admitted_once = False  # also while preempted: it does not count as queued
 
     @property
     def produced(self) -> int:
+        """The number of tokens in the answer so far."""
         return len(self.tokens) - self.n_prompt
 
     @property
     def decoded(self) -> int:
-        """Tokens whose keys and values are in the cache."""
+        """The number of tokens whose keys and values are in the KV cache."""
         return len(self.slot.tokens) if self.slot else 0
 
     @property
     def pending(self) -> int:
-        """Tokens not decoded yet. One: decoding; more: prefill, or forced tokens."""
+        """The number of tokens not decoded yet. One while decoding, more for a prefill or forced tokens."""
         return len(self.tokens) - self.decoded
 
     @property
-    def reading(self) -> bool:
-        return self.decoded < self.prefill
+    def prefilling(self) -> bool:
+        return self.decoded < self.n_prefill
 
     def growth(self, n_limit: int) -> int:
-        """The most tokens it may still gain; no sequence has more than `n_limit`."""
+        """Return the most tokens that it may still gain, when no sequence has more than `n_limit`."""
         room = n_limit - len(self.tokens)
         return room if self.request.max_tokens is None else min(room, self.request.max_tokens - self.produced)

@@ -1,8 +1,9 @@
-"""Worker: continuous batching. One thread owns llama.cpp's context; requests come by queue, pieces leave by queue.
+"""Run the engine thread: continuous batching over one llama.cpp context.
 
-Every step decodes one batch: the next token of each running sequence, the tokens a grammar forced, and a slice of any
-prompt still to be read. When cells run out, idle prefixes go first, then the youngest sequence is paused and computed
-again later: a client never sees a failed decode. What a step does is decided in `core.engine.schedule`.
+Each step decodes one batch. It holds the next token of each running sequence, the tokens that a grammar forced, and a
+slice of the prompts that are still to be read. When KV cells run out, idle prefixes are evicted first; then the
+youngest sequence is preempted and computed again later, so a client never sees a failed decode. `schedule` decides all
+of this; the worker carries it out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.engine import native, schedule
 from core.engine.batch import Batch
@@ -26,25 +27,27 @@ from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
 if TYPE_CHECKING:
     from core.engine.bindings import Bindings, Context
 
-log = logging.getLogger("slm.engine")
+logger = logging.getLogger("slm.engine")
 
 
 @dataclass(slots=True)
 class Counters:
+    """What an engine has done since the load."""
+
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     decode_calls: int = 0
     preempted: int = 0  # sequences that lost their KV cells and were computed again
-    aborted: int = 0  # decode calls that nobody wanted any more
+    aborted: int = 0  # decode calls whose streams had all ended
 
 
 class Inbox:
-    """`take` is the engine thread's; everything else is for any thread.
+    """The thread-safe mailbox of the engine thread. Only that thread calls `take` and `take_prefix`.
 
-    `arrival` blocks until the weights are there, or raises ApiError: until then `arrived` is False and the engine
-    thread may do nothing but look after those who wait (deadlines, cancelling).
+    `arrival` blocks until the weights are complete, or raises ApiError. Until then `arrived` is False, and the engine
+    thread handles deadlines and cancellation only.
     """
 
     def __init__(self, arrival: Callable[[], None] | None) -> None:
@@ -62,23 +65,23 @@ class Inbox:
         return len(self._sequences)
 
     def put(self, sequences: list[Sequence]) -> None:
-        """Raises ModelUnavailable after `close`, and after a failure that."""
+        """Add the sequences of one request. Raises ModelUnavailable after `close`, or the error of the engine."""
         with self._change:
             if self._failure is not None:
                 raise self._failure
             if self._closed:
-                raise ModelUnavailable("The model is being released; try again.", retry_after=1)
+                raise ModelUnavailable("The model is being released. Try again.", retry_after=1)
             self._sequences.extend(sequences)
             self._change.notify()
 
     def prime(self, prefix: list[int]) -> None:
-        """Tokens to be read when nobody waits for an answer."""
+        """Set the tokens to prefill while no sequence runs."""
         with self._change:
             self._prefix = prefix
             self._change.notify()
 
     def interrupt(self) -> None:
-        """Somebody was cancelled or is late: look."""
+        """Wake the engine thread: a stream was cancelled, or its deadline has passed."""
         with self._change:
             self._interrupted = True
             self._change.notify()
@@ -89,9 +92,9 @@ class Inbox:
             self._change.notify()
 
     def take(self, *, busy: bool) -> list[Sequence] | None:
-        """What has come; None once closed. Without `busy` (the engine has work) it waits for something to do.
+        """Return the new sequences, or None after `close`. Unless `busy`, block until there is something to do.
 
-        Raises the ApiError of weights that will not come.
+        Raises the ApiError of weights that cannot be read.
         """
         with self._change:
             while not (
@@ -115,7 +118,7 @@ class Inbox:
             return prefix
 
     def drain(self, failure: ApiError | None) -> list[Sequence]:
-        """Close, and return what nobody will take any more. Later calls of `put` raise `failure`, if there is one."""
+        """Close, and return the sequences that were not taken. Later calls of `put` raise `failure` if it is given."""
         with self._change:
             self._closed, self._failure = True, failure
             return self._drain()
@@ -135,11 +138,19 @@ class Inbox:
             self._change.notify()
 
 
-class Worker:
-    """The first group of methods is for any thread; the rest runs in the engine thread.
+class BatchRows(NamedTuple):
+    """A sequence's tokens in the current batch."""
 
-    A sequence has at most `n_limit` tokens; all of them share `n_cells` (None: recurrent models, whose states do not
-    grow). `failed` is the error that ended the engine thread, if one did.
+    sequence: Sequence
+    n_tokens: int
+    output: int | None  # index of the logits to sample from; None: the sequence has more tokens to decode first
+
+
+class Worker:
+    """Owns the context. Any thread may call the public methods; the private ones run in the engine thread.
+
+    A sequence has at most `n_limit` tokens. All sequences share `n_cells` KV cells (None for recurrent models, whose
+    states do not grow). `failed` is the error that ended the engine thread, if one did.
     """
 
     def __init__(
@@ -180,19 +191,19 @@ class Worker:
     # From any thread
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queue the sequences of one request. Raises Busy if too many wait, ModelUnavailable after `close`."""
-        queued = len(self._inbox) + sum(not sequence.begun for sequence in list(self._waiting))
+        """Queue the sequences of one request. Raises Busy if the queue is full, ModelUnavailable after `close`."""
+        queued = len(self._inbox) + sum(not sequence.admitted_once for sequence in list(self._waiting))
         if queued >= self._max_queue + len(self._cache.free_slots()):
-            raise Busy(f"{queued} sequences wait already, and at most {self._max_queue} may; try again later.")
+            raise Busy(f"The queue is full ({queued} waiting, at most {self._max_queue} allowed). Try again later.")
         self._inbox.put(sequences)
         self.counters.requests += 1
 
     def prime(self, prefix: list[int]) -> None:
-        """Read the tokens that prompts begin with into a slot of their own, if nobody waits for an answer."""
+        """Prefill the tokens that prompts begin with into a slot of their own, as soon as no sequence runs."""
         self._inbox.prime(prefix[: self._batch.size])
 
     def interrupt(self, stream: GenerationStream) -> None:
-        """A stream was cancelled or its deadline has passed: look now, even in the middle of its prompt."""
+        """Handle a stream that was cancelled, or whose deadline has passed, even during its prefill."""
         self._abort.look()
         self._inbox.interrupt()
 
@@ -204,12 +215,12 @@ class Worker:
         }
 
     def close(self) -> None:
-        """End all that runs with ModelUnavailable and stop the thread. Blocks until it has stopped."""
+        """End all sequences with ModelUnavailable and stop the thread. Blocks until it has stopped."""
         self._inbox.close()
         self._abort.stop()
         self._thread.join()
 
-    # In the engine thread
+    # In the engine thread: the loop
 
     def _run(self) -> None:
         try:
@@ -220,71 +231,65 @@ class Worker:
                 else:
                     self._prefill_template()
                 self._flush()
-        except ApiError as error:  # the weights will not come
+        except ApiError as error:  # the weights cannot be read
             self.failed = error
         except BaseException:
-            log.exception("The engine thread failed; the model has to be loaded again.")
-            self.failed = ModelUnavailable("The engine failed; the model is loaded again by the next request.")
+            logger.exception("The engine thread failed; the next request loads the model again.")
+            self.failed = ModelUnavailable("The engine failed. The next request loads the model again.")
         finally:
             self._fail_all(
-                self.failed or ModelUnavailable("The model was released before the answer was finished; try again.")
+                self.failed or ModelUnavailable("The model was released before the answer was finished. Try again.")
             )
 
     def _next_work(self) -> bool:
-        """Wait for something to do, take in what came, drop what was cancelled or is late. False: closed."""
-        come = self._inbox.take(busy=bool(self._running or self._waiting))
-        if come is None:
+        """Wait for something to do, and end the sequences that were cancelled or are late. False: the inbox closed."""
+        # 1) New sequences.
+        arrived = self._inbox.take(busy=bool(self._running or self._waiting))
+        if arrived is None:
             return False
-        self._waiting.extend(come)
+        self._waiting.extend(arrived)
+        # 2) Cancellation and deadlines.
         now = time.monotonic()
         for sequence in [*self._running, *self._waiting]:
+            deadline = sequence.request.deadline
             if sequence.stream.cancelled:
                 self._retire(sequence)
-            elif sequence.stream.expired or (
-                sequence.request.deadline is not None and now >= sequence.request.deadline
-            ):
-                self._finish_late(sequence)
+            elif sequence.stream.expired or (deadline is not None and now >= deadline):
+                self._end_late(sequence)
         return True
 
-    def _finish_late(self, sequence: Sequence) -> None:
-        if sequence.stream.first_token_at is not None:
-            self._cut(sequence, "deadline")
-            return
-        # An empty answer would look like one that the model gave.
-        if sequence.begun:
-            late = f"The deadline passed before the first token: the prompt has {sequence.n_prompt} tokens."
-            self._fail(sequence, DeadlineExceeded(f"{late} Send a shorter one, or allow more time."))
-        else:
-            self._fail(sequence, ModelUnavailable("The deadline passed before a slot was free.", retry_after=1))
-
     def _admit(self) -> None:
-        """Give slots to those who wait, as the schedule says."""
+        """Give free slots to waiting sequences, in the order that the schedule says."""
         while self._inbox.arrived and self._waiting and self._cache.free_slots():
+            # 1) Which one.
             running = [self._describe(sequence) for sequence in self._running]
             place = schedule.admit(self._queue(), running, self._cache.used(), self._n_cells)
             if place is None:
                 return
             sequence = self._waiting[place]
             del self._waiting[place]
+            # 2) A slot, with the longest prompt prefix that the cache holds.
             cached = self._cache.take(sequence)
+            sequence.n_prefill = len(sequence.tokens)
             self._admissions += 1
-            sequence.admitted = self._admissions
-            sequence.prefill = len(sequence.tokens)
-            if sequence.stream.admitted_at is None:
-                sequence.stream.admitted_at = time.monotonic()
-            if not sequence.begun:
-                sequence.begun = True
+            sequence.admission = self._admissions
+            self._running.append(sequence)
+            # 3) Counted once: not for forks, nor after a preemption.
+            stream = sequence.stream
+            if stream.admitted_at is None:
+                stream.admitted_at = time.monotonic()
+            if not sequence.admitted_once:
+                sequence.admitted_once = True
                 if sequence.parent is None:
-                    sequence.stream.cached_tokens = cached
+                    stream.cached_tokens = cached
                     self.counters.prompt_tokens += sequence.n_prompt
                     self.counters.cached_tokens += cached
-            self._running.append(sequence)
 
     def _queue(self) -> Iterator[schedule.Waiting]:
-        """Those who wait, as the schedule sees them. Lazy: it looks at few, and each costs a search for a prefix."""
+        """Describe the waiting sequences to the schedule. Lazy: it looks at few, and each costs a prefix search."""
         for sequence in self._waiting:
             parent = sequence.parent
-            if parent is not None and parent.slot is not None and parent.reading:
+            if parent is not None and parent.slot is not None and parent.prefilling:
                 yield schedule.Waiting(0, 0, blocked=True)
             else:
                 yield schedule.Waiting(self._cache.needed(sequence), sequence.growth(self._n_limit))
@@ -292,90 +297,76 @@ class Worker:
     def _describe(self, sequence: Sequence) -> schedule.Running:
         return schedule.Running(
             sequence.pending,
-            sequence.reading,
+            sequence.prefilling,
             sequence.request.sampling.repeatable,
             sequence.growth(self._n_limit),
         )
 
+    # In the engine thread: one step
+
     def _decode(self) -> None:
-        """One step: fill the batch, decode it, sample from every sequence whose last token was in it."""
-        # 1) The batch.
-        rows = self._fill()
-        # 2) llama.cpp.
+        """Fill the batch, decode it, and sample from each sequence whose last token was in it."""
+        # 1) Fill the batch.
+        batch_rows = self._fill()
+        # 2) Decode it.
         started = time.monotonic()
-        code = self._compute({sequence.stream for sequence, _, _ in rows})
+        code = self._compute({rows.sequence.stream for rows in batch_rows})
         elapsed = time.monotonic() - started
         self.counters.decode_calls += 1
-        # 3) What came of it.
+        # 3) Sample, or handle what went wrong.
         if code == 0:
             self._pace.note(self._batch.length, elapsed)
-            for sequence, count, row in rows:
+            for sequence, n_tokens, output in batch_rows:
                 slot = sequence.slot
                 assert slot is not None
-                done = len(slot.tokens)
-                slot.tokens.extend(sequence.tokens[done : done + count])
-                if row is not None:
-                    self._advance(sequence, row)
-        elif code == 2:  # aborted: some of the batch may be in the memory
+                start = len(slot.tokens)
+                slot.tokens.extend(sequence.tokens[start : start + n_tokens])
+                if output is not None:
+                    self._advance(sequence, output)
+        elif code == 2:  # aborted: part of the batch may be in the KV cells
             self.counters.aborted += 1
-            self._forget(rows)
-        elif code == 1:  # no cells
+            self._trim(batch_rows)
+        elif code == 1:  # no KV cells
             self._make_room()
         else:
-            self._forget(rows)
-            for sequence, _, _ in rows:
-                self._fail(sequence, ApiError(f"llama_decode returned {code}"))
+            self._trim(batch_rows)
+            for rows in batch_rows:
+                self._fail(rows.sequence, ApiError(f"llama_decode returned {code}"))
 
-    def _compute(self, streams: set[GenerationStream]) -> int:
-        """Decode the batch, for `streams`. Returns 0, 1 (no cells), 2 (aborted) or another code: an error, logged."""
-        self._abort.begin(streams)
-        with native.captured_errors() as reasons:  # llama.cpp calls an abort an error, too
-            code = int(self._bindings.llama_decode(self._context, self._batch.native))
-        self._abort.end()
-        if code not in (0, 1, 2):
-            log.error("llama_decode returned %s for %s tokens: %s", code, self._batch.length, "; ".join(reasons))
-        return code
-
-    def _prefill_template(self) -> None:
-        """Also brings the weights into memory before the first request needs them."""
-        tokens = self._inbox.take_prefix() if self._inbox.arrived else []
-        if not tokens:
-            return
-        prefix = self._cache.template_slot
-        self._cache.clear(prefix)
-        self._batch.clear()
-        self._batch.add(prefix.id, tokens, 0, logits=False)
-        if self._compute(set()) == 0:
-            prefix.tokens = tokens
-        else:
-            self._cache.clear(prefix)  # a decode that was aborted or failed may have left some of it
-
-    def _fill(self) -> list[tuple[Sequence, int, int | None]]:
-        """Put tokens into the batch. Returns (sequence, how many of its tokens, index of the row to sample from)."""
+    def _fill(self) -> list[BatchRows]:
+        """Put tokens into the batch, as many of each sequence as the schedule says."""
         batch = self._batch
         batch.clear()
-        plan = schedule.fill(
-            [self._describe(sequence) for sequence in self._running], batch.size, self._pace.slice(batch.size)
-        )
-        rows: list[tuple[Sequence, int, int | None]] = []
-        for part in plan:
-            sequence = self._running[part.index]
+        running = [self._describe(sequence) for sequence in self._running]
+        batch_rows: list[BatchRows] = []
+        for rows in schedule.fill(running, batch.size, self._pace.slice(batch.size)):
+            sequence = self._running[rows.index]
             slot = sequence.slot
             assert slot is not None
-            done = len(slot.tokens)
-            row = batch.add(slot.id, sequence.tokens[done : done + part.count], done, logits=part.sample)
-            rows.append((sequence, part.count, row if part.sample else None))
-        return rows
+            start = len(slot.tokens)
+            output = batch.add(slot.id, sequence.tokens[start : start + rows.count], start, logits=rows.sample)
+            batch_rows.append(BatchRows(sequence, rows.count, output if rows.sample else None))
+        return batch_rows
 
-    def _advance(self, sequence: Sequence, row: int) -> None:
-        """Sample, turn into text, and end the sequence if it is time. An exception ends this sequence only."""
+    def _compute(self, streams: set[GenerationStream]) -> int:
+        """Decode the batch for `streams`. Return 0, 1 (no KV cells), 2 (aborted) or an error code, which is logged."""
+        self._abort.begin(streams)
+        with native.captured_errors() as reasons:  # llama.cpp reports an abort as an error, too
+            code = self._bindings.llama_decode(self._context, self._batch.native)
+        self._abort.end()
+        if code not in (0, 1, 2):
+            logger.error("llama_decode returned %s for %s tokens: %s", code, self._batch.length, "; ".join(reasons))
+        return code
+
+    def _advance(self, sequence: Sequence, output: int) -> None:
+        """Sample the sequence's next token, and end the sequence if it is complete. An exception ends only this one."""
         try:
-            text, tokens, logprobs, finish_reason, cause = self._step.advance(sequence, row)
+            text, tokens, logprobs, finish_reason, cause = self._step.advance(sequence, output)
         except ApiError as error:
             self._fail(sequence, error)
             return
         except Exception as error:
-            log.exception("a sequence failed after %s tokens", len(sequence.tokens))
+            logger.exception("A sequence failed after %s tokens.", len(sequence.tokens))
             self._fail(sequence, ApiError(f"the next token could not be made: {type(error).__name__}"))
             return
         self.counters.completion_tokens += tokens
@@ -387,32 +378,63 @@ class Worker:
         if finish_reason is not None:
             self._retire(sequence)
 
+    def _prefill_template(self) -> None:
+        """Prefill the template's shared prefix while no sequence runs. This also pages in the weights."""
+        tokens = self._inbox.take_prefix() if self._inbox.arrived else []
+        if not tokens:
+            return
+        slot = self._cache.template_slot
+        self._cache.clear(slot)
+        self._batch.clear()
+        self._batch.add(slot.id, tokens, 0, logits=False)
+        if self._compute(set()) == 0:
+            slot.tokens = tokens
+        else:
+            self._cache.clear(slot)  # an aborted or failed decode may have left part of it
+
+    # In the engine thread: when something gives way
+
     def _make_room(self) -> None:
-        """No cells for the batch: forget an idle prefix, else pause the youngest, else the context is full."""
-        admitted = [sequence.admitted for sequence in self._running]
-        match schedule.make_room(admitted, idle=self._cache.holds_idle()):
+        """The batch found no KV cells: evict an idle prefix, preempt the youngest sequence, or end the only one."""
+        admissions = [sequence.admission for sequence in self._running]
+        match schedule.make_room(admissions, idle=self._cache.holds_idle()):
             case "evict":
                 self._cache.evict()
             case "end":
                 self._cut(self._running[0], "memory")
             case index:
-                paused = self._running.pop(index)
-                assert paused.slot is not None
-                self._cache.clear(paused.slot)
-                self._cache.release(paused)
-                self._waiting.appendleft(paused)
+                preempted = self._running.pop(index)
+                assert preempted.slot is not None
+                self._cache.clear(preempted.slot)
+                self._cache.release(preempted)
+                self._waiting.appendleft(preempted)
                 self.counters.preempted += 1
 
-    def _forget(self, rows: list[tuple[Sequence, int, int | None]]) -> None:
-        """Remove from the memory what a decode that failed or was aborted left there."""
-        for sequence, _, _ in rows:
-            if sequence.slot is not None:
-                self._cache.trim(sequence.slot, len(sequence.slot.tokens))
+    def _trim(self, batch_rows: list[BatchRows]) -> None:
+        """Remove from the KV cells what a failed or aborted decode left there."""
+        for rows in batch_rows:
+            slot = rows.sequence.slot
+            if slot is not None:
+                self._cache.trim(slot, len(slot.tokens))
+
+    def _end_late(self, sequence: Sequence) -> None:
+        """End a sequence at its deadline."""
+        if sequence.stream.first_token_at is not None:
+            self._cut(sequence, "deadline")
+            return
+        # Without a token this is an error: an empty answer would look like the model's own.
+        if sequence.admitted_once:
+            late = f"The deadline passed before the first token: the prompt has {sequence.n_prompt} tokens."
+            self._fail(sequence, DeadlineExceeded(f"{late} Shorten the prompt or allow more time."))
+        else:
+            self._fail(sequence, ModelUnavailable("The deadline passed before a slot was free.", retry_after=1))
 
     def _cut(self, sequence: Sequence, cause: Cause) -> None:
         """End the sequence with the text that it has."""
         self._emit(sequence, sequence.text.finish(), finish_reason="length", cause=cause)
         self._retire(sequence)
+
+    # In the engine thread: results
 
     def _emit(
         self,
@@ -430,6 +452,7 @@ class Worker:
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
+        """Forget the sequence and free its slot. The slot's tokens stay as a prefix for later prompts."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -444,6 +467,7 @@ class Worker:
         self._flush()
 
     def _flush(self) -> None:
+        """Hand the step's deltas to the event loops."""
         if self._out:
             deliver(self._out)
             self._out = []

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from core.engine.schedule import RESERVE, Rows, Running, Waiting, admit, fill, make_room
 
-DECODING = Running(pending=1, reading=False, growth=1000)
+DECODING = Running(pending=1, prefilling=False, growth=1000)
 CELLS = 320
 MARGIN = CELLS // RESERVE  # 10
 
 running_lists = st.lists(
-    st.builds(Running, pending=st.integers(1, 600), reading=st.booleans(), repeatable=st.booleans()),
+    st.builds(Running, pending=st.integers(1, 600), prefilling=st.booleans(), repeatable=st.booleans()),
     min_size=1,
     max_size=8,
 )
 
 
 def reader(pending: int, **fields: bool) -> Running:
-    return Running(pending, reading=True, growth=1000, **fields)
+    return Running(pending, prefilling=True, growth=1000, **fields)
 
 
 @given(running_lists, st.integers(8, 512), st.integers(1, 512))
@@ -35,14 +35,14 @@ def test_a_batch_holds_no_more_than_it_may(running: list[Running], size: int, pr
     assert len({row.index for row in rows}) == len(rows)
     assert all(0 < row.count <= running[row.index].pending for row in rows)
     assert all(row.sample == (row.count == running[row.index].pending) for row in rows)
-    if any(not sequence.reading for sequence in running):
-        assert sum(row.count for row in rows if running[row.index].reading) <= prefill
+    if any(not sequence.prefilling for sequence in running):
+        assert sum(row.count for row in rows if running[row.index].prefilling) <= prefill
 
 
 @given(running_lists, st.integers(8, 512), st.integers(1, 512))
 def test_every_sequence_that_decodes_is_in_every_batch(running: list[Running], size: int, prefill: int) -> None:
     """Neither a long prompt nor another's forced tokens keep one from its next token."""
-    decoding = {index for index, sequence in enumerate(running) if not sequence.reading}
+    decoding = {index for index, sequence in enumerate(running) if not sequence.prefilling}
 
     assert decoding <= {row.index for row in fill(running, size, prefill)}
 
@@ -60,7 +60,7 @@ def test_beside_a_decoding_sequence_prompts_get_their_slice() -> None:
 
 def test_forced_tokens_leave_room_for_the_others() -> None:
     """A long constant of a schema is decoded over several steps rather than at the others' cost."""
-    rows = fill([Running(100, reading=False), DECODING, DECODING], 8, 20)
+    rows = fill([Running(100, prefilling=False), DECODING, DECODING], 8, 20)
 
     assert rows == [Rows(0, 6, sample=False), Rows(1, 1, sample=True), Rows(2, 1, sample=True)]
 
@@ -149,7 +149,7 @@ def test_all_prompts_are_read_in_the_end(prompts: list[int], prefill: int) -> No
     for _ in range(sum(prompts) + len(prompts)):
         running = [reader(count) if count else DECODING for count in pending]
         for row in fill([*running, DECODING], 256, prefill):
-            if row.index < len(pending) and running[row.index].reading:
+            if row.index < len(pending) and running[row.index].prefilling:
                 pending[row.index] -= row.count
                 if not pending[row.index]:
                     done.append(row.index)

@@ -248,8 +248,8 @@ def test_a_paused_sequence_comes_back_within_the_prefill_budget(
         assert len(one) == 120
         assert one == pytest.approx(other, abs=CLOSE)
     for running, rows in steps:
-        if any(not sequence.reading for sequence in running):
-            assert sum(row.count for row in rows if running[row.index].reading) <= 20
+        if any(not sequence.prefilling for sequence in running):
+            assert sum(row.count for row in rows if running[row.index].prefilling) <= 20
     assert engine.stats()["sequences"]["running"] == 0
 
 
