@@ -22,7 +22,6 @@ from infra.bench.__main__ import names as benchmarks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-PENDING = {ROOT / "docs" / name for name in ("architecture.md", "engine.md", "store.md")}  # being written
 API = (ROOT / "docs/api.md").read_text()
 
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -71,8 +70,6 @@ def test_internal_links_resolve(page: Path) -> None:
             continue
         path, _, anchor = urllib.parse.unquote(link).partition("#")
         target = (page.parent / path).resolve() if path else page
-        if target in PENDING:
-            continue
         assert target.exists(), f"{link}: no such file"
         assert not anchor or anchor in anchors(target), f"{link}: no such heading; there are {sorted(anchors(target))}"
 
@@ -102,7 +99,7 @@ def test_every_path_exists(page: Path) -> None:
     """A file of the repository that a page names in a code span is there."""
     for span in CODE.findall(prose(page)):
         if match := re.fullmatch(r"((?:core|handlers|adapters|infra|tests|docs|examples)/[\w./-]*\w)(?::\S+)?", span):
-            assert (ROOT / match[1]).exists() or (ROOT / match[1]) in PENDING, span
+            assert (ROOT / match[1]).exists(), span
 
 
 @pages_of_today

@@ -82,6 +82,35 @@ def test_python_in_the_documentation(server: str, block: str, following: tuple[s
     assert run(sys.executable, "-c", block.replace(ADDRESS, server)).strip()
 
 
+def shape(value: Any) -> Any:
+    """The keys of a JSON value, without what differs from start to start."""
+    if isinstance(value, dict):
+        return {key: None if key == "phases" else shape(inner) for key, inner in value.items()}
+    return [shape(value[0])] if isinstance(value, list) and value else None
+
+
+def without_paths(answer: Any) -> Any:
+    """What a user sees of GET /models. An administrator, as the tests are, sees paths as well."""
+    for paths, key in ((answer["active"], "path"), (answer["active"]["config"], "model_path")):
+        del paths[key]
+    for key in ("reference", "path"):
+        del answer["boot_info"][key]
+    return answer
+
+
+@pytest.mark.parametrize("route", ["GET /health", "GET /models", "GET /v1/models", "POST /v1/chat/completions"])
+def test_answers_in_the_documentation(server: str, route: str) -> None:
+    """The example answers of docs/api.md have the fields that the server sends, no more and no fewer."""
+    section = (ROOT / "docs/api.md").read_text().partition(f"\n## {route}\n")[2].partition("\n## ")[0]
+    documented = next(json.loads(block) for language, block in BLOCK.findall(section) if language == "json")
+    method, path = route.split()
+    body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 2} if method == "POST" else None
+
+    answer = httpx.request(method, server + path, json=body, timeout=200).json()
+
+    assert shape(documented) == shape(without_paths(answer) if path == "/models" else answer)
+
+
 def test_chat(server: str) -> None:
     """examples/chat.py prints an answer."""
     assert run(sys.executable, "examples/chat.py", "Name three rivers.", OPENAI_BASE_URL=f"{server}/v1").strip()
