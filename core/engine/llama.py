@@ -167,6 +167,7 @@ class Llama:
             self._bindings.llama_free(self._context)
             self._bindings.llama_model_free(self._model)
             self._file.release()
+            native.trim_heap()
 
     def _load_model(self, config: EngineConfig, progress: Callable[[float], None] | None) -> Model:
         bindings, file = self._bindings, self._file
