@@ -304,6 +304,16 @@ def test_the_function_pins_the_model_that_it_fetches() -> None:
     assert "ModelSha256" not in set(references(FUNCTION))
 
 
+def test_the_documentation_lists_every_parameter_with_its_default() -> None:
+    """docs/lambda.md has one row for each parameter; ModelRepo, ModelFile and ModelSha256 share one."""
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| (?:`([^`]*)`)? *\|", (ROOT / "docs" / "lambda.md").read_text(), re.MULTILINE
+    )
+    documented = {name: default for names, default in rows for name in re.findall(r"\w+", names)}
+
+    assert documented == {name: str(one.get("Default", "")) for name, one in TEMPLATE["Parameters"].items()}
+
+
 def test_the_client_policy_allows_requests_and_no_direct_invokes() -> None:
     """A caller of a URL with AWS_IAM needs both actions; the condition keeps the second one to the URL."""
     output = TEMPLATE["Outputs"]["ClientPolicy"]
