@@ -27,7 +27,7 @@ from adapters.s3.source import Layout, origin
 from adapters.transfer.transfer import BLOCK_BYTES
 from core.store import gguf
 from core.store.reference import HuggingFace
-from infra.bench.process import free_port
+from infra.free_port import free_port
 
 BUCKET, PREFIX = "bench", "models"
 COMMIT = "b" * 40

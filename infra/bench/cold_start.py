@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.store.embedded import embedded_model
 from infra.bench.bucket import BUCKET, PREFIX, Server, lay_out
 from infra.bench.contender import ROOT
-from infra.bench.model import embedded_model
 from infra.bench.process import environment
 from infra.bench.report import line, spread
 from infra.bench.timeline_svg import Start, draw

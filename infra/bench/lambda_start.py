@@ -23,10 +23,11 @@ from pathlib import Path
 from statistics import median
 
 from core.store.embedded import embedded_model
-from infra.bench.process import environment, free_port
+from infra.bench.process import environment
 from infra.bench.report import Goal, spread
 from infra.emulator.event import CALLER, to_event
 from infra.emulator.runtime_api import RuntimeAPIServer
+from infra.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0

@@ -16,6 +16,7 @@ from typing import IO, Self
 
 from infra.bench.client import Answer, RequestFailed, stream
 from infra.bench.contender import ROOT, Contender
+from infra.free_port import free_port
 
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 15.0
@@ -25,12 +26,6 @@ PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
 
 class StartFailed(RuntimeError):
     """A server ended, or did not answer in time; the message holds the end of what it wrote."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:

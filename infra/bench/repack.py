@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.store.embedded import embedded_model
 from infra.bench.contender import Load
 from infra.bench.floor import Loop, prompt
-from infra.bench.model import embedded_model
 from infra.bench.report import line, ratios, summary
 
 PROMPT_TOKENS, DECODE_TOKENS = 256, 32

@@ -34,7 +34,8 @@ from pathlib import Path
 
 from core.store.embedded import embedded_model
 from infra.bench.contender import ROOT
-from infra.bench.process import environment, free_port
+from infra.bench.process import environment
+from infra.free_port import free_port
 
 KEY = "soak"
 SILENT_S = 600.0  # a client that waits longer for a byte counts its request as lost; a full queue takes minutes

