@@ -1,10 +1,11 @@
-"""Local: `python -m adapters.local`, the server on one machine. Reads .env and the environment, runs uvicorn."""
+"""Run the server on one machine: `python -m adapters.local`. Settings come from the environment and ./.env."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -19,13 +20,13 @@ from core.timeline import Timeline
 from core.version import VERSION
 
 ONE_WORKER = (
-    "one worker only: the model lies in one process's memory and serves all requests from there, "
-    "batched; N_PARALLEL says how many run at once"
+    "the server runs one worker only, because one process holds the model and batches all requests. N_PARALLEL sets "
+    "how many run at once"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 stopped as asked, 2 not startable as configured, 1 anything else."""
+    """Return the exit code: 0 after a normal stop, 2 if a setting is wrong, 1 for any other failure."""
     timeline = Timeline()
     options = _parser().parse_args(arguments)
     environ = environment()
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def environment() -> Mapping[str, str]:
-    """The process's variables over those in ./.env; libraries that read HF_HOME and the like see them too."""
+    """Return the environment with the variables of ./.env added. Libraries that read HF_HOME and such see them too."""
     from dotenv import load_dotenv
 
     load_dotenv(Path(".env"), override=False)
@@ -52,33 +53,33 @@ def environment() -> Mapping[str, str]:
 
 
 def configured(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """The settings, checked for what only a server of its own can get wrong. Raises SettingsError."""
+    """Return the settings of the command line and `environ`. Raise SettingsError if they are not safe to serve."""
     if environ.get("WEB_CONCURRENCY", "1").strip() not in ("", "1"):
         raise SettingsError(f"WEB_CONCURRENCY must be 1 or unset: {ONE_WORKER}")
     if options.workers != 1:
         raise SettingsError(f"--workers must be 1: {ONE_WORKER}")
-    given = {"HOST": options.host, "PORT": options.port}
-    settings = Settings.from_env({**environ, **{name: value for name, value in given.items() if value is not None}})
+    flags = {"HOST": options.host, "PORT": options.port}
+    settings = Settings.from_env({**environ, **{name: value for name, value in flags.items() if value is not None}})
     if not settings.api_keys and not settings.allow_anonymous and not _is_loopback(settings.host):
         raise SettingsError(
-            f"HOST {settings.host} is open to others and API_KEYS is empty: set API_KEYS, or "
-            "ALLOW_ANONYMOUS=true if everyone who reaches this address may use the model, or HOST=127.0.0.1"
+            f"HOST={settings.host} can be reached from other machines, and API_KEYS is empty: set API_KEYS, or "
+            "HOST=127.0.0.1, or ALLOW_ANONYMOUS=true if everyone who reaches this address may use the model"
         )
     return settings
 
 
 def with_admin_key(settings: Settings) -> tuple[Settings, str | None]:
-    """Without ADMIN_API_KEYS, a key of the server's own and the line that shows it; nothing where LOCAL_ADMIN replaces
-    it."""
+    """Add a generated admin key unless ADMIN_API_KEYS or LOCAL_ADMIN is set. Return the line that shows the key."""
     if settings.admin_api_keys or (settings.local_admin and not settings.api_keys):
         return settings, None
     key, file = admin_key(settings.models_dir)
-    where = f"kept in {file}" if file else "for this run; set ADMIN_API_KEYS for one that stays"
-    return dataclasses.replace(settings, admin_api_keys=keys(key)), f"admin key for /load and /reload: {key} ({where})"
+    where = f"stored in {file}" if file else "valid for this run; set ADMIN_API_KEYS for a permanent one"
+    return dataclasses.replace(settings, admin_api_keys=keys(key)), f"Admin key for /load and /reload: {key} ({where})"
 
 
 def serve(settings: Settings, timeline: Timeline) -> int:
-    """Bind, say so, serve until SIGTERM or Ctrl-C, and let running answers finish within SHUTDOWN_GRACE_S."""
+    """Serve until SIGTERM or Ctrl-C, then let running answers finish within SHUTDOWN_GRACE_S."""
+    # 1) Build the service and start it.
     signal.signal(signal.SIGTERM, _terminated)
     with timeline.phase("import service"):
         from adapters import logs
@@ -87,15 +88,16 @@ def serve(settings: Settings, timeline: Timeline) -> int:
     logs.configure(settings)
     settings, key_line = with_admin_key(settings)
     service = build(settings, timeline)
-    service.host.start()  # llama.cpp loads while Python imports the server
+    service.host.start()  # with AUTO_PRELOAD llama.cpp loads while Python imports the server
     with timeline.phase("import server"):
         from adapters.local.terminal import ProgressLine, banner
         from adapters.serving.server import Server, address_of, listen
 
+    # 2) Bind, then print the banner.
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
-        reason = error.strerror or "no such address"
+        reason = error.strerror or "the address does not exist"
         print(f"slm-api-server: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)  # noqa: T201
         return 1
     first_lines = banner(address_of(listener), settings, service.host.state(), VERSION)
@@ -103,10 +105,13 @@ def serve(settings: Settings, timeline: Timeline) -> int:
     progress = ProgressLine(service.host.state) if sys.stderr.isatty() else None
     if progress is not None:
         progress.start()
+        for handler in logging.getLogger().handlers:
+            progress.keep_clear_of(handler)
+    # 3) Serve.
     try:
         Server(service).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # uvicorn has shut down, and passes on the Ctrl-C that told it to
+        pass  # uvicorn raises the Ctrl-C again after it has shut down
     finally:
         listener.close()
         if progress is not None:
@@ -115,7 +120,7 @@ def serve(settings: Settings, timeline: Timeline) -> int:
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM outside uvicorn's own handling (before it, and passed on after it): a normal end, not a crash."""
+    """Exit normally on a SIGTERM that arrives before uvicorn handles signals, or that uvicorn raises again."""
     raise SystemExit(0)
 
 
@@ -131,8 +136,8 @@ def _is_loopback(host: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adapters.local",
-        description="A private, OpenAI-compatible API for small GGUF models. Configured by the environment and ./.env; "
-        "docs/settings.md lists all variables.",
+        description="Serve an OpenAI-compatible API for small GGUF models. Settings come from the environment and "
+        "./.env; docs/settings.md lists them all.",
     )
     parser.add_argument("--host", help="address to listen on (HOST, default 127.0.0.1)")
     parser.add_argument("--port", help="port to listen on, 0 for any free one (PORT, default 8000)")

@@ -1,7 +1,7 @@
-"""Admin key: what a local server without ADMIN_API_KEYS makes for itself and keeps in MODELS_DIR.
+"""Generate the admin key of a local server without ADMIN_API_KEYS, and store it in MODELS_DIR.
 
-An address proves nothing: a proxy on this machine, and a page in its user's browser, call from loopback. Whoever can
-read this user's files, or the server's first lines, may load and reload.
+A loopback address does not identify an administrator: a proxy on this machine and a web page in the user's browser also
+connect from loopback. The key requires access to the user's files or to the server's output.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{32,100}")
 
 
 def admin_key(folder: Path) -> tuple[str, Path | None]:
-    """The kept key, or a new one, and the file that holds it: None if `folder` takes no file, then the key ends with
-    the process."""
+    """Return the stored key or a new one, and its file. The file is None if `folder` is not writable."""
     file = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):  # another server on this folder may be faster: then its key is this one's, too
-            kept = _read(file)
-            if kept is not None:
-                return kept, file
+        for _ in range(2):  # a second round reads the key of another server that wrote it first
+            stored = _read(file)
+            if stored is not None:
+                return stored, file
             key = secrets.token_urlsafe(32)
             if _write(file, key):
                 return key, file
@@ -36,12 +35,12 @@ def admin_key(folder: Path) -> tuple[str, Path | None]:
 
 
 def _read(file: Path) -> str | None:
-    """The key, if the file is ours, readable by nobody else and holds one. Removes a file that is not."""
+    """Return the stored key. Remove a file that is not valid or that another user owns or can read."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    except OSError:  # a link, or not readable by us
+    except OSError:  # a symbolic link, or not readable
         file.unlink()
         return None
     with os.fdopen(descriptor, "rb") as opened:
@@ -55,7 +54,7 @@ def _read(file: Path) -> str | None:
 
 
 def _write(file: Path, key: str) -> bool:
-    """Put the key there at once and whole, for this user only. False if a file is there already."""
+    """Create the file atomically, readable by this user only. Return False if it exists."""
     temporary = file.with_name(f"{NAME}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

@@ -1,8 +1,9 @@
-"""Terminal: what a person who starts the server sees first, and the progress of what takes long."""
+"""What the terminal shows: the banner, and a progress line while a model is loading."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -13,55 +14,71 @@ from core.health import hint
 from core.host import HostState
 from core.settings import Settings
 
+CLEAR = "\r\x1b[K"  # back to the first column, erase the line
+
 
 def banner(address: str, settings: Settings, state: HostState, version: str) -> str:
-    """The first lines: the address, the model and its state, and one command to try."""
-    model = state.model or "no model"
-    body = json.dumps({"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32})
-    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
-    lines = [
-        f"slm-api-server {version} on {address}",
-        f"model: {model} ({state.status})" + (f", error: {state.error}" if state.error else ""),
-    ]
+    """Return the first lines: the address, the model with its state, and a request to try."""
+    lines = [f"slm-api-server {version} on {address}"]
     if state.model is None:
+        lines.append(f"Model: none ({state.status})" + (f". Error: {state.error}" if state.error else ""))
         lines.append(hint(state))
     else:
-        lines.append(f"try: curl {address}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
+        status = "loads with the first request" if state.status == "available" else state.status
+        lines.append(f"Model: {state.model} ({status})" + (f". Error: {state.error}" if state.error else ""))
+        body = json.dumps({"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32})
+        key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+        lines.append(f"Try: curl {address}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
     return "\n".join(lines)
 
 
 class ProgressLine(threading.Thread):
-    """While a model is loading, one line that is rewritten; only in a terminal (elsewhere the log tells).
+    """Show the progress of a load in one line that is redrawn. For terminals only; elsewhere the log has it.
 
-    A thread, because a load may begin in a request and the server's loop has better things to do.
+    A thread, because a load may start in any request and must not depend on the server's event loop.
     """
 
     def __init__(self, state: Callable[[], HostState], stream: TextIO | None = None) -> None:
         super().__init__(name="progress", daemon=True)
         self._state = state
         self._stream = stream or sys.stderr
-        self._done = threading.Event()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._drawn = False
 
     def run(self) -> None:
-        shown, began = False, 0.0
-        while not self._done.wait(0.2):
-            loading = self._state().loading
-            if loading is not None:
-                began = began if shown else time.monotonic()
-                shown = True
-                self._write(f"\r\x1b[K{loading.phase} {loading.model}{_amount(loading.done, loading.total)}")
-            elif shown:
-                shown = False
-                state = self._state()
-                told = state.error or f"{state.model} is {state.status}"
-                self._write(f"\r\x1b[K{told} after {time.monotonic() - began:.1f} s\n")
+        began: float | None = None
+        while not self._stopped.wait(0.2):
+            state = self._state()
+            if state.loading is not None:
+                began = began or time.monotonic()
+                loading = state.loading
+                self._draw(f"{loading.phase} {loading.model}{_amount(loading.done, loading.total)}", end="")
+            elif began is not None:
+                outcome = state.error or f"{state.model} is {state.status}"
+                self._draw(f"{outcome} after {time.monotonic() - began:.1f} s", end="\n")
+                began = None
 
     def stop(self) -> None:
-        self._done.set()
+        self._stopped.set()
 
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+    def keep_clear_of(self, handler: logging.Handler) -> None:
+        """Erase the line before `handler` writes, so that a log line does not continue it."""
+        handler.addFilter(self._erase)
+
+    def _erase(self, record: logging.LogRecord) -> bool:
+        with self._lock:
+            if self._drawn:
+                self._stream.write(CLEAR)
+                self._stream.flush()
+                self._drawn = False
+        return True
+
+    def _draw(self, text: str, *, end: str) -> None:
+        with self._lock:
+            self._stream.write(f"{CLEAR}{text}{end}")
+            self._stream.flush()
+            self._drawn = not end
 
 
 def _amount(done: int, total: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import math
 import resource
 import socket
@@ -23,6 +24,8 @@ from uvicorn.server import ServerState
 
 from adapters.serving.asgi import create_app
 from core.service import Service
+
+logger = logging.getLogger("slm.server")
 
 SLOW_READER_S = 5  # time for clients to read the rest of their answers after the last one has ended
 LINGER_S = 2.0  # how long a refused client may still send before its connection is closed
@@ -70,6 +73,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers finish within SHUTDOWN_GRACE_S. Later ones end with an error event, not a reset."""
+        running = len(self.server_state.tasks)
+        if running:
+            grace_s = self._service.settings.shutdown_grace_s
+            logger.info("Shutting down. %d running requests have %g s to finish. Ctrl-C ends now.", running, grace_s)
+        else:
+            logger.info("Shutting down.")
         closing = asyncio.create_task(self._close_host())
         await super().shutdown(sockets)
         await closing

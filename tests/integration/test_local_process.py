@@ -82,7 +82,7 @@ def chat(address: str) -> Iterator[Iterator[str]]:
 def test_without_a_model_it_serves_and_says_what_to_do(tmp_path: Path) -> None:
     """The first lines are true as soon as they are there: the address answers."""
     with process(tmp_path) as (running, address, lines):
-        assert lines[1] == "model: no model (unloaded)"
+        assert lines[1] == "Model: none (unloaded)"
         assert "MODEL_PATH" in lines[2]
         assert httpx.get(f"{address}/health").json()["status"] == "unloaded"
         refused = httpx.post(f"{address}/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
@@ -102,7 +102,7 @@ def test_without_admin_keys_the_server_makes_one(tmp_path: Path) -> None:
         with process(tmp_path) as (running, address, _):
             assert running.stdout is not None
             line = running.stdout.readline()
-            found = re.fullmatch(r"admin key for /load and /reload: (\S+) \(kept in models/\.admin-key\)\n", line)
+            found = re.fullmatch(r"Admin key for /load and /reload: (\S+) \(stored in models/\.admin-key\)\n", line)
             assert found, line
             printed.append(found[1])
             body = {"model_path": "absent.gguf"}

@@ -152,9 +152,10 @@ def test_version_and_help(tmp_path: Path) -> None:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    """pyproject.toml, the code and the newest entry of the changelog."""
+    """pyproject.toml, the code and the newest release in the changelog."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    newest = next(line for line in headings if "unreleased" not in line)
 
     assert project["version"] == VERSION
     assert newest.startswith(f"## {VERSION}")
@@ -168,9 +169,9 @@ def test_the_first_lines_say_address_model_state_and_what_to_try() -> None:
     """With a placeholder for the key where one is needed, never the key."""
     lines = banner("http://127.0.0.1:8000", Settings(api_keys=keys("hunter2")), state(), "1.2").splitlines()
 
-    assert lines[:2] == ["slm-api-server 1.2 on http://127.0.0.1:8000", "model: m (available)"]
+    assert lines[:2] == ["slm-api-server 1.2 on http://127.0.0.1:8000", "Model: m (loads with the first request)"]
     assert lines[2].startswith(
-        "try: curl http://127.0.0.1:8000/v1/chat/completions -H 'authorization: Bearer YOUR_KEY'"
+        "Try: curl http://127.0.0.1:8000/v1/chat/completions -H 'authorization: Bearer YOUR_KEY'"
     )
     assert "Bearer" not in banner("http://x", Settings(), state(), "1.2")
 
@@ -179,7 +180,7 @@ def test_the_first_lines_without_a_model_say_how_to_get_one() -> None:
     """The error and the hint, in place of a curl that would fail."""
     text = banner("http://x", Settings(), state(None, error="MODEL_PATH is not there."), "1.2")
 
-    assert "no model (unloaded), error: MODEL_PATH is not there." in text
+    assert "Model: none (unloaded). Error: MODEL_PATH is not there." in text
     assert "Mend what error says" in text
     assert "curl" not in text
 
@@ -203,3 +204,26 @@ def test_progress_is_one_line_that_ends_with_the_outcome() -> None:
     assert "load m …" in stream.getvalue()
     assert "m is available after" in stream.getvalue()
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_log_line_does_not_continue_the_progress_line() -> None:
+    """The progress line is erased before a log line is written, and redrawn after it."""
+    import io
+    import logging
+    import time
+
+    stream = io.StringIO()
+    line = ProgressLine(lambda: state(loading=Loading("load", "m")), stream)
+    handler = logging.StreamHandler(stream)
+    line.keep_clear_of(handler)
+    line.start()
+    try:
+        end = time.monotonic() + 10
+        while "load m" not in stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.02)
+        handler.handle(logging.LogRecord("slm", logging.INFO, "", 0, "loaded", None, None))
+    finally:
+        line.stop()
+        line.join(5)
+
+    assert "load m …\r\x1b[Kloaded\n" in stream.getvalue()
