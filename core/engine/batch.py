@@ -1,4 +1,4 @@
-"""Batch: the tokens of one decode call, of several slots, in arrays that llama.cpp reads directly."""
+"""Hold the tokens of one decode call, of several slots, in arrays that llama.cpp reads directly."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """Room for `size` tokens, reused for every step.
+    """Room for `size` tokens, reused in every step.
 
-    Slices are assigned whole: ctypes does that in C, where filling `llama_batch` element by element costs about 0.4 us
-    a token.
+    Whole slices are assigned, which ctypes does in C. Filling `llama_batch` element by element costs about 0.4 us a
+    token.
     """
 
     def __init__(self, bindings: Bindings, size: int, n_slots: int) -> None:
@@ -37,17 +37,13 @@ class Batch:
             logits=self._logits,
         )
 
-    @property
-    def room(self) -> int:
-        return self.size - self.length
-
     def clear(self) -> None:
         self.length = 0
 
     def add(self, slot: int, tokens: list[int], position: int, *, logits: bool) -> int:
-        """Append `tokens` of `slot` from `position` on; with `logits`, those of the last one are computed.
+        """Append `tokens` of `slot` from `position` on. With `logits`, compute those of the last token.
 
-        Returns the last token's index in the batch, by which its logits are found after the decode.
+        Returns the last token's index in the batch, which is where its logits are after the decode.
         """
         start, end = self.length, self.length + len(tokens)
         self._tokens[start:end] = tokens

@@ -1,6 +1,6 @@
-"""Cache: the slots of llama.cpp's KV memory, who has them, and which prefixes they still hold.
+"""Assign slots of llama.cpp's KV cache to sequences, and reuse the prompt prefixes that the slots still hold.
 
-The memory is unified: slots share its cells, so copying a prefix from one slot to another costs no cells and no time.
+The cache is unified: all slots share its cells. Copying a prefix from one slot to another takes no cells and no time.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 
 class Span(NamedTuple):
-    """Cells of one origin: tokens that were decoded by one slot, one after the other. They end before `end`."""
+    """Consecutive cells that one slot decoded, up to token position `end`. Copies of them have the same `origin`."""
 
     origin: object
     end: int
 
 
 class Slot:
-    """A sequence id of llama.cpp's cache. `tokens` are those whose keys and values it holds, from position 0."""
+    """A sequence id of llama.cpp's. `tokens` are those whose keys and values it holds, from position 0."""
 
     __slots__ = ("copied", "id", "n_prompt", "origin", "sequence", "tenant", "tokens", "used")
 
     def __init__(self, slot_id: int) -> None:
         self.id = slot_id
         self.tokens: list[int] = []
-        self.copied: list[Span] = []  # cells that came from other slots, the first tokens
-        self.origin = object()  # of the cells behind those
-        self.n_prompt = 0  # how many of them were the last request's prompt
+        self.copied: list[Span] = []  # of its first tokens, those that were copied from other slots
+        self.origin = object()  # of the cells after those
+        self.n_prompt = 0  # length of the latest request's prompt
         self.tenant = ""
-        self.used = 0  # when it was last taken, by the scheduler's count
+        self.used = 0  # number of its latest assignment; the lowest is the least recently used
         self.sequence: Sequence | None = None
 
     def spans(self, length: int | None = None) -> list[Span]:
-        """Where the first `length` tokens lie (None: all). Slots that share cells have equal spans at the start."""
+        """Return the cells of the first `length` tokens (None: all). Slots that share cells begin with equal spans."""
         length = len(self.tokens) if length is None else length
         spans, start = [], 0
         for origin, end in (*self.copied, Span(self.origin, len(self.tokens))):
@@ -47,19 +47,21 @@ class Slot:
 
 
 def count_cells(places: Iterable[list[Span]]) -> int:
-    """How many cells these tokens take, each shared one counted once."""
+    """Return how many cells all these spans take. A shared cell counts once."""
     lengths: dict[object, int] = {}
     for spans in places:
         start = 0
-        for origin, end in spans:  # whoever shares an origin shares it from its first cell on
+        for origin, end in spans:  # spans of one origin share it from its first cell on
             lengths[origin] = max(lengths.get(origin, 0), end - start)
             start = end
     return sum(lengths.values())
 
 
 class Cache:
-    """Owned by the engine thread. `trimmable` is False for recurrent models: their state knows only its end. `window`
-    is how many tokens a sliding-window layer sees, 0 if there is none.
+    """Belongs to the engine thread.
+
+    `trimmable` is False for recurrent and hybrid models, whose state cannot be cut back to a shorter prefix. `window`
+    is the number of tokens that a sliding-window layer sees, 0 without one.
     """
 
     def __init__(self, bindings: Bindings, context: Context, n_slots: int, *, trimmable: bool, window: int = 0) -> None:
@@ -68,21 +70,19 @@ class Cache:
         self._memory = cast("Memory", bindings.llama_get_memory(context))
         self._trimmable = trimmable
         self._window = window
-        self._clock = 0
+        self._assignments = 0
         self.slots = [Slot(slot_id) for slot_id in range(n_slots)]
-        self.template_slot = Slot(
-            n_slots
-        )  # holds what the template begins with, for all tenants; no sequence runs in it
+        self.template_slot = Slot(n_slots)  # holds the template's shared prefix for all tenants; no sequence runs in it
 
     def free_slots(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.sequence is None]
 
     def used(self) -> int:
-        """Cells of the sequences that run. Idle prefixes do not count: they give way."""
+        """Return the cells of running sequences. Idle prefixes do not count, because they can be evicted."""
         return count_cells(slot.spans() for slot in self.slots if slot.sequence is not None)
 
     def needed(self, sequence: Sequence) -> int:
-        """Cells that `sequence` needs beyond `used`, if it is admitted now."""
+        """Return the cells that `sequence` needs beyond `used` if it is admitted now."""
         source, shared = self._find(sequence)
         places = [slot.spans() for slot in self.slots if slot.sequence is not None]
         before = count_cells(places)
@@ -91,16 +91,17 @@ class Cache:
         return count_cells(places) - before + len(sequence.tokens) - shared
 
     def take(self, sequence: Sequence) -> int:
-        """Give `sequence` a free slot with as much of its tokens as the tenant's slots hold. Returns that many.
+        """Give `sequence` a free slot with the longest prefix that the cache holds for it. Return its length.
 
-        At least one token is left to decode, or there would be no logits.
+        At least one token is left to decode, because sampling needs its logits.
         """
+        # 1) The slot with the longest prefix.
         free = self.free_slots()
         source, shared = self._find(sequence)
-        if source in free and self._superseded(source, shared):
+        # 2) Reuse that slot itself, or copy the prefix if the slot is busy or holds more that is worth keeping.
+        if source in free and self._may_truncate(source, shared):
             target = source
         else:
-            # The source is busy, or holds something else worth keeping: it stays as it is.
             target = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.used))
             if target is not source:
                 self.clear(target)
@@ -110,8 +111,9 @@ class Cache:
                     target.copied = source.spans(shared)
         if len(target.tokens) > shared:
             self.trim(target, shared)
-        self._clock += 1
-        target.used = self._clock
+        # 3) Assign it.
+        self._assignments += 1
+        target.used = self._assignments
         target.n_prompt = sequence.n_prompt
         target.tenant = sequence.request.tenant
         target.sequence = sequence
@@ -119,7 +121,7 @@ class Cache:
         return len(target.tokens)
 
     def _find(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot that holds the longest beginning of `sequence`, and how long that is."""
+        """Return the slot with the longest prefix of `sequence` that its tenant may use, and the prefix's length."""
         tenant, tokens = sequence.request.tenant, sequence.tokens
         source, shared = None, 0
         for slot in (*self.slots, self.template_slot):
@@ -132,36 +134,36 @@ class Cache:
         return source, shared
 
     def _holds_window(self, slot: Slot, length: int) -> bool:
-        """Whether a sliding window that ends at `length` tokens is still there.
+        """Return whether the cells of a sliding window that ends at `length` tokens are still there.
 
-        llama.cpp gives the cells of a sequence that its window has passed to others, the oldest first, also with
-        `swa_full`. For the sequence itself that is no loss, but cut back to `length` it would see a hole.
+        llama.cpp reuses cells of a sequence that its window has passed, the oldest first, even with `swa_full`. The
+        sequence itself loses nothing, but truncated to `length` it would have a hole in its window.
         """
         if not self._window:
             return True
-        oldest = int(self._bindings.llama_memory_seq_pos_min(self._memory, slot.id))
+        oldest = self._bindings.llama_memory_seq_pos_min(self._memory, slot.id)
         return oldest <= max(0, length - self._window + 1)
 
     @staticmethod
-    def _superseded(slot: Slot, shared: int) -> bool:
-        """Whether little is lost by cutting `slot` back to `shared` tokens: it holds few more, or this is its prompt.
+    def _may_truncate(slot: Slot, shared: int) -> bool:
+        """Return whether `slot` may be truncated to `shared` tokens: half of it is reused, or its whole prompt is.
 
-        Where a repeated prompt lies matters: in the same cells it adds up in the same order, so that the same seed
-        gives the same text (floats added up in another order; in other cells a logprob moved by up to 0.02).
+        A repeated prompt should stay in its cells. There it adds up floats in the same order, so that the same seed
+        gives the same text. In other cells a logprob moved by up to 0.02.
         """
         return shared * 2 >= len(slot.tokens) or shared >= slot.n_prompt - 1
 
     def release(self, sequence: Sequence) -> None:
-        """The slot is free again; what it holds stays for the next request with that prefix."""
+        """Free the slot of `sequence`. Its tokens stay for the next request with that prefix."""
         if sequence.slot is not None:
             sequence.slot.sequence = None
             sequence.slot = None
 
     def trim(self, slot: Slot, length: int) -> None:
-        """Forget all beyond `length` tokens, also what an aborted decode left there."""
+        """Truncate `slot` to `length` tokens. This also removes what an aborted decode left beyond `slot.tokens`."""
         if self._bindings.llama_memory_seq_rm(self._memory, slot.id, length, -1):
             if length < len(slot.tokens):
-                # What comes next lies in other cells than what another slot may have copied from here.
+                # The next tokens get other cells than those that another slot may have copied from here.
                 slot.copied, slot.origin = slot.spans(length), object()
                 del slot.tokens[length:]
         else:
@@ -172,11 +174,11 @@ class Cache:
         slot.tokens, slot.copied, slot.origin = [], [], object()
 
     def holds_idle(self) -> bool:
-        """Whether a prefix is held that no sequence runs on."""
+        """Return whether a slot holds a prefix that no sequence runs on."""
         return bool(self._idle())
 
     def evict(self) -> None:
-        """Forget the idle prefix that was not used for longest."""
+        """Clear the least recently used idle prefix."""
         self.clear(min(self._idle(), key=lambda slot: slot.used))
 
     def _idle(self) -> list[Slot]:
@@ -184,7 +186,7 @@ class Cache:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens `a` and `b` share from the start. Compares slices, so mostly in C."""
+    """Return how many tokens `a` and `b` share from the start. Compares slices, so it runs mostly in C."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

@@ -1,4 +1,4 @@
-"""How many threads compute: the CPUs that this process may really use."""
+"""Count the CPUs that this process may use, which is how many threads llama.cpp should compute with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ MB_PER_VCPU = 1769  # Lambda: "at 1,769 MB, a function has the equivalent of one
 
 
 def available(environ: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs for this process: its affinity, cut by the cgroup's quota, and on Lambda by memory / 1769 MB. At least 1.
+    """Return the process's CPU affinity, limited by the cgroup's quota and on Lambda by memory / 1769 MB. At least 1.
 
-    A thread more than that waits for its turn while the others spin at ggml's barriers, so both cuts round to the
-    nearest whole number rather than up.
+    Extra threads only wait at ggml's barriers, so both limits are rounded to the nearest integer.
     """
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     cpus = min(cpus, _quota(cgroup))
@@ -24,7 +23,7 @@ def available(environ: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys
 
 
 def _quota(cgroup: Path) -> float:
-    """CPUs by the cgroup's quota (v2 `cpu.max`, v1 `cpu.cfs_quota_us`); infinite when there is none."""
+    """Return the CPUs of the cgroup's quota (v2 `cpu.max`, v1 `cpu.cfs_quota_us`), infinity without one."""
     try:
         quota, _, period = (cgroup / "cpu.max").read_text().partition(" ")
         return float("inf") if quota == "max" else int(quota) / int(period)

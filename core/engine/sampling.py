@@ -1,4 +1,4 @@
-"""Sampler: llama.cpp's own sampler chain for one sequence, and logprobs. Knows tokens and logits only."""
+"""Sample a sequence's next token: sampler chain, grammar, logprobs, and whether the answer ends."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ SEED_SPACE = 1 << 32
 
 
 def draw_seed() -> int:
-    """A seed from the system, never from earlier state: two environments restored from one snapshot must differ."""
-    # llama.cpp reads 0xFFFFFFFF as "pick one yourself".
+    """Return a seed from the system's random source.
+
+    It must not come from earlier state: two environments that are restored from one snapshot would draw the same.
+    """
+    # llama.cpp reads 0xFFFFFFFF as "choose a seed".
     return int.from_bytes(os.urandom(4), "little") % (SEED_SPACE - 1)
 
 
 class Sampler:
-    """One chain: logit bias, penalties, top-k, top-p, min-p, temperature, draw. Built once a sequence; `free` it."""
+    """The sampler chain of one sequence: logit bias, penalties, top-k, top-p, min-p, temperature, draw.
+
+    It is C memory. Call `free` when the sequence has ended.
+    """
 
     def __init__(
         self,
@@ -38,17 +44,19 @@ class Sampler:
         n_ctx: int,
         index: int,
     ) -> None:
-        """`index` of the sequence is added to the seed. `prompt` counts for `repeat_penalty`."""
+        """`index` of the sequence is added to the seed. `repeat_penalty` counts the tokens of `prompt`."""
         self._sample = bindings.llama_sampler_sample
         self._accept = bindings.llama_sampler_accept
         self._free = bindings.llama_sampler_free
         self.penalised = bool(sampling.repeat_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
         chain = bindings.llama_sampler_chain_init(bindings.llama_sampler_chain_default_params())
         links = []
+        # 1) Links that change logits.
         if sampling.logit_bias:
             biases = (bindings.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias.items())
             links.append(bindings.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
         links += _penalties(bindings, sampling, prompt, n_vocab, n_ctx)
+        # 2) Links that choose a token.
         if sampling.temperature <= 0:
             links.append(bindings.llama_sampler_init_greedy())
         else:
@@ -66,13 +74,13 @@ class Sampler:
             bindings.llama_sampler_chain_add(chain, link)
         self._chain: SamplerChain | None = chain
 
-    def sample(self, context: Context, row: int) -> int:
-        """Draw a token from the logits of batch index `row` and note it for the penalties."""
+    def sample(self, context: Context, output: int) -> int:
+        """Draw a token from the logits at batch index `output`, and count it for the penalties."""
         assert self._chain is not None
-        return int(self._sample(self._chain, context, row))
+        return self._sample(self._chain, context, output)
 
     def accept(self, token: int) -> None:
-        """Note a token that was not drawn (a forced one) for the penalties."""
+        """Count a token that was not drawn, but forced by a grammar, for the penalties."""
         if self.penalised and self._chain is not None:
             self._accept(self._chain, token)
 
@@ -85,7 +93,7 @@ class Sampler:
 def _penalties(
     bindings: Bindings, sampling: Sampling, prompt: Iterable[int], n_vocab: int, n_ctx: int
 ) -> list[SamplerLink]:
-    """The links for the penalties that are set. Their window is the context, so that they look at the whole answer."""
+    """Return the links for the penalties that are set. Their window is the context, so they see the whole answer."""
     links = []
     if sampling.repeat_penalty != 1.0:
         repeat = bindings.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repeat_penalty, 0.0, 0.0)
@@ -94,7 +102,7 @@ def _penalties(
             bindings.llama_sampler_accept(repeat, token)
         links.append(repeat)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        # OpenAI's two penalties look at the answer alone.
+        # OpenAI's two penalties count the answer only.
         links.append(
             bindings.llama_sampler_init_penalties(
                 n_vocab, n_ctx, 1.0, sampling.frequency_penalty, sampling.presence_penalty
@@ -103,37 +111,10 @@ def _penalties(
     return links
 
 
-def logits_of(bindings: Bindings, context: Context, row: int, n_vocab: int) -> Any:
-    """The logits of batch index `row` as a writable numpy view on llama.cpp's buffer, valid until the next decode."""
-    import numpy as np  # only masks and logprobs need it: 0.1-0.3 s at a cold start
-
-    pointer = bindings.llama_get_logits_ith(context, row)
-    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * n_vocab)).contents)
-
-
-def log_softmax(logits: Any) -> Any:
-    """Natural logarithms of the probabilities, float32 of shape (n_vocab,)."""
-    import numpy as np
-
-    highest = logits.max()
-    return logits - (highest + np.log(np.exp(logits - highest).sum()))
-
-
-def likeliest(logprobs: Any, count: int) -> list[int]:
-    """Indices of the `count` largest entries, largest first."""
-    import numpy as np
-
-    count = min(count, len(logprobs))
-    if count == 0:
-        return []
-    top = np.argpartition(logprobs, -count)[-count:]
-    return [int(token) for token in top[np.argsort(-logprobs[top], kind="stable")]]
-
-
 class TokenStep:
-    """Holds what is the same for all sequences of a model; runs in the engine thread.
+    """Turns one row of logits into a sequence's next tokens. Runs in the engine thread.
 
-    `n_limit` is the most tokens a sequence may have, prompt included.
+    `n_limit` is the most tokens that a sequence may have, prompt included.
     """
 
     def __init__(self, bindings: Bindings, context: Context, vocabulary: Vocabulary, n_limit: int) -> None:
@@ -143,30 +124,30 @@ class TokenStep:
         self._n_limit = n_limit
 
     def advance(
-        self, sequence: Sequence, row: int
+        self, sequence: Sequence, output: int
     ) -> tuple[str, int, tuple[TokenLogprob, ...], FinishReason | None, Cause | None]:
         """Draw the next token and append the tokens that the grammar then forces.
 
-        Returns (text, tokens, logprobs, finish_reason, cause).
-
-        Raises ApiError if the grammar leaves no token, or gives up (llguidance bounds its own work).
+        Returns (text, tokens, logprobs, finish_reason, cause). Raises ApiError if the grammar allows no token, or
+        exceeds llguidance's limits.
         """
         request = sequence.request
+        # 1) Logprobs, before the grammar masks any logits: they are the model's own probabilities.
         logprobs = None
         if request.top_logprobs is not None:
-            # Before the grammar's mask: what is reported is the model's own opinion.
-            logprobs = log_softmax(logits_of(self._bindings, self._context, row, self._vocabulary.n_tokens))
-        token = self._draw(sequence, row)
+            logprobs = log_softmax(logits_of(self._bindings, self._context, output, self._vocabulary.n_tokens))
+        # 2) Draw a token.
+        token = self._draw(sequence, output)
         if self._vocabulary.is_end(token):
             return sequence.text.finish(), 0, (), "stop", None
         entries = () if logprobs is None else (self._entry(logprobs, token, request.top_logprobs or 0),)
-
+        # 3) Append it and the forced tokens, up to the limit.
         drawn = [token, *self._forced(sequence)]
         limit, limit_cause = self._limit(sequence)
         gained = drawn[:limit]
         sequence.tokens.extend(gained)
         text = sequence.text.push(b"".join(map(self._vocabulary.piece, gained)))
-
+        # 4) End on a stop string, a complete grammar or the limit.
         finish_reason: FinishReason | None = None
         cause: Cause | None = None
         if sequence.text.stopped or (sequence.matcher is not None and len(drawn) <= limit and self._complete(sequence)):
@@ -178,52 +159,52 @@ class TokenStep:
         return text, len(gained), entries, finish_reason, cause
 
     def _limit(self, sequence: Sequence) -> tuple[int, Cause]:
-        """How many tokens the sequence may still gain, and which limit says so."""
+        """Return how many tokens the sequence may still gain, and which limit that is."""
         room, max_tokens = self._n_limit - len(sequence.tokens), sequence.request.max_tokens
         if max_tokens is not None and max_tokens - sequence.produced <= room:
             return max_tokens - sequence.produced, "max_tokens"
         return room, "context"
 
-    def _draw(self, sequence: Sequence, row: int) -> int:
-        """Sample a token that the grammar, if there is one, allows.
+    def _draw(self, sequence: Sequence, output: int) -> int:
+        """Draw a token that the grammar allows, if there is a grammar.
 
-        The free draw is tried first: a token that is allowed stands, else the row is masked and drawn from again. That
-        gives the masked distribution (p + (1 - P) p / P = p / P for P the allowed mass), and most draws need no mask,
-        which costs 0.2-0.4 ms. With top_k, top_p or min_p it is not exactly that one: the first draw cuts off the
-        unmasked row's tail, as llama.cpp's own grammar sampling does. Not with penalties: a draw that is thrown away
-        would count for them.
+        Most draws need no mask, which costs 0.2-0.4 ms. So draw freely first: keep the token if the grammar allows it,
+        otherwise mask the logits and draw again. This gives the masked distribution: p + (1 - P) p / P = p / P, where
+        P is the allowed probability mass. With top_k, top_p or min_p it is not exact, because the first draw cuts off
+        the tail of unmasked logits, as in llama.cpp's own grammar sampling. With penalties the mask always comes
+        first, because a rejected draw would count for them.
         """
         sampler, matcher = sequence.sampler, sequence.matcher
         if matcher is None:
-            return sampler.sample(self._context, row)
+            return sampler.sample(self._context, output)
         if not sampler.penalised:
-            token = sampler.sample(self._context, row)
+            token = sampler.sample(self._context, output)
             if self._accepts(matcher, token):
                 return token
-        self._mask(matcher, row)
-        token = sampler.sample(self._context, row)
+        self._mask(matcher, output)
+        token = sampler.sample(self._context, output)
         if not self._accepts(matcher, token):
             raise ApiError(f"the grammar allows no token that could be drawn: {matcher.get_error() or 'mask is empty'}")
         return token
 
     def _accepts(self, matcher: Any, token: int) -> bool:
-        """Whether the grammar takes the token; if so it has then moved on."""
+        """Return whether the grammar allows the token, and advance the grammar if so."""
         if self._vocabulary.is_end(token):
             return bool(matcher.is_accepting())
         return bool(matcher.try_consume_tokens([token]) == 1)
 
-    def _mask(self, matcher: Any, row: int) -> None:
+    def _mask(self, matcher: Any, output: int) -> None:
         import numpy as np
 
         n_vocab = self._vocabulary.n_tokens
-        logits = logits_of(self._bindings, self._context, row, n_vocab)
+        logits = logits_of(self._bindings, self._context, output, n_vocab)
         allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=n_vocab, bitorder="little")
         logits[allowed == 0] = -np.inf
 
     def _forced(self, sequence: Sequence) -> list[int]:
-        """Tokens that the grammar leaves no choice about: they need no logits, one decode takes them all.
+        """Return the tokens to which the grammar leaves no alternative. They need no logits: one decode takes them all.
 
-        With logprobs each token needs its row, so none is forced.
+        With logprobs no token is forced, because each one needs its logits.
         """
         matcher = sequence.matcher
         if matcher is None or sequence.request.top_logprobs is not None or matcher.is_stopped():
@@ -236,10 +217,10 @@ class TokenStep:
         return tokens
 
     def _complete(self, sequence: Sequence) -> bool:
-        """Whether the grammar is satisfied and allows nothing more."""
+        """Return whether the grammar is satisfied and allows no more tokens."""
         matcher = sequence.matcher
         if matcher.is_error():
-            raise ApiError(f"the grammar gave up: {matcher.get_error()}")
+            raise ApiError(f"the grammar failed: {matcher.get_error()}")
         return bool(matcher.is_stopped())
 
     def _entry(self, logprobs: Any, token: int, top: int) -> TokenLogprob:
@@ -249,3 +230,33 @@ class TokenStep:
             logprob=float(logprobs[token]),
             top=tuple((label(other), float(logprobs[other])) for other in likeliest(logprobs, top)),
         )
+
+
+def logits_of(bindings: Bindings, context: Context, output: int, n_vocab: int) -> Any:
+    """Return the logits at batch index `output` as a writable numpy view of llama.cpp's buffer.
+
+    The view is valid until the next decode.
+    """
+    import numpy as np  # only masks and logprobs need it: 0.1-0.3 s at a cold start
+
+    pointer = bindings.llama_get_logits_ith(context, output)
+    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * n_vocab)).contents)
+
+
+def log_softmax(logits: Any) -> Any:
+    """Return the natural logarithms of the probabilities, float32 of shape (n_vocab,)."""
+    import numpy as np
+
+    highest = logits.max()
+    return logits - (highest + np.log(np.exp(logits - highest).sum()))
+
+
+def likeliest(logprobs: Any, count: int) -> list[int]:
+    """Return the indices of the `count` largest entries, largest first."""
+    import numpy as np
+
+    count = min(count, len(logprobs))
+    if count == 0:
+        return []
+    top = np.argpartition(logprobs, -count)[-count:]
+    return [int(token) for token in top[np.argsort(-logprobs[top], kind="stable")]]
