@@ -1,105 +1,188 @@
-"""Models: what is served, what lies on this machine, and how the start went."""
+"""Models: the served model, the models on this machine, and how the server started."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from core.health import hint, progress
-from core.host import HostState, config_of
+from msgspec import UNSET, Struct, UnsetType
+
+from core.engine.interface import ModelCard
+from core.health import LoadingReport, hint, loading_report
+from core.host import HostState, Status, config_of
 from core.service import Service
 from core.session import check_model
 
 
-async def models(service: Service, *, paths: bool = False) -> dict[str, Any]:
-    """The active model with its state and config, every model in MODELS_DIR, and the phases of the start. Where they
-    lie on this machine is said with `paths` only: a name is what a user needs.
+class ModelEntry(Struct):
+    """OpenAI's model object."""
 
-    `data` is what `GET /v1/models` lists, so that a client whose base_url lacks /v1 understands this too.
-    """
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: str = "slm-api-server"
+
+
+class ModelList(Struct):
+    """OpenAI's list of models."""
+
+    data: list[ModelEntry]
+    object: Literal["list"] = "list"
+
+
+class ActiveConfig(Struct, kw_only=True):
+    """How the model is or would be loaded. `model_path` is for administrators only."""
+
+    model_path: str | UnsetType | None = UNSET
+    n_ctx: int
+    n_batch: int
+    n_threads: int
+    n_gpu_layers: int
+    n_parallel: int
+    verbose: bool
+
+
+class ModelDetails(Struct):
+    """What llama.cpp reads from the model's file. `chat_template` says where the template comes from."""
+
+    description: str
+    architecture: str
+    n_params: int
+    n_vocab: int
+    n_ctx: int
+    n_ctx_train: int
+    size_bytes: int
+    chat_template: str
+
+
+class ActiveModel(Struct, kw_only=True):
+    """The model that is loaded, or that the next request would load. `path` is for administrators only."""
+
+    name: str | None
+    path: str | UnsetType | None = UNSET
+    basename: str | None
+    exists: bool
+    loaded: bool
+    state: Status
+    loading: LoadingReport | None
+    error: str | None
+    config: ActiveConfig
+    model: ModelDetails | UnsetType = UNSET
+
+
+class AvailableModel(Struct, kw_only=True):
+    """A model in MODELS_DIR. `path` is for administrators only."""
+
+    name: str
+    path: str | UnsetType = UNSET
+    size_bytes: int
+
+
+class BootInfo(Struct, kw_only=True):
+    """Why this model was selected, and the phases of the start. The paths are for administrators only."""
+
+    chosen_by: str | None
+    reason: str | None
+    reference: str | UnsetType | None = UNSET
+    path: str | UnsetType | None = UNSET
+    phases: dict[str, dict[str, float | None]]
+
+
+class Models(Struct, kw_only=True):
+    """`data` is the list of `GET /v1/models`, so that clients whose base_url lacks /v1 understand this one too."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+    active: ActiveModel
+    available: list[AvailableModel]
+    hint: str
+    boot_info: BootInfo
+
+
+async def models(service: Service, *, paths: bool = False) -> Models:
+    """Return the active model, all models in MODELS_DIR and the phases of the start. `paths` adds paths."""
     available = await asyncio.to_thread(service.store.list)
     state = service.host.state()
     boot = service.host.boot
-    if not paths:
-        boot = {name: boot[name] for name in ("chosen_by", "reason")}
-    return {
-        "object": "list",
-        "data": listing(service)["data"],
-        "active": active(service, state, paths=paths),
-        "available": [
-            {"name": model.name, **({"path": str(model.path)} if paths else {}), "size_bytes": model.size_bytes}
+    return Models(
+        data=model_list(service).data,
+        active=active(service, state, paths=paths),
+        available=[
+            AvailableModel(name=model.name, path=str(model.path) if paths else UNSET, size_bytes=model.size_bytes)
             for model in available
         ],
-        "hint": hint(state),
-        "boot_info": {**boot, "phases": service.timeline.report()},
-    }
+        hint=hint(state),
+        boot_info=BootInfo(
+            chosen_by=boot["chosen_by"],
+            reason=boot["reason"],
+            reference=boot["reference"] if paths else UNSET,
+            path=boot["path"] if paths else UNSET,
+            phases=service.timeline.report(),
+        ),
+    )
 
 
-def active(service: Service, state: HostState, *, paths: bool) -> dict[str, Any]:
-    """The model that answers or would be loaded."""
+def active(service: Service, state: HostState, *, paths: bool) -> ActiveModel:
     path = state.path
     config = state.engine.config if state.engine is not None else config_of(service.settings)
-    answer: dict[str, Any] = {
-        "name": state.model,
-        **({"path": path} if paths else {}),
-        "basename": Path(path).name if path else None,
-        "exists": path is not None and Path(path).exists(),
-        "loaded": state.engine is not None,
-        "state": state.status,
-        "loading": progress(state.loading),
-        "error": state.error,
-        "config": {
-            **({"model_path": path} if paths else {}),
-            "n_ctx": config.n_ctx,
-            "n_batch": config.n_batch,
-            "n_threads": config.n_threads,
-            "n_gpu_layers": config.n_gpu_layers,
-            "n_parallel": config.n_parallel,
-            "verbose": config.verbose,
-        },
-    }
-    if state.engine is not None:
-        card = state.engine.card
-        answer["model"] = {
-            "description": card.description,
-            "architecture": card.architecture,
-            "n_params": card.n_params,
-            "n_vocab": card.n_vocab,
-            "n_ctx": card.n_ctx,
-            "n_ctx_train": card.n_ctx_train,
-            "size_bytes": card.size_bytes,
-            "chat_template": "gguf" if card.chat_template else "chatml (the model brings none)",
-        }
-    return answer
+    return ActiveModel(
+        name=state.model,
+        path=path if paths else UNSET,
+        basename=Path(path).name if path else None,
+        exists=path is not None and Path(path).exists(),
+        loaded=state.engine is not None,
+        state=state.status,
+        loading=loading_report(state.loading),
+        error=state.error,
+        config=ActiveConfig(
+            model_path=path if paths else UNSET,
+            n_ctx=config.n_ctx,
+            n_batch=config.n_batch,
+            n_threads=config.n_threads,
+            n_gpu_layers=config.n_gpu_layers,
+            n_parallel=config.n_parallel,
+            verbose=config.verbose,
+        ),
+        model=UNSET if state.engine is None else _details(state.engine.card),
+    )
 
 
-def listing(service: Service) -> dict[str, Any]:
-    """OpenAI's list: the model served, under its name and its aliases."""
+def _details(card: ModelCard) -> ModelDetails:
+    return ModelDetails(
+        description=card.description,
+        architecture=card.architecture,
+        n_params=card.n_params,
+        n_vocab=card.n_vocab,
+        n_ctx=card.n_ctx,
+        n_ctx_train=card.n_ctx_train,
+        size_bytes=card.size_bytes,
+        chat_template="gguf" if card.chat_template else "chatml (the model has no template)",
+    )
+
+
+def model_list(service: Service) -> ModelList:
+    """Return the served model under its name and its aliases."""
     created = _created(service)
-    return {"object": "list", "data": [_entry(name, created) for name in names(service)]}
+    return ModelList([ModelEntry(name, created) for name in names(service)])
 
 
-def one(service: Service, name: str) -> dict[str, Any]:
-    """OpenAI's model object. Raises ModelNotFound with the names that exist."""
+def model_entry(service: Service, name: str) -> ModelEntry:
+    """Raises ModelNotFound with the names that exist."""
     check_model(service, name)
-    return _entry(name, _created(service))
+    return ModelEntry(name, _created(service))
 
 
 def names(service: Service) -> tuple[str, ...]:
-    """What a client may put into `model`, besides anything if MODEL_ALIASES holds "*"."""
+    """Return the names that a request's `model` may have. With "*" in MODEL_ALIASES any other name works too."""
     state = service.host.state()
     if state.model is None:
         return ()
     return tuple(dict.fromkeys((state.model, *(name for name in service.settings.model_aliases if name != "*"))))
 
 
-def _entry(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "slm-api-server"}
-
-
 def _created(service: Service) -> int:
-    """When the model's file was written, the closest thing to "created" that a GGUF has; 0 if it is not here."""
+    """Return the modification time of the model's file, or 0 without a local file. A GGUF has no creation date."""
     path = service.host.state().path
     try:
         return 0 if path is None else int(Path(path).stat().st_mtime)

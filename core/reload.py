@@ -1,22 +1,23 @@
-"""Reload: serve another local model, or the same one loaded in another way."""
+"""Reload: switch to another model or another configuration while requests are running."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from core.errors import InvalidRequest
-from core.host import config_of
-from core.models import active
+from core.health import hint
+from core.host import Status, config_of
+from core.models import ActiveModel, active
 from core.service import Service
 from core.store.reference import File, parse
 
 
 class ReloadRequest(Struct, forbid_unknown_fields=True):
-    """What is left out comes from the settings; without `model_path` it is the model served now."""
+    """Absent fields keep the values of the settings. Without `model_path` the served model is loaded again."""
 
     model_path: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
     n_ctx: Annotated[int, Meta(ge=64, le=1 << 20)] | None = None
@@ -26,33 +27,38 @@ class ReloadRequest(Struct, forbid_unknown_fields=True):
     verbose: bool | None = None
 
 
-async def reload(service: Service, request: ReloadRequest) -> dict[str, Any]:
-    """Swap: new requests go to the new model, running answers finish on the old one, which stays if the new one fails.
+class ReloadResult(Struct):
+    status: Status
+    model: str | None
+    active: ActiveModel
+    hint: str
 
-    Raises InvalidRequest or ModelNotFound (a path that is outside, missing or no GGUF), or what the engine says.
+
+async def reload(service: Service, request: ReloadRequest) -> ReloadResult:
+    """Swap the model. New requests use the new model, running ones finish on the old one.
+
+    If the new model fails to load, the old one stays. Raises InvalidRequest or ModelNotFound for a path that is
+    outside MODELS_DIR, missing or not a GGUF file, and what the engine raises.
     """
     reference = await _reference(service, request.model_path)
-    given = {
+    overrides = {
         name: value
         for name in ("n_ctx", "n_threads", "n_batch", "n_gpu_layers", "verbose")
         if (value := getattr(request, name)) is not None
     }
-    state = await service.host.swap(reference, replace(config_of(service.settings), **given))
-    return {
-        "status": state.status,
-        "model": state.model,
-        "active": active(service, state, paths=True),
-        "hint": "POST /v1/chat/completions.",
-    }
+    state = await service.host.swap(reference, replace(config_of(service.settings), **overrides))
+    return ReloadResult(state.status, state.model, active(service, state, paths=True), hint(state))
 
 
 async def _reference(service: Service, model_path: str | None) -> File | None:
-    """A local file, looked up by the store, which keeps what a client names inside MODELS_DIR. None: the model served
-    now, wherever it lies; one in memory has no path that could be opened again."""
+    """Return the local file to load, or None for the served model, which may be in memory and have no path.
+
+    The store rejects paths outside MODELS_DIR.
+    """
     if model_path is None:
         if service.host.state().path is None:
             raise InvalidRequest(
-                "'model_path' is missing, and no model is configured; GET /models lists those that are here.",
+                "'model_path' is missing, and no model is configured; GET /models lists the models on this machine.",
                 param="model_path",
             )
         return None
@@ -61,5 +67,7 @@ async def _reference(service: Service, model_path: str | None) -> File | None:
         return File(str(await asyncio.to_thread(service.store.locate, model_path)))
     present = await asyncio.to_thread(service.store.present, reference)
     if present is None:
-        raise InvalidRequest(f"{model_path[:200]!r} is not on this machine; POST /load brings it.", param="model_path")
+        raise InvalidRequest(
+            f"{model_path[:200]!r} is not on this machine; POST /load downloads it.", param="model_path"
+        )
     return File(str(present))

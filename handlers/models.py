@@ -10,14 +10,14 @@ from handlers.http import Request, Response
 
 
 async def get_models(service: Service, request: Request) -> Response:
-    """Where the models lie is told to administrators only."""
+    """Paths are shown to administrators only."""
     return json_response(await core.models.models(service, paths=auth.level(service, request) == "admin"))
 
 
 async def get_v1_models(service: Service, request: Request) -> Response:
-    return json_response(core.models.listing(service))
+    return json_response(core.models.model_list(service))
 
 
 async def get_v1_model(service: Service, request: Request) -> Response:
-    """An id may hold slashes ("org/model"): it is all of the path behind the route's."""
-    return json_response(core.models.one(service, request.path.removeprefix("/v1/models/")))
+    """An id may contain slashes ("org/model"), so it is the rest of the path."""
+    return json_response(core.models.model_entry(service, request.path.removeprefix("/v1/models/")))

@@ -181,7 +181,7 @@ def test_the_first_lines_without_a_model_say_how_to_get_one() -> None:
     text = banner("http://x", Settings(), state(None, error="MODEL_PATH is not there."), "1.2")
 
     assert "Model: none (unloaded). Error: MODEL_PATH is not there." in text
-    assert "Mend what error says" in text
+    assert "Fix the problem in `error`" in text
     assert "curl" not in text
 
 

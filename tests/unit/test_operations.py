@@ -3,11 +3,19 @@
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import msgspec
 import pytest
 
+import core.chat
+import core.extract
+import core.health
+import core.load
+import core.models
+import core.reload
 from core.errors import ApiError, ModelUnavailable
 from core.loader import Loading
 from core.settings import keys
@@ -58,8 +66,8 @@ def test_health_tells_the_state_and_the_engines_counters() -> None:
 @pytest.mark.parametrize(
     ("status", "loading", "error", "hint"),
     [
-        ("unloaded", None, None, "set MODEL_PATH"),
-        ("unloaded", None, "MODEL_PATH is not there.", "Mend what error says"),
+        ("unloaded", None, None, "Set MODEL_PATH"),
+        ("unloaded", None, "MODEL_PATH is not there.", "Fix the problem in `error`"),
         ("available", None, None, "first request loads"),
         ("available", Loading("download", "m", 25, 100), None, "wait=30"),
         ("ready", Loading("swap", "m"), None, "chat/completions"),
@@ -319,3 +327,23 @@ def test_an_unforeseen_api_error_is_told_as_a_fixed_sentence() -> None:
 
     assert (status, answer["error"]["code"]) == (500, "internal_error")
     assert "0xdeadbeef" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        core.health.health,
+        core.models.models,
+        core.load.load,
+        core.reload.reload,
+        core.chat.complete,
+        core.extract.complete,
+    ],
+    ids=lambda operation: operation.__module__,
+)
+def test_every_operation_returns_a_struct_with_a_json_schema(operation: Callable[..., Any]) -> None:
+    """An OpenAPI document can be made from the return types alone."""
+    result = get_type_hints(operation)["return"]
+
+    assert issubclass(result, msgspec.Struct)
+    assert msgspec.json.schema(result)["$defs"][result.__name__]["type"] == "object"
