@@ -1,4 +1,4 @@
-"""Wiring: the composition root. Every entry point calls `build`; nobody else puts a Service together."""
+"""Build the Service from settings. Every entry point calls `build`, the only place that does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from core.settings import Settings
 from core.store.embedded import embedded_model
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace
-from core.store.source import Cancelled, Mirror, Partial, Progress, RemoteFile, RemoteModel, Source
+from core.store.source import Cancelled, Mirror, Partial, Progress, RemoteFile, RemoteModel, Source, never
 from core.store.store import Store
 from core.timeline import Timeline
 
@@ -28,17 +28,17 @@ logger = logging.getLogger("slm.wiring")
 
 
 def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bool = False) -> Service:
-    """Settings to Service. Touches neither network nor model; `service.host.start()` does.
+    """Return a Service. This uses neither network nor model; `service.host.start()` does.
 
-    `on_lambda`: nothing runs between invocations, so mirroring waits for `service.store.idle`; and a model goes to
-    memory if it fits, for /tmp is small, SnapStart forbids a larger one, and memory need not be written back.
+    On Lambda nothing runs between invocations, so mirroring waits for `service.store.idle`. Models are downloaded into
+    memory if they fit: /tmp is small, SnapStart forbids a larger one, and memory is not written back.
     """
     timeline = timeline or Timeline()
-    asked = sources(settings)
+    in_order = sources(settings)
     store = Store(
         settings.models_dir,
-        sources=asked,
-        mirror=mirror(settings, asked, background=not on_lambda),
+        sources=in_order,
+        mirror=mirror(settings, in_order, background=not on_lambda),
         allowed=_allowed(settings),
         target=settings.model_target,
         prefer_memory=on_lambda,
@@ -48,34 +48,36 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
 
 
 def sources(settings: Settings) -> tuple[Source, ...]:
-    """In the order in which they are asked: S3 is near, the hub is far. The S3 module's import (30 ms, mostly
-    http.client) is left out of a start that has no use for it; /load can still name s3://."""
+    """Return the sources in the order in which they are asked: S3 first if it is configured, then Hugging Face.
+
+    Otherwise S3 is imported with the first s3:// reference: its import takes 30 ms, mostly for http.client.
+    """
     if settings.hf_token and _is_open(settings.hf_endpoint):
-        logger.warning("HF_ENDPOINT=%s is not https: HF_TOKEN crosses the network in clear", settings.hf_endpoint)
+        logger.warning("HF_ENDPOINT=%s is not https: HF_TOKEN is sent unencrypted", settings.hf_endpoint)
     hub = Hub(
         settings.hf_endpoint,
         settings.hf_token,
         threads=settings.download_threads,
         part_bytes=settings.download_part_mb << 20,
     )
-    wanted = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
-    return (s3(settings), hub) if wanted else (hub, _LateS3(settings))
+    s3_first = settings.s3_bucket is not None or (settings.model_path or "").startswith("s3://")
+    return (s3(settings), hub) if s3_first else (hub, _LateS3(settings))
 
 
 def _is_open(url: str) -> bool:
-    """Whether others on the way can read what is sent there."""
+    """Return whether requests to `url` cross a network unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
 
 
-def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -> Mirror | None:
-    """Uploads to S3_BUCKET what the hub delivered, if S3_MIRROR=write."""
+def mirror(settings: Settings, in_order: tuple[Source, ...], *, background: bool) -> Mirror | None:
+    """Return the mirror that uploads models from Hugging Face to S3_BUCKET, if S3_MIRROR=write."""
     if settings.s3_bucket is None or settings.s3_mirror != "write":
         return None
     from adapters.s3.mirror.mirror import S3Mirror, boto3_client
     from adapters.s3.source import S3Storage
 
-    storage = next(source for source in asked if isinstance(source, S3Storage))
+    storage = next(source for source in in_order if isinstance(source, S3Storage))
     return S3Mirror(
         storage,
         settings.s3_bucket,
@@ -86,7 +88,7 @@ def mirror(settings: Settings, asked: tuple[Source, ...], *, background: bool) -
 
 
 def s3(settings: Settings) -> S3Storage:
-    """Reads s3:// references, and the mirror in S3_BUCKET unless S3_MIRROR=off."""
+    """Return the source of s3:// references, and of the mirror in S3_BUCKET unless S3_MIRROR=off."""
     from adapters.aws.credentials import CredentialChain
     from adapters.s3.bucket import Bucket
     from adapters.s3.source import S3Storage
@@ -107,7 +109,7 @@ def s3(settings: Settings) -> S3Storage:
 
 
 class _LateS3:
-    """The S3 source, imported when an s3:// reference first comes; without a bucket it has nothing to say of others."""
+    """The S3 source without a mirror. It is imported with the first s3:// reference."""
 
     name = "s3"
     authority = False
@@ -119,8 +121,12 @@ class _LateS3:
     def _source(self) -> S3Storage:
         return s3(self._settings)
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
-        return self._source.resolve(reference, refresh=refresh) if isinstance(reference, S3) else None
+    def resolve(
+        self, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled = never
+    ) -> RemoteModel | None:
+        if not isinstance(reference, S3):
+            return None
+        return self._source.resolve(reference, refresh=refresh, cancelled=cancelled)
 
     def download(
         self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
@@ -134,7 +140,7 @@ class _LateS3:
 
 
 def _allowed(settings: Settings) -> tuple[Path, ...]:
-    """Files beyond MODELS_DIR that may be served: the configured one and the embedded one."""
+    """Return the files outside MODELS_DIR that may be served: the configured and the embedded model."""
     configured = settings.model_path
     paths = () if configured is None or "://" in configured else (Path(configured).expanduser(),)
     embedded = embedded_model() if settings.embedded_model == "auto" else None

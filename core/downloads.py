@@ -12,7 +12,8 @@ from core.errors import Busy
 
 if TYPE_CHECKING:
     from core.store.reference import S3, HuggingFace
-    from core.store.store import Fetched, Progress, Store
+    from core.store.source import Progress
+    from core.store.store import Fetched, Store
 
     Key = tuple[HuggingFace | S3, str | None]
 

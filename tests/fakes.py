@@ -17,8 +17,9 @@ from core.loader import Loading
 from core.selection import Selection
 from core.service import Service
 from core.settings import Settings
+from core.store.directory import LocalModel
 from core.store.reference import File, Reference
-from core.store.store import Fetched, LocalModel
+from core.store.store import Fetched
 from core.timeline import Timeline
 
 CARD = ModelCard(

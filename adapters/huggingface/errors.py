@@ -1,9 +1,10 @@
-"""The hub's errors in our words: what a client is told, while huggingface_hub's own text goes to the log."""
+"""Translate huggingface_hub's errors into error messages for clients. The original text goes to the log."""
 
 from __future__ import annotations
 
 import logging
 
+from adapters.transfer.retry import is_transient
 from core.errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import HuggingFace
 
@@ -11,17 +12,19 @@ logger = logging.getLogger("slm.huggingface")
 
 
 def explain(error: Exception | None, reference: HuggingFace, path: str, endpoint: str) -> ApiError:
-    """What went wrong, in our words; the hub's go to the log."""
+    """Return the error for a client, and log the original."""
     from huggingface_hub import errors
 
     where = f"{reference.repo_id} at {endpoint}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    # The text of an error with a status holds the URL, and a URL of the CDN its signature.
-    logger.warning("the hub failed for %s: %s %s", reference, type(error).__name__, error if status is None else status)
+    # The text of an error with a status contains the URL, and a URL of the CDN contains its signature.
+    logger.warning(
+        "Hugging Face failed for %s: %s %s", reference, type(error).__name__, error if status is None else status
+    )
     match error:
         case errors.GatedRepoError():
             return InvalidRequest(
-                f"{reference.repo_id} is gated: accept its terms there and set HF_TOKEN to that account's token.",
+                f"{reference.repo_id} is gated: accept its terms on the Hub and set HF_TOKEN to that account's token.",
                 param="repo_id",
             )
         case errors.RepositoryNotFoundError():
@@ -34,29 +37,32 @@ def explain(error: Exception | None, reference: HuggingFace, path: str, endpoint
         case errors.EntryNotFoundError():
             return ModelNotFound(f"{where} has no file {path!r} in revision {reference.revision!r}.", param="filename")
         case errors.DisabledRepoError():
-            return InvalidRequest(f"{reference.repo_id} was disabled by the hub.", param="repo_id")
+            return InvalidRequest(f"{reference.repo_id} was disabled by Hugging Face.", param="repo_id")
         case errors.OfflineModeIsEnabled():
             return ModelUnavailable(
-                "HF_HUB_OFFLINE is set and the model is not here: unset it, or put the file into MODELS_DIR.",
+                "HF_HUB_OFFLINE is set and the model is not in MODELS_DIR: unset it, or copy the file there.",
                 retry_after=None,
             )
     if status in (401, 403):
         return InvalidRequest(
-            f"The hub refused access to {reference.repo_id}: HF_TOKEN is missing, wrong or without that right.",
+            f"Hugging Face refused access to {reference.repo_id}: HF_TOKEN is missing, invalid or lacks permission.",
             param="repo_id",
         )
     if status == 404:
         return ModelNotFound(f"{where} has no file {path!r}.", param="filename")
     if status is not None and status < 500 and status not in (408, 416, 429):
-        return InvalidRequest(f"The hub answered {status} for {path!r} of {reference.repo_id}.", param="repo_id")
+        return InvalidRequest(f"Hugging Face answered {status} for {path!r} of {reference.repo_id}.", param="repo_id")
     reason = f"it answered {status}" if status is not None else "the connection failed or stalled"
     return ModelUnavailable(
-        f"{path!r} could not be read from {endpoint}: {reason}. What arrived is kept; try again.",
+        f"{path!r} could not be read from {endpoint}: {reason}. Try again; the download resumes where it stopped.",
         retry_after=30 if status == 429 else 10,
     )
 
 
-def is_transient(error: Exception | None) -> bool:
-    """Breaks, timeouts and servers in trouble are; a 404 is not. None: the body ended early without an error."""
+def is_temporary(error: Exception | None) -> bool:
+    """Return whether the same request may succeed later. None stands for a body that ended early.
+
+    Errors without a status are broken connections and timeouts. After a 416 the download resumes from its new length.
+    """
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status is None or status in (408, 416, 429) or status >= 500
+    return status is None or status == 416 or is_transient(status)

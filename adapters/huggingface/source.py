@@ -1,15 +1,14 @@
-"""Hugging Face Hub as a Source: huggingface_hub's own session, headers and errors, straight into the store's file.
+"""Download models from Hugging Face with huggingface_hub's session, headers and errors.
 
-huggingface_hub knows the token, the endpoint, HF_HOME, HF_HUB_OFFLINE and the hub's error codes; its cache is not used,
-so that a model lies on the disk once. Its `http_get` is not used either: it hands over 10 MiB at a time, and so reports
-progress and notices a cancellation no more often than that. Files kept by xet come over the hub's HTTP bridge.
+huggingface_hub handles the token, the endpoint, HF_HOME, HF_HUB_OFFLINE and error codes. Its cache is not used, so a
+model is on the disk once. Its `http_get` is not used either: it yields 10 MiB at a time, too rarely for progress and
+cancellation. Files stored in Xet are downloaded over its HTTP bridge.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import threading
 import time
@@ -17,11 +16,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from adapters.huggingface.errors import explain, is_transient
+from adapters.huggingface.errors import explain, is_temporary
+from adapters.transfer.retry import Backoff, RetryPolicy, sleep
 from core.errors import ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, split_files
-from core.store.source import Cancelled, DownloadCancelled, Partial, Progress, RemoteFile, RemoteModel
+from core.store.source import Cancelled, DownloadCancelled, Partial, Progress, RemoteFile, RemoteModel, never
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("slm.huggingface")
 
-TRIES = 5  # in a row without a new byte
-HEAD_TRIES = 3
+POLICY = RetryPolicy(attempts=5, backoff=Backoff(0.5, 8.0))
+HEAD_ATTEMPTS = 3
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LANDED_EVERY = 1 << 20
 
 
 class Hub:
-    """A Source for hf:// references. `token` None: huggingface_hub's own (HF_TOKEN, or the one it saved in HF_HOME)."""
+    """A Source for hf:// references. Without `token` it uses huggingface_hub's (HF_TOKEN or saved in HF_HOME)."""
 
     name = "huggingface"
     authority = True
@@ -49,18 +49,20 @@ class Hub:
         *,
         threads: int = 0,
         part_bytes: int = 0,
-        backoff_s: float = 0.5,
+        policy: RetryPolicy = POLICY,
     ) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._token = token
         self._threads = threads or 4
         self._part_bytes = part_bytes or 8 << 20
-        self._backoff_s = backoff_s
+        self._policy = policy
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
-        """Ask the hub for commit, size and sha256 of each file (one HEAD each).
+    def resolve(
+        self, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled = never
+    ) -> RemoteModel | None:
+        """Look up commit, size and sha256 of each file, with one HEAD each.
 
-        Raises ModelNotFound, InvalidRequest (gated, disabled, refused token) or ModelUnavailable.
+        Raise ModelNotFound, InvalidRequest (gated, disabled, token refused), ModelUnavailable or DownloadCancelled.
         """
         if not isinstance(reference, HuggingFace):
             return None
@@ -68,14 +70,14 @@ class Hub:
         commit: str | None = None
         resolved_at = time.time()
         for path in split_files(reference.filename):
-            file, commit = self._head(reference, path, commit or reference.revision)
+            file, commit = self._head(reference, path, commit or reference.revision, cancelled)
             files.append(file)
         return RemoteModel(self.name, reference, tuple(files), commit, resolved_at)
 
     def download(
         self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
-        """GETs from where the file ends, again after each break, until it is whole. Verification is the store's."""
+        """Download with one GET, and resume after each break until the file is complete. The store verifies it."""
         from huggingface_hub.errors import HTTPError
 
         assert isinstance(found.reference, HuggingFace)
@@ -93,41 +95,46 @@ class Hub:
             if partial.done == partial.size:
                 break
             failures += 1
-            if failures >= TRIES or not is_transient(failure):
+            if failures >= self._policy.attempts or not is_temporary(failure):
                 raise explain(failure, found.reference, file.path, self._endpoint) from failure
-            logger.info("%s broke off at %d of %d bytes; going on", file.path, partial.done, partial.size)
-            _sleep(self._pause(failures), cancelled)
+            logger.info("%s broke off at %d of %d bytes; resuming", file.path, partial.done, partial.size)
+            sleep(self._policy.backoff.pause(failures), cancelled)
         return False
 
     def open_memory(
         self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
-        """In parallel ranged reads of our own. Returns when all is there: the hub names one sha256, for the whole."""
-        from adapters.transfer import memfd as memory
+        """Download with parallel ranged reads. Return once all is verified: there is one sha256, for the whole."""
+        from adapters.transfer import memfd
         from adapters.transfer.checksum import Sha256
         from adapters.transfer.transfer import Transfer
 
         file = found.files[0]
         expected = next(iter(found.reference.sha256), file.sha256)
-        if len(found.files) != 1 or expected is None or not memory.is_supported():
+        if expected is None:
             return None
         origin, checksum = _Origin(self, found, file), Sha256(expected)
 
         def begin(fd: int) -> Transfer:
             return Transfer(
-                origin, fd, file.size_bytes, checksum=checksum, threads=self._threads, part_bytes=self._part_bytes
+                origin,
+                fd,
+                file.size_bytes,
+                checksum=checksum,
+                threads=self._threads,
+                part_bytes=self._part_bytes,
+                policy=self._policy,
             )
 
-        return memory.receive(found, begin, name, progress, cancelled, whole=True)
+        return memfd.receive(found, begin, name, progress, cancelled, whole=True)
 
     def locate(self, found: RemoteModel, file: RemoteFile) -> tuple[str, dict[str, str]]:
-        """URL and headers with which any HTTP client can read ranges of the file: the hub's redirect, followed now.
+        """Follow Hugging Face's redirect. Return a URL and headers with which any HTTP client can read the file.
 
-        What it redirects to is signed and ends some time. The token goes to the hub's own host only.
-        Raises what `resolve` raises.
+        The URL is signed and expires. The token is only sent to Hugging Face's own host. Raise what `resolve` raises.
         """
         assert isinstance(found.reference, HuggingFace)
-        url, metadata = self._metadata(found.reference, file.path, found.commit or found.reference.revision)
+        url, metadata = self._metadata(found.reference, file.path, found.commit or found.reference.revision, never)
         location = urljoin(url, metadata.location)
         same = urlsplit(location)[:2] == urlsplit(url)[:2]
         return location, dict(self._headers()) if same else {}
@@ -144,37 +151,41 @@ class Hub:
 
         return build_hf_headers(token=self._token, library_name="slm-api-server")
 
-    def _head(self, reference: HuggingFace, path: str, revision: str) -> tuple[RemoteFile, str | None]:
-        _, found = self._metadata(reference, path, revision)
-        if found.size is None:
-            raise ModelUnavailable(f"{self._endpoint} names no size for {path!r}; is HF_ENDPOINT a Hugging Face Hub?")
-        etag = found.etag or ""
-        sha256 = etag if _SHA256.fullmatch(etag) else None  # a file not in LFS has a git blob id instead
-        return RemoteFile(path, found.size, sha256, found.etag), found.commit_hash
+    def _head(
+        self, reference: HuggingFace, path: str, revision: str, cancelled: Cancelled
+    ) -> tuple[RemoteFile, str | None]:
+        _, metadata = self._metadata(reference, path, revision, cancelled)
+        if metadata.size is None:
+            raise ModelUnavailable(f"{self._endpoint} names no size for {path!r}. Check HF_ENDPOINT.")
+        etag = metadata.etag or ""
+        sha256 = etag if _SHA256.fullmatch(etag) else None  # a file that is not in LFS has a git blob id instead
+        return RemoteFile(path, metadata.size, sha256, metadata.etag), metadata.commit_hash
 
-    def _metadata(self, reference: HuggingFace, path: str, revision: str) -> tuple[str, HfFileMetadata]:
-        """The file's URL at the hub, and what the hub answers to a HEAD of it."""
+    def _metadata(
+        self, reference: HuggingFace, path: str, revision: str, cancelled: Cancelled
+    ) -> tuple[str, HfFileMetadata]:
+        """Return the file's URL at Hugging Face, and the answer to a HEAD of it."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         url = hf_hub_url(reference.repo_id, path, revision=revision, endpoint=self._endpoint)
-        tries = 0
+        failures = 0
         while True:
             try:
-                # Not retried by huggingface_hub: its five tries take 23 s, in which nothing can be cancelled.
+                # Without retries by huggingface_hub: its five take 23 s and cannot be cancelled.
                 return url, get_hf_file_metadata(
                     url, token=self._token, library_name="slm-api-server", endpoint=self._endpoint
                 )
             except OfflineModeIsEnabled as error:
                 raise explain(error, reference, path, self._endpoint) from error
             except HTTPError as error:
-                tries += 1
-                if tries == HEAD_TRIES or not is_transient(error):
+                failures += 1
+                if failures == HEAD_ATTEMPTS or not is_temporary(error):
                     raise explain(error, reference, path, self._endpoint) from error
-            time.sleep(self._pause(tries))
+            sleep(self._policy.backoff.pause(failures), cancelled)
 
     def _get(self, url: str, partial: Partial, progress: Progress, cancelled: Cancelled) -> None:
-        """One GET, written as it comes. Raises huggingface_hub's HTTPError, OSError of the disk, DownloadCancelled."""
+        """Write the body of one GET. Raise huggingface_hub's HTTPError, OSError (disk) or DownloadCancelled."""
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import hf_raise_for_status
 
@@ -183,9 +194,8 @@ class Hub:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         session = get_session()
-        with session.stream(
-            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
-        ) as response:
+        timeout = min(self._policy.stall_s, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if offset and not _continues(response, offset, partial.size):
                 offset = 0
@@ -202,18 +212,14 @@ class Hub:
                         partial.landed(offset)
                     progress(offset, partial.size)
             finally:
-                with suppress(OSError):  # a full disk: the reason is already on its way
+                with suppress(OSError):  # disk full: that error is being raised already
                     partial.landed(offset)
-
-    def _pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
-        return self._backoff_s * 2.0 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - jitter
 
 
 class _Origin:
-    """An `Origin` of `adapters.transfer`: the address of one file, looked up once and again when it is refused."""
+    """One file as an `Origin`. Its address is looked up once, and again when it is refused."""
 
-    etag: str | None = None  # the CDN's is of no account: the sha256 of the whole decides
+    etag: str | None = None  # the CDN's ETag is ignored: the sha256 of the whole decides
 
     def __init__(self, hub: Hub, found: RemoteModel, file: RemoteFile) -> None:
         self.name = f"{file.path} of {found.reference}"
@@ -230,16 +236,6 @@ class _Origin:
 
 
 def _continues(response: Any, offset: int, size: int) -> bool:
-    """Whether the answer is the range that was asked for: a server or proxy may send the whole file instead."""
-    if response.status_code != 206:
-        return False
-    given: str = response.headers.get("Content-Range", "")
-    return given.startswith(f"bytes {offset}-") and given.endswith((f"/{size}", "/*"))
-
-
-def _sleep(seconds: float, cancelled: Cancelled) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if cancelled():
-            raise DownloadCancelled
-        time.sleep(min(left, 0.1))
+    """Return whether the response is the requested range. A server or proxy may send the whole file instead."""
+    content_range: str = response.headers.get("Content-Range", "")
+    return response.status_code == 206 and content_range == f"bytes {offset}-{size - 1}/{size}"

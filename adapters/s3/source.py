@@ -1,11 +1,11 @@
-"""S3 as a Source: the mirror of Hugging Face in S3_BUCKET, and any s3://bucket/key. Reads only, without boto3.
+"""Read models from S3: the mirror of Hugging Face in S3_BUCKET, and any s3://bucket/key. Without boto3.
 
-The mirror's layout: immutable bytes under their sha256, and small pointers to them.
+The mirror stores immutable bytes under their sha256, and small pointers to them:
 
     <prefix>/blobs/<sha256>                               the bytes of a file
-    <prefix>/blobs/<sha256>.lock                         while a process uploads them (`adapters.s3.mirror.lock`)
+    <prefix>/blobs/<sha256>.lock                          held by its uploader (`adapters.s3.mirror.lock`)
     <prefix>/org/repo/<commit>/file.gguf.manifest.json    the file's blob and digests (`adapters.s3.manifest`)
-    <prefix>/org/repo/refs/<name>                         the commit that a branch or tag meant last (`adapters.s3.ref`)
+    <prefix>/org/repo/refs/<name>                         the last known commit of a branch or tag (`adapters.s3.ref`)
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from dataclasses import dataclass
 from adapters.s3.bucket import Bucket, Denied, S3Response
 from adapters.s3.manifest import SUFFIX, MalformedManifest, Manifest
 from adapters.s3.ref import Ref
-from adapters.transfer import memfd as memory
+from adapters.transfer import memfd
 from adapters.transfer.checksum import Checksum, Sha256, s3_values, strongest
-from adapters.transfer.transfer import BLOCK_BYTES, Transfer
+from adapters.transfer.retry import DEFAULT_POLICY, RetryPolicy
+from adapters.transfer.transfer import BLOCK_BYTES, PART_BYTES, Transfer
 from core.errors import ModelNotFound, ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace, is_commit, split_files
-from core.store.source import Cancelled, Partial, Progress, RemoteFile, RemoteModel
+from core.store.source import Cancelled, Partial, Progress, RemoteFile, RemoteModel, never
 from core.store.target import free_memory
-
-PART_BYTES = 8 << 20  # enough for a request's latency not to count, small enough to share out evenly
 
 logger = logging.getLogger("slm.s3")
 
 
 @dataclass(frozen=True, slots=True)
 class S3File(RemoteFile):
-    """An object that was found, with its manifest if it has one."""
+    """An object, with its manifest if it has one."""
 
     bucket: Bucket | None = None
     key: str = ""
     manifest: Manifest | None = None
-    checksums: Mapping[str, bytes] | None = None  # of a plain object, by algorithm
+    checksums: Mapping[str, bytes] | None = None  # of an object without a manifest, by algorithm
 
 
 class Layout:
-    """Where things lie in the mirror."""
+    """The keys of the mirror."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -60,7 +59,7 @@ class Layout:
 
 
 class S3Storage:
-    """A Source. `mirror` None: only s3:// references. `bucket` makes the Bucket of such a reference."""
+    """A Source. Without `mirror` it serves s3:// references only. `bucket` makes the Bucket of such a reference."""
 
     name = "s3"
     authority = False
@@ -73,44 +72,48 @@ class S3Storage:
         prefix: str = "",
         threads: int = 0,
         part_bytes: int = 0,
+        policy: RetryPolicy = DEFAULT_POLICY,
     ) -> None:
         self.bucket = bucket
+        self._policy = policy
         self._mirror = mirror
         self._layout = Layout(prefix)
         self._threads = threads or default_threads()
         self._part_bytes = part_bytes or PART_BYTES
         self._lock = threading.Lock()
-        self._refs: dict[tuple[str, str], str] = {}  # what the mirror's refs said: (repository, name) -> commit
+        self._refs: dict[tuple[str, str], str] = {}  # of the mirror: (repository, name) -> commit
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
-        """What the mirror holds of a hub reference (None: not all of it), or the object that an s3:// reference names.
+    def resolve(
+        self, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled = never
+    ) -> RemoteModel | None:
+        """Return the object of an s3:// reference, or the mirror's copy of a Hugging Face reference if it is complete.
 
-        Raises ModelNotFound for an s3:// reference without an object, Denied or ModelUnavailable.
+        Raise ModelNotFound for an s3:// reference without an object, Denied, ModelUnavailable or DownloadCancelled.
         """
         if isinstance(reference, S3):
             bucket = self.bucket(reference.bucket)
-            files = [self._object(bucket, key) for key in split_files(reference.key)]
+            files = [self._object(bucket, key, cancelled) for key in split_files(reference.key)]
             return RemoteModel(self.name, reference, tuple(files))
         if self._mirror is None:
             return None
         try:
-            return self._mirrored(self._mirror, reference, refresh=refresh)
+            return self._mirrored(self._mirror, reference, refresh=refresh, cancelled=cancelled)
         except Denied as error:
-            # Without s3:ListBucket a missing key is a 403 too: it may just not be there.
-            logger.warning("the mirror is passed over: %s", error.message)
+            # Without s3:ListBucket a missing key is a 403 too, so the model may just not be mirrored.
+            logger.warning("the mirror is skipped: %s", error.message)
             return None
 
     def known_ref(self, reference: HuggingFace) -> str | None:
-        """The commit that the mirror named for this branch in this process. No network."""
+        """Return the commit that the mirror named for this branch, if this process has read it. No network."""
         with self._lock:
             return self._refs.get((reference.repo_id, reference.revision))
 
     def download(
         self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
-        """Fill `partial` in parallel; what it has from an earlier try is verified first where there is a manifest."""
+        """Fill `partial` in parallel. With a manifest, bytes of an earlier try are verified first."""
 
-        def told(done: int, size: int) -> None:
+        def report(done: int, size: int) -> None:
             partial.landed(transfer.front())
             progress(done, size)
 
@@ -118,22 +121,20 @@ class S3Storage:
         transfer = self._transfer(file, partial.fd, resume=partial.done)
         transfer.start()
         try:
-            memory.follow(transfer, told, cancelled)
+            memfd.follow(transfer, report, cancelled)
         finally:
-            transfer.cancel()  # a no-op once it is complete; else nothing may write any more
+            transfer.cancel()  # no effect once complete; otherwise waits until no thread writes
             partial.landed(transfer.front())
-        return False  # the blocks were verified by the manifest; the sha256 of the whole is its word only
+        return False  # the manifest's digests verify blocks; its sha256 of the whole is a claim
 
     def open_memory(
         self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
-        """With a manifest, returns once header and vocabulary are there and verified, the rest on its way."""
+        """With a manifest, return once header and vocabulary are verified. The rest is downloaded in the background."""
         file = found.files[0]
-        if len(found.files) != 1 or not memory.is_supported():
-            return None
         assert isinstance(file, S3File)
-        whole = file.manifest is None  # nothing to verify the header by until the end
-        return memory.receive(
+        whole = file.manifest is None  # without block digests only the whole can be verified
+        return memfd.receive(
             found,
             lambda fd: self._transfer(file, fd, pinned=found.reference.sha256),
             name,
@@ -147,7 +148,7 @@ class S3Storage:
         assert file.etag is not None
         manifest = file.manifest
         checksum: Checksum | None = None
-        if pinned:  # a manifest's word for the whole is no proof
+        if pinned:  # the manifest only claims a sha256 of the whole
             checksum = Sha256(pinned[0])
         elif manifest is None:
             checksum = strongest(file.checksums or {})
@@ -162,77 +163,86 @@ class S3Storage:
             resume=resume,
             threads=self._threads,
             part_bytes=self._part_bytes,
+            policy=self._policy,
         )
 
-    def _mirrored(self, bucket: Bucket, reference: HuggingFace, *, refresh: bool) -> RemoteModel | None:
+    def _mirrored(
+        self, bucket: Bucket, reference: HuggingFace, *, refresh: bool, cancelled: Cancelled
+    ) -> RemoteModel | None:
         commit: str | None = reference.revision
         if not is_commit(reference.revision):
             if refresh:
-                return None  # only the hub knows
-            commit = self._ref(bucket, reference)
+                return None  # only Hugging Face knows the current commit
+            commit = self._ref(bucket, reference, cancelled)
         if commit is None:
             return None
         files = []
         for path in split_files(reference.filename):
-            file = self._with_manifest(bucket, self._layout.manifest(reference, commit, path), path)
+            file = self._with_manifest(bucket, self._layout.manifest(reference, commit, path), path, cancelled)
             if file is None or file.manifest is None:
                 return None
             if file.manifest.origin != origin(reference, commit, path):
-                logger.warning("the mirror's manifest of %s is passed over: it is of %s", path, file.manifest.origin)
+                logger.warning("the mirror's manifest of %s is skipped: it belongs to %s", path, file.manifest.origin)
                 return None
             files.append(file)
         return RemoteModel(self.name, reference, tuple(files), commit)
 
-    def _ref(self, bucket: Bucket, reference: HuggingFace) -> str | None:
-        reply = bucket.get(self._layout.ref(reference), most=1024)
-        ref = Ref.from_json(reply.body) if reply else None
+    def _ref(self, bucket: Bucket, reference: HuggingFace, cancelled: Cancelled) -> str | None:
+        response = bucket.get(self._layout.ref(reference), most=1024, cancelled=cancelled)
+        ref = Ref.from_json(response.body) if response else None
         if ref is None:
             return None
         with self._lock:
             self._refs[reference.repo_id, reference.revision] = ref.commit
         return ref.commit
 
-    def _with_manifest(self, bucket: Bucket, key: str, path: str) -> S3File | None:
-        reply = bucket.get(key)
-        if reply is None:
+    def _with_manifest(self, bucket: Bucket, key: str, path: str, cancelled: Cancelled) -> S3File | None:
+        response = bucket.get(key, cancelled=cancelled)
+        if response is None:
             return None
         try:
-            manifest = Manifest.from_json(reply.body)
+            manifest = Manifest.from_json(response.body)
         except MalformedManifest as error:
-            logger.warning("s3://%s/%s is passed over: %s", bucket.name, key, error)
+            logger.warning("s3://%s/%s is skipped: %s", bucket.name, key, error)
             return None
         return S3File(path, manifest.size_bytes, manifest.sha256, manifest.etag, bucket, manifest.key, manifest)
 
-    def _object(self, bucket: Bucket, key: str) -> S3File:
+    def _object(self, bucket: Bucket, key: str, cancelled: Cancelled) -> S3File:
         try:
-            file = self._with_manifest(bucket, key + SUFFIX, key)
+            file = self._with_manifest(bucket, key + SUFFIX, key, cancelled)
         except Denied:
-            file = None  # perhaps only the object itself may be read; the HEAD will tell
+            file = None  # the object itself may still be readable
         if file is not None:
             return file
-        reply = bucket.head(key)
-        if reply is None:
+        response = bucket.head(key, cancelled=cancelled)
+        if response is None:
             raise ModelNotFound(f"There is no object s3://{bucket.name}/{key}; check bucket and key.")
-        return _plain(bucket, key, reply)
+        return _plain(bucket, key, response)
 
 
 def origin(reference: HuggingFace, commit: str, path: str) -> str:
-    """What a manifest calls the file that it is of."""
+    """Return the name of a file in its manifest."""
     return f"hf://{reference.repo_id}/{path}@{commit}"
 
 
 def default_threads() -> int:
-    """Connections: S3 gives 80 MB/s or so to each, and more than a few per CPU only contend for it. Each holds a block
-    and its TLS state: at most a sixteenth of the free memory is for them."""
+    """Return the number of connections.
+
+    S3 delivers about 80 MB/s on each, and more than a few per CPU only contend for it. Each holds a block and its TLS
+    state; together they take at most a sixteenth of the free memory.
+    """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     affordable = free_memory() // (16 * (BLOCK_BYTES + (1 << 20))) or 16
     return max(2, min(4 * cpus, 16, affordable))
 
 
-def _plain(bucket: Bucket, key: str, reply: S3Response) -> S3File:
-    size, etag = reply.headers.get("content-length", ""), reply.headers.get("etag", "")
+def _plain(bucket: Bucket, key: str, response: S3Response) -> S3File:
+    size, etag = response.headers.get("content-length", ""), response.headers.get("etag", "")
     if not size.isdecimal() or not etag:
-        raise ModelUnavailable(f"s3://{bucket.name}/{key} has no size or no ETag; is this an S3?", retry_after=None)
-    values = s3_values(reply.headers)
+        raise ModelUnavailable(
+            f"s3://{bucket.name}/{key} has no size or no ETag. Check S3_ENDPOINT_URL.",
+            retry_after=None,
+        )
+    values = s3_values(response.headers)
     sha256 = values["sha256"].hex() if "sha256" in values else None
     return S3File(key, int(size), sha256, etag, bucket, key, None, values)

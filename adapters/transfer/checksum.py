@@ -1,4 +1,4 @@
-"""Checksums over a whole object, fed in order: sha256, and what S3 keeps of objects that nobody gave a sha256."""
+"""Compute checksums over a whole object: sha256, and those that S3 stores by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Checksum(Protocol):
 
 
 class Sha256:
-    """The sha256, in hex."""
+    """A sha256 in hex."""
 
     def __init__(self, expected: str) -> None:
         self._expected, self._hash = expected.lower(), hashlib.sha256()
@@ -30,7 +30,7 @@ class Sha256:
 
 
 class Crc:
-    """A CRC, computed by `function(data, value before)`."""
+    """A CRC. `function(data, value)` updates it."""
 
     def __init__(self, function: Callable[[memoryview, int], int], expected: int) -> None:
         self._function, self._expected, self._value = function, expected, 0
@@ -43,9 +43,9 @@ class Crc:
 
 
 def s3_values(headers: Mapping[str, str]) -> dict[str, bytes]:
-    """The checksums over the whole object that a HEAD with x-amz-checksum-mode named, by algorithm.
+    """Return the whole-object checksums in the response to a HEAD with x-amz-checksum-mode, by algorithm.
 
-    Those of multipart uploads may be COMPOSITE, a checksum of the parts' checksums: of no use to a reader.
+    COMPOSITE checksums of multipart uploads are skipped: they are checksums of the parts' checksums.
     """
     if headers.get("x-amz-checksum-type", "FULL_OBJECT") != "FULL_OBJECT":
         return {}
@@ -54,14 +54,14 @@ def s3_values(headers: Mapping[str, str]) -> dict[str, bytes]:
         try:
             value = base64.b64decode(headers.get(f"x-amz-checksum-{algorithm}", ""), validate=True)
         except binascii.Error:
-            continue  # also the "...-<parts>" of a composite one that does not say so
+            continue  # for example "...-<parts>", a composite one without its type
         if len(value) == length:
             values[algorithm] = value
     return values
 
 
 def strongest(values: Mapping[str, bytes]) -> Checksum | None:
-    """The best check that can be computed here. None: the ETag's pin, the size and the header must do."""
+    """Return the strongest check available here. With None, only ETag, size and GGUF header are checked."""
     if "sha256" in values:
         return Sha256(values["sha256"].hex())
     if "crc64nvme" in values and (crc64 := _crc64nvme()) is not None:
@@ -72,7 +72,7 @@ def strongest(values: Mapping[str, bytes]) -> Checksum | None:
 
 
 def _crc64nvme() -> Any:
-    """What S3 adds to new objects by itself. In Python alone it would take minutes: only where awscrt is installed."""
+    """Return awscrt's CRC64NVME, which S3 adds to new objects by itself. Pure Python would take minutes."""
     try:
         from awscrt.checksums import crc64nvme
     except ImportError:

@@ -1,6 +1,7 @@
-"""Connection: one keep-alive HTTP/1.1 connection to whatever host the URL names, on the standard library.
+"""Send HTTP/1.1 requests over one keep-alive connection, with the standard library only.
 
-Knows no AWS and no retries. HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY count, as for the hub and boto3.
+This module knows neither AWS nor retries. It honours HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as
+huggingface_hub and boto3 do.
 """
 
 from __future__ import annotations
@@ -22,19 +23,22 @@ USER_AGENT = "slm-api-server"
 
 
 class ConnectionBroken(Exception):
-    """The connection failed before the answer was whole. The message is for the log."""
+    """The connection failed before the response was complete. The message is for the log."""
 
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """One for all connections: reading the certificate store takes 10 to 30 ms. AWS_CA_BUNDLE replaces the store."""
+    """Return the context all connections share: reading the certificate store takes 10 to 30 ms.
+
+    AWS_CA_BUNDLE replaces the store.
+    """
     import ssl
 
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
 
 
 def proxy_of(url: SplitResult) -> SplitResult | None:
-    """The proxy that the environment names for a URL. Looks no further unless there is one: it costs an import."""
+    """Return the proxy that the environment names for a URL. Without one, urllib is not imported."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return None
     from urllib.request import getproxies_environment, proxy_bypass
@@ -45,7 +49,7 @@ def proxy_of(url: SplitResult) -> SplitResult | None:
         return None
     proxy = urlsplit(address if "://" in address else f"http://{address}")
     if proxy.scheme != "http" or proxy.hostname is None:
-        raise ConnectionBroken(f"a proxy is named http://host:port, got one with {proxy.scheme}://")
+        raise ConnectionBroken(f"a proxy must be http://host:port, got one with {proxy.scheme}://")
     return proxy
 
 
@@ -73,9 +77,9 @@ def _connect(url: SplitResult, proxy: SplitResult | None, timeout: float) -> HTT
 
 
 class Connection:
-    """Reconnects when the host changes, when the last answer was not read to its end, and after `close`.
+    """Reconnects when the host changes, when the last response was not read completely, and after `close`.
 
-    One thread uses it; `abort` may come from another. `timeout` is in seconds, for connecting and for each read.
+    One thread uses it; another may call `abort`. `timeout` (seconds) applies to connecting and to each read.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -83,18 +87,18 @@ class Connection:
         self._host: tuple[str, str] = ("", "")
         self._connection: HTTPConnection | None = None
         self._response: HTTPResponse | None = None
-        self._socket: socket.socket | None = None  # http.client forgets its own once the answer is the last
+        self._socket: socket.socket | None = None  # http.client drops its own after a response with Connection: close
         self._aborted = False
 
     def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> HTTPResponse:
-        """The answer, its body still to be read with `read_into` or `read`. Raises ConnectionBroken."""
+        """Return the response; read its body with `read_into` or `read`. Raise ConnectionBroken."""
         parts = urlsplit(url)
         host = (parts.scheme, parts.netloc)
         if host != self._host or self._response is None or not self._response.isclosed():
             self.close()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         proxy = proxy_of(parts)
-        if proxy is not None and parts.scheme == "http":  # a proxy of plain HTTP wants the whole address
+        if proxy is not None and parts.scheme == "http":  # a plain HTTP proxy needs the absolute URL
             target = f"{parts.scheme}://{parts.netloc}{target}"
             headers = {**headers, **proxy_headers(proxy)}
         with self._closed_by_failure():
@@ -109,35 +113,35 @@ class Connection:
         return self._response
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the next bytes of the answer. Raises ConnectionBroken if they do not come."""
+        """Fill `view` with the next bytes of the body. Raise ConnectionBroken if they do not come."""
         response = self._response
         if response is None:
-            raise ConnectionBroken("no answer is open")
+            raise ConnectionBroken("no response is open")
         filled = 0
         with self._closed_by_failure():
             while filled < len(view):
                 count = response.readinto(view[filled:])
                 if count == 0:
-                    raise ConnectionBroken(f"the answer ended {len(view) - filled} bytes early")
+                    raise ConnectionBroken(f"the response ended {len(view) - filled} bytes early")
                 filled += count
 
     def read(self, most: int) -> bytes:
-        """The rest of the answer, but no more than `most` bytes: then ConnectionBroken."""
+        """Return the rest of the body. Raise ConnectionBroken if it is longer than `most` bytes."""
         if self._response is None:
-            raise ConnectionBroken("no answer is open")
+            raise ConnectionBroken("no response is open")
         with self._closed_by_failure():
             body = self._response.read(most + 1)
             if len(body) > most:
-                raise ConnectionBroken(f"the answer is longer than {most} bytes")
+                raise ConnectionBroken(f"the response is longer than {most} bytes")
             if self._response.length:
-                raise ConnectionBroken(f"the answer ended {self._response.length} bytes early")
-        if not self._response.isclosed():  # of length nought, or a HEAD's
+                raise ConnectionBroken(f"the response ended {self._response.length} bytes early")
+        if not self._response.isclosed():  # an empty body, or a response to HEAD
             self._response.close()
         return body
 
     @contextlib.contextmanager
     def _closed_by_failure(self) -> Iterator[None]:
-        """Whatever fails inside closes the connection and is ConnectionBroken."""
+        """Close the connection on any failure and raise ConnectionBroken."""
         try:
             yield
         except (OSError, HTTPException) as error:
@@ -148,11 +152,11 @@ class Connection:
             raise
 
     def abort(self) -> None:
-        """Let what blocks in another thread fail: a read at once, connecting when it is through."""
+        """Interrupt another thread: a blocked read fails at once, a blocked connect fails after it returns."""
         self._aborted = True
         if (sock := self._socket) is not None:
             with contextlib.suppress(OSError):
-                # Not `sock.shutdown`: SSLSocket's forgets its TLS state; what is queued would pass as plain text.
+                # Not `sock.shutdown`: SSLSocket's drops the TLS state, and queued data would pass as plain text.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Lane: one connection of a download, and the block that it is receiving."""
+"""Receive blocks over one connection of a download."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from typing import Protocol
 
 from adapters.transfer.connection import Connection, ConnectionBroken
-from adapters.transfer.errors import error_of
+from adapters.transfer.errors import MAX_ERROR_BODY, error_of
 
-# Bytes that one read asks for. A break loses those of the read that it interrupts.
+# Bytes per read. When a connection breaks, the bytes of the interrupted read are lost.
 FIRST_READ, LEAST_READ, LARGEST_READ = 16 << 10, 4 << 10, 1 << 20
 
 
@@ -16,24 +16,27 @@ class Origin(Protocol):
     """Where an object's bytes are. Thread-safe."""
 
     name: str  # for messages
-    etag: str | None  # of the version; None: the origin names none for ranges
+    etag: str | None  # of the version that is read; None: responses carry no useful ETag
 
     def request(self, first: int, last: int, *, renew: bool = False) -> tuple[str, dict[str, str]]:
-        """URL and headers of a GET for bytes `first` to `last` (both counted), signed now and pinned to one version.
+        """Return URL and headers of a GET for bytes `first` to `last` (inclusive), signed now, pinned to one version.
 
-        `renew`: the last one was refused, so fetch new credentials or a new address first.
+        With `renew` the last request was refused: fetch new credentials or a new address first.
         """
         ...
 
 
 class Lane:
-    """One thread uses it. The first `filled` bytes of its block are in its buffer: a break does not lose them."""
+    """One connection and the block it is receiving. One thread uses it.
+
+    `buffer` holds the first `filled` bytes of the block, so that they survive a broken connection.
+    """
 
     def __init__(self, connection: Connection, block_bytes: int) -> None:
         self.connection = connection
         self.buffer = memoryview(bytearray(block_bytes))
         self.filled = 0
-        self.began = 0.0  # when the block was first asked for
+        self.began = 0.0  # when the block was first requested
         self._read_bytes = FIRST_READ
 
     def ask(self, origin: Origin, first: int, last: int, size: int, *, renew: bool) -> None:
@@ -43,18 +46,18 @@ class Lane:
         length = last + 1 - first
         whole = response.status == 200 and response.length == size == length
         if response.status != 206 and not whole:
-            body = self.connection.read(65536) if response.status >= 300 else b""
+            body = self.connection.read(MAX_ERROR_BODY) if response.status >= 300 else b""
             raise error_of(response.status, body, origin.name)
         if origin.etag is not None and response.getheader("ETag", origin.etag) != origin.etag:
-            raise error_of(412, b"", origin.name)  # from a server that ignores If-Match
-        ranged = f"bytes {first}-{last}/{size}"
-        if not whole and (response.getheader("Content-Range") != ranged or response.length != length):
-            raise ConnectionBroken(f"asked for {ranged}, got {response.getheader('Content-Range')}")
+            raise error_of(412, b"", origin.name)  # the server ignores If-Match
+        expected = f"bytes {first}-{last}/{size}"
+        if not whole and (response.getheader("Content-Range") != expected or response.length != length):
+            raise ConnectionBroken(f"requested {expected}, received {response.getheader('Content-Range')}")
 
     def receive(self, block: memoryview) -> None:
-        """Fill `block`, a part of `buffer`, from `filled` on. Raises ConnectionBroken.
+        """Fill `block`, a slice of `buffer`, from `filled` on. Raise ConnectionBroken if the bytes do not come.
 
-        A read takes about a tenth of a second, so that on a slow link a break costs little.
+        Reads are sized to take about a tenth of a second, so that a break costs little on a slow link.
         """
         while self.filled < len(block):
             began = time.monotonic()

@@ -1,12 +1,11 @@
-"""Memory: a model received into a memfd, which llama.cpp maps through /proc/self/fd/N without a copy.
+"""Receive a model into a memfd, which llama.cpp maps through /proc/self/fd/N without a copy.
 
-The weights then exist once, as shared memory, need no ephemeral storage, and are gone with the process. Linux only.
+The weights exist once, as shared memory. They need no ephemeral storage and disappear with the process. Linux only.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,11 @@ from core.store import gguf
 from core.store.model_file import ModelFile
 from core.store.source import Cancelled, DownloadCancelled, Progress, RemoteModel
 
-POLL_S = 0.05  # how often progress is told and a cancellation noticed
+POLL_S = 0.05  # how often progress is reported and cancellation checked
 
 
 class MemoryFile:
-    """A memfd of fixed size. `release` closes it; what has mapped it keeps its bytes."""
+    """A memfd of fixed size. `release` closes it; existing mappings keep its bytes."""
 
     def __init__(self, name: str, size: int) -> None:
         self.fd = os.memfd_create(name[:200], os.MFD_CLOEXEC)
@@ -38,19 +37,15 @@ class MemoryFile:
                 os.close(self.fd)
 
 
-def is_supported() -> bool:
-    return sys.platform.startswith("linux") and hasattr(os, "memfd_create")
-
-
 def follow(transfer: Transfer, progress: Progress, cancelled: Cancelled, offset: int | None = None) -> None:
-    """Wait for the bytes before `offset`, or for all of them verified, telling progress meanwhile.
+    """Wait until all bytes before `offset` are written, or until the whole is verified, and report progress.
 
-    Raises ModelUnavailable if the transfer fails, DownloadCancelled if `cancelled()` says so; the latter ends it.
+    Raise ModelUnavailable if the transfer fails. Cancel it and raise DownloadCancelled if `cancelled()` is true.
     """
     while True:
-        there = transfer.finish(POLL_S) if offset is None else transfer.wait_for(offset, POLL_S)
+        complete = transfer.finish(POLL_S) if offset is None else transfer.wait_for(offset, POLL_S)
         progress(*transfer.progress())
-        if there:
+        if complete:
             return
         if cancelled():
             transfer.cancel()
@@ -68,16 +63,16 @@ def receive(
 ) -> ModelFile:
     """Receive a model of one file through the transfer that `begin` makes for a descriptor.
 
-    Returns when all is there and verified, or unless `whole` when header and vocabulary are: the rest is then its
-    `arrival`. Its `release` ends what still arrives and closes the memory; idempotent. Raises InvalidRequest if
-    it is no GGUF that llama.cpp may see, ModelUnavailable, DownloadCancelled.
+    With `whole`, return once every byte is verified. Otherwise return once header and vocabulary are; the rest is the
+    model's `arrival`. The model's `release` stops the transfer and closes the memory; it is idempotent. Raise
+    InvalidRequest if the file is not a GGUF that llama.cpp can load, ModelUnavailable or DownloadCancelled.
     """
     file = found.files[0]
     target = MemoryFile(name, file.size_bytes)
     transfer = begin(target.fd)
 
     def release() -> None:
-        transfer.cancel()  # a no-op when it is complete; else nothing writes to the descriptor any more
+        transfer.cancel()  # no effect once complete; otherwise waits until no thread uses the descriptor
         target.release()
 
     def pread(offset: int, length: int) -> bytes:
@@ -86,9 +81,9 @@ def receive(
 
     try:
         transfer.start()
-        if whole:  # first: bytes that arrived damaged are to be called that, not the file malformed
+        if whole:  # verify first: damaged bytes must be reported as such, not as a malformed file
             follow(transfer, progress, cancelled)
-        # What has a manifest came through a store, which checked it before.
+        # A file with a manifest passed this check before it was uploaded.
         header = gguf.parse_header(pread, file.size_bytes, checked=not whole)
         follow(transfer, progress, cancelled, header.data_offset)
     except gguf.MalformedGGUF as error:

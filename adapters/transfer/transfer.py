@@ -1,10 +1,12 @@
-"""Transfer: a large object in parallel ranged reads, written where it belongs as the blocks arrive.
+"""Download a large object with parallel ranged reads and write each block to its offset.
 
-An object is cut into *blocks*: a block is received whole, compared with its sha256 where the manifest has one, and only
-then written, so nothing unverified reaches the target and memory is bounded by threads x block. A *part* is what one
-request asks for: several blocks, or one where it matters (the header that loading waits for, and the end, so that all
-threads finish together). A failed request goes on at the first byte it still owes, and on a slow link fewer run at a
-time. What one thread owes for too long another fetches too, and the first to have it whole writes it.
+An object is divided into *blocks*. A block is received completely, compared with its sha256 if the manifest has one,
+and only then written. So no unverified byte reaches the target, and memory is bounded by threads x block size.
+
+A *part* is what one request asks for: several blocks, or a single block in the header (which loading waits for) and
+near the end (so that all threads finish together). A failed request resumes at the first missing byte. On a slow link
+fewer requests run in parallel. A block that is outstanding for too long is requested by a second thread; the first
+complete copy wins.
 """
 
 from __future__ import annotations
@@ -14,35 +16,34 @@ import errno
 import hashlib
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from adapters.transfer.blocks import OVERTAKE_S, SLOW_S, Blocks, Part
+from adapters.transfer.blocks import OVERTAKE_S, Blocks, Part
 from adapters.transfer.checksum import Checksum
 from adapters.transfer.connection import Connection, ConnectionBroken
 from adapters.transfer.errors import Refused, WrongBytes
 from adapters.transfer.lane import Lane, Origin
+from adapters.transfer.retry import DEFAULT_POLICY, RetryPolicy
 from core.errors import ModelUnavailable
 from core.store.source import Damaged, DownloadCancelled
 
 BLOCK_BYTES = 2 << 20
 MAX_BLOCK_BYTES = 16 << 20
-ATTEMPTS = 8  # failures in a row, without one new block, after which a part gives up
-WRONG_ATTEMPTS = 3  # the same for a block whose bytes are wrong: they did not change on their way under TLS
-STALL_S = 10.0  # a read that brings nothing for so long is given up
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+PART_BYTES = 8 << 20  # large enough to amortise a request's latency, small enough to share out evenly
+WRONG_ATTEMPTS = 3  # for a block with wrong bytes: under TLS they were not damaged on their way
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = logging.getLogger("slm.transfer")
 
 
 class Transfer:
-    """A download under way: an `Arrival` (`core.store.model_file`). Thread-safe; it begins with `start()`.
+    """A running download. Implements `core.store.model_file.Arrival`. Thread-safe; `start()` begins it.
 
-    `digests` are the blocks' sha256; without them `checksum`, if any, follows the gapless front and decides at the end.
-    The first `first_bytes` are fetched before all others. The first `resume` bytes are in the target already: they are
-    checked against the digests, or trusted if there are none.
+    `digests` are the sha256 of the blocks. `checksum` covers the whole object: it is fed as the contiguous prefix
+    grows and decides at the end. The first `first_bytes` are downloaded before all others. The first `resume` bytes
+    are in the target already: they are checked against the digests, or trusted if there are none.
     """
 
     def __init__(
@@ -57,10 +58,8 @@ class Transfer:
         first_bytes: int = 0,
         resume: int = 0,
         threads: int = 4,
-        part_bytes: int = 8 << 20,
-        stall: float | None = None,
-        slow: float = SLOW_S,
-        pause: float | None = None,
+        part_bytes: int = PART_BYTES,
+        policy: RetryPolicy = DEFAULT_POLICY,
     ) -> None:
         width = max(1, min(threads, -(-size // block_bytes)))
         blocks = Blocks(
@@ -69,28 +68,26 @@ class Transfer:
             first_bytes=first_bytes,
             part_bytes=part_bytes,
             width=width,
-            slow_s=slow,
+            slow_s=policy.slow_s,
         )
         if not 0 < block_bytes <= MAX_BLOCK_BYTES or (digests is not None and len(digests) != blocks.count):
             raise ValueError("the blocks do not cover the object")
         self._origin, self._fd, self._size = origin, fd, size
         self._block_bytes, self._digests, self._checksum = block_bytes, digests, checksum
-        self._resume, self._width, self._stall = resume, width, STALL_S if stall is None else stall
-        self._watch_s = min(1.0, slow / 8)
-        self._pause = FIRST_PAUSE_S if pause is None else pause
+        self._resume, self._width, self._policy = resume, width, policy
         self._stopped = threading.Event()
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards all fields below
         self._blocks = blocks
         self._error: BaseException | None = None
-        self._requests = 0  # that run now
+        self._requests = 0  # running now
         self._using = 0  # threads that read or write the target now
         self._checked = checksum is None
         self._connections: dict[Connection, float] = {}  # -> when its block began
 
-    # What the caller sees
+    # The caller's side
 
     def start(self) -> None:
-        """Check what is there already, then begin. Returns at once otherwise."""
+        """Verify the resumed bytes, start the threads and return."""
         self._check_present()
         if self._complete():
             self._stopped.set()
@@ -103,33 +100,33 @@ class Transfer:
             threading.Thread(target=self._guard, args=(run, *arguments), name="download", daemon=True).start()
 
     def front(self) -> int:
-        """Bytes from the start on that are written without a gap."""
+        """Return the length of the contiguous prefix that is written."""
         with self._changed:
             return self._blocks.offset(self._blocks.front)
 
     def progress(self) -> tuple[int, int]:
-        """(bytes arrived, bytes in all)."""
+        """Return (bytes received, bytes in total)."""
         with self._changed:
             return self._blocks.arrived, self._size
 
     def wait_for(self, offset: int, timeout: float | None = None) -> bool:
-        """Block until all bytes before `offset` are written (and verified, if there are digests); False: timed out.
+        """Block until all bytes before `offset` are written, and verified if there are digests.
 
-        Raises ModelUnavailable if the transfer failed or was cancelled.
+        Return False after `timeout` seconds. Raise ModelUnavailable if the transfer failed or was cancelled.
         """
         blocks = self._blocks
         return self._await(lambda: blocks.front >= blocks.before(offset), timeout)
 
     def wait(self) -> None:
-        """Block until every byte is written and verified. Raises ModelUnavailable if that failed."""
+        """Block until every byte is written and verified. Raise ModelUnavailable if that failed."""
         self._await(self._complete, None)
 
     def finish(self, timeout: float) -> bool:
-        """Like `wait`, for at most so many seconds; False: not yet."""
+        """Like `wait`, but return False after `timeout` seconds."""
         return self._await(self._complete, timeout)
 
     def cancel(self) -> None:
-        """Give up; waiting then raises. On return no thread touches the target any more."""
+        """Stop the download; waiting callers raise. Once this returns, no thread uses the target any more."""
         self._fail(DownloadCancelled(f"The download of {self._origin.name} was cancelled."))
         with self._changed:
             self._changed.wait_for(lambda: self._using == 0)
@@ -160,7 +157,7 @@ class Transfer:
     def _guard(self, run: Callable[..., None], *arguments: object) -> None:
         try:
             run(*arguments)
-        except BaseException as error:  # noqa: BLE001 - whatever ends a thread must end the waiting too
+        except BaseException as error:  # noqa: BLE001 - an error that ends a thread must end the waiting too
             self._fail(error)
 
     # The target
@@ -177,9 +174,9 @@ class Transfer:
         return self._digests is None or hashlib.sha256(data).digest() == self._digests[block]
 
     def _land(self, block: int, data: memoryview) -> None:
-        """Verify a block and write it, unless another thread was faster."""
+        """Verify a block and write it, unless another thread has."""
         if not self._is_right(block, data):
-            raise WrongBytes(f"block {block} is not what the manifest says")
+            raise WrongBytes(f"block {block} does not match the manifest")
         with self._changed:
             if self._stopped.is_set() or not self._blocks.claim(block):
                 return
@@ -190,8 +187,7 @@ class Transfer:
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], offset + written)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            reason = "there is no space left" if full else "the target cannot be written"
+            reason = "there is no space left" if error.errno in NO_SPACE else "the target cannot be written"
             raise ModelUnavailable(f"{self._origin.name} could not be stored: {reason}.") from error
         finally:
             with self._changed:
@@ -204,7 +200,7 @@ class Transfer:
             self._changed.notify_all()
 
     def _follow(self, checksum: Checksum) -> None:
-        """Feed `checksum` behind the front: the bytes come from memory, where they were a moment ago."""
+        """Feed `checksum` from the contiguous prefix. The bytes were written a moment ago and are read from memory."""
         buffer = memoryview(bytearray(1 << 20))
         position = 0
         while position < self._size:
@@ -222,7 +218,7 @@ class Transfer:
                     self._using -= 1
                     self._changed.notify_all()
         if not checksum.matches():
-            raise Damaged(f"{self._origin.name} arrived with another checksum than it should have; try again.")
+            raise Damaged(f"{self._origin.name} arrived with a wrong checksum. Try again.")
         with self._changed:
             self._checked = True
             self._stop()
@@ -230,20 +226,20 @@ class Transfer:
     # The network
 
     def _work(self) -> None:
-        connection = Connection(self._stall)
+        connection = Connection(self._policy.stall_s)
         lane = Lane(connection, min(self._block_bytes, self._size))
         try:
             while (part := self._take()) is not None:
                 self._fetch(lane, part)
                 with self._changed:
-                    self._connections.pop(connection, None)  # idle: not to be found slow
+                    self._connections.pop(connection, None)  # idle connections are not slow
         finally:
             with self._changed:
                 self._connections.pop(connection, None)
             connection.close()
 
     def _take(self) -> Part | None:
-        """What to fetch next, None when there is nothing left to do."""
+        """Return the part to request next, or None when nothing is left to do."""
         with self._changed:
             while not self._stopped.is_set() and not self._blocks.complete():
                 if self._requests < self._blocks.active and (part := self._blocks.take(time.monotonic())) is not None:
@@ -252,45 +248,48 @@ class Transfer:
         return None
 
     def _fetch(self, lane: Lane, part: Part) -> None:
-        """Bring a part's blocks, through failures."""
+        """Download a part's blocks, with retries."""
         failures, refused = 0, False
         lane.filled, lane.began = 0, time.monotonic()
         while part.next < part.end and not self._stopped.is_set():
+            # 1) Request what is missing. Most parts end here.
             before = (part.next, lane.filled)
             try:
                 with self._turn():
                     self._request(lane, part, renew=refused)
                 return
             except (Refused, ConnectionBroken) as error:
-                reason = error
+                failure = error
             if self._stopped.is_set():
                 return
             with self._changed:
                 self._connections.pop(lane.connection, None)
                 self._blocks.slowed(time.monotonic())
+            # 2) Count failures in a row; a new byte starts the count again. A second refusal is final.
             moved = (part.next, lane.filled) > before
-            if isinstance(reason, Refused) and refused and not moved:
+            if isinstance(failure, Refused) and refused and not moved:
                 raise ModelUnavailable(
-                    f"{self._origin.name} may not be read ({reason}); check the credentials and their rights."
-                ) from reason
-            refused = isinstance(reason, Refused)
+                    f"{self._origin.name} may not be read ({failure}); check the credentials and their permissions."
+                ) from failure
+            refused = isinstance(failure, Refused)
             failures = 1 if moved else failures + 1
-            if failures >= (WRONG_ATTEMPTS if isinstance(reason, WrongBytes) else ATTEMPTS):
-                if isinstance(reason, WrongBytes):
-                    raise Damaged(
-                        f"{self._origin.name} is damaged: wrong bytes came {failures} times in a row."
-                    ) from reason
-                raise ModelUnavailable(
-                    f"{self._origin.name} could not be downloaded: reads failed {failures} times in a row. "
-                    "Try again later."
-                ) from reason
-            logger.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, reason)
-            pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (failures - 1))
-            self._stopped.wait(random.uniform(pause / 2, pause))  # noqa: S311 - jitter, no secret
+            wrong = isinstance(failure, WrongBytes)
+            if failures >= (min(WRONG_ATTEMPTS, self._policy.attempts) if wrong else self._policy.attempts):
+                raise self._give_up(failures, wrong) from failure
+            # 3) Pause, then request the rest.
+            logger.warning("download of %s, block %d, try %d: %s", self._origin.name, part.next, failures, failure)
+            self._stopped.wait(self._policy.backoff.pause(failures))
+
+    def _give_up(self, failures: int, wrong: bool) -> ModelUnavailable:
+        if wrong:
+            return Damaged(f"{self._origin.name} is damaged: wrong bytes came {failures} times in a row.")
+        return ModelUnavailable(
+            f"{self._origin.name} could not be downloaded: reads failed {failures} times in a row. Try again later."
+        )
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """One of the requests that may run at a time."""
+        """Wait until one more request may run, and count it while it does."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped.is_set() or self._requests < self._blocks.active)
             self._requests += 1
@@ -317,17 +316,17 @@ class Transfer:
             lane.began = ended
 
     def _begin(self, connection: Connection) -> float:
-        """Note that a connection begins on a block now."""
+        """Record that a connection starts on a block now."""
         now = time.monotonic()
         with self._changed:
-            if self._stopped.is_set():  # whoever stopped has not seen this connection
+            if self._stopped.is_set():  # `_stop` did not see this connection
                 raise ConnectionBroken("stopped")
             self._connections[connection] = now
         return now
 
     def _watch(self) -> None:
-        """Cut connections whose block takes too long: no single read of theirs need time out for that."""
-        while not self._stopped.wait(self._watch_s):
+        """Cut connections whose block takes too long, even though none of their reads times out."""
+        while not self._stopped.wait(min(1.0, self._policy.slow_s / 8)):
             with self._changed:
                 patience = self._blocks.patience()
                 for connection, since in self._connections.items():

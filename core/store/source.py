@@ -1,7 +1,7 @@
-"""Source and Mirror: what the store asks of the places that models come from and go to.
+"""Define the protocols of the places that models come from (Source) and are copied to (Mirror).
 
-A source resolves a reference to the files of one model, then brings a file into a `Partial`: an open temporary file of
-the store. The store owns the rest: space, locks, the whole sha256, the GGUF check, publishing, cleaning up.
+A source resolves a reference to the files of one model, then downloads a file into a `Partial`: an open temporary file
+of the store. The store does the rest: disk space, locks, the sha256 of the whole, the GGUF check, publishing, cleanup.
 """
 
 from __future__ import annotations
@@ -15,24 +15,29 @@ from core.errors import ModelUnavailable
 from core.store.model_file import ModelFile
 from core.store.reference import S3, HuggingFace
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all; 0 when unknown)
+Progress = Callable[[int, int], None]  # (bytes done, bytes in total; 0 if unknown)
 Cancelled = Callable[[], bool]
 
 
-class DownloadCancelled(ModelUnavailable):
-    """`cancelled()` said so. What has arrived stays for the next try."""
+def never() -> bool:
+    """A `Cancelled` of work that cannot be cancelled."""
+    return False
 
-    def __init__(self, message: str = "The download was cancelled; what has arrived is kept for the next try.") -> None:
+
+class DownloadCancelled(ModelUnavailable):
+    """The download was cancelled. Received bytes stay for the next try."""
+
+    def __init__(self, message: str = "The download was cancelled. The next one resumes it.") -> None:
         super().__init__(message, retry_after=None)
 
 
 class Damaged(ModelUnavailable):
-    """A source holds bytes that are not what they should be. Asking it again brings the same bytes."""
+    """A source holds wrong bytes. Another request would return the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of a model. `path` is its name there (folders included); size and sha256 are the source's word."""
+    """One file of a model. `path` is its name at the source, with folders; the source claims size and sha256."""
 
     path: str
     size_bytes: int
@@ -42,13 +47,13 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """A model that a source has: its files (those of a split model in order), all of one commit."""
+    """A model at a source: its files, all of one commit, the parts of a split model in order."""
 
     source: str  # "huggingface" or "s3"
-    reference: HuggingFace | S3  # as asked, its revision perhaps a branch
+    reference: HuggingFace | S3  # as requested; its revision may be a branch
     files: tuple[RemoteFile, ...]
     commit: str | None = None
-    resolved_at: float = 0.0  # when the hub said so, in seconds since 1970; 0: it was not asked
+    resolved_at: float = 0.0  # when Hugging Face named the commit (Unix time); 0: it was not asked
 
     @property
     def size_bytes(self) -> int:
@@ -56,10 +61,10 @@ class RemoteModel:
 
 
 class Partial(Protocol):
-    """A file of the store being filled: `size` bytes, of which the first `done` are there from an earlier try.
+    """A file that is being downloaded: `size` bytes, of which the first `done` were received by an earlier try.
 
-    Write with `os.pwrite(partial.fd, ...)`, from any thread and in any order. `landed(n)` says that the first n bytes
-    are written: it is what a later try resumes from, so call it as the gapless front moves on (every part or few MiB).
+    Write with `os.pwrite(partial.fd, ...)`, from any thread and in any order. `landed(n)` records that the first n
+    bytes are written. A later try resumes there, so call it as the contiguous prefix grows (every few MiB).
     `landed(0)` starts over.
     """
 
@@ -71,56 +76,61 @@ class Partial(Protocol):
 
 
 class Source(Protocol):
-    """A place models come from. Blocking, thread-safe.
+    """A place that models come from. Blocking and thread-safe.
 
-    Errors: `resolve` returns None for "not here" (the next source is asked) or raises InvalidRequest when it is the
-    authority and says no; ModelUnavailable when it cannot answer or a download fails; DownloadCancelled.
+    `resolve` returns None if the source does not have the model; the store then asks the next one. The authority raises
+    InvalidRequest if the model does not exist. All methods raise ModelUnavailable if the source cannot answer or a
+    download fails, and DownloadCancelled.
     """
 
     name: str
-    authority: bool  # True for the hub: it knows what a branch means now, and its "no" is final
+    authority: bool  # True for Hugging Face: it knows the commit of a branch, and its "no" is final
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel | None:
-        """The model's files, None if it is not here. `refresh` False: a branch may mean what it meant before."""
+    def resolve(
+        self, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled = never
+    ) -> RemoteModel | None:
+        """Return the model's files, or None. Without `refresh`, a cached commit of a branch will do."""
         ...
 
     def download(
         self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
-        """Fill `partial` from `partial.done` on. True if the sha256 of the whole was computed on the way and is
-        `file.sha256`; digests of blocks are not enough, since they come from the same place as the bytes.
+        """Fill `partial` from `partial.done` on. `progress` counts this file's bytes, including `partial.done`.
 
-        `progress` counts this file's bytes, `partial.done` included.
+        Return whether the sha256 of the whole was computed from the bytes and equals `file.sha256`. Digests of blocks
+        are not enough: they come from the same place as the bytes.
         """
         ...
 
     def open_memory(
         self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
-        """The model in a memfd, verified (size, sha256, GGUF header), perhaps with `arrival` set. None: not possible
-        here (split model, no memfd, no room); the store then uses the disk.
+        """Download a model of one file into a memfd and verify it: size, sha256, GGUF header.
 
-        A sha256 in `found.reference` is computed from the bytes, whatever the source says of them: `arrival.wait`
-        returns once it is right.
+        `arrival` may be set on the result. Return None if this source cannot verify it in memory; the store then uses
+        the disk. If `found.reference` pins a sha256, it is computed from the bytes before `arrival.wait` returns.
         """
         ...
 
 
 class Mirror(Protocol):
-    """Where models go that the hub delivered."""
+    """A copy of the models that Hugging Face delivered."""
 
     def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
-        """Upload once, in the background, and note what the branch in `reference` means. Returns at once, never raises.
+        """Upload the model once, in the background, and record the commit of its branch. Return at once, never raise.
 
-        Called after each fetch of a hub reference, whichever source brought it; `paths` are the published files.
+        The store calls this after each fetch of a Hugging Face reference, from whichever source. `paths` are the
+        published files.
         """
         ...
 
     def distrust(self, found: RemoteModel) -> None:
-        """Replace what the mirror holds of `found` at the next offer: its bytes were wrong. Never raises."""
+        """Replace the mirror's copy of `found` at the next offer, because its bytes were wrong. Never raise."""
         ...
 
     def run_pending(self, deadline: float | None) -> bool:
-        """Where nothing runs in the background (Lambda): work on what was offered until `deadline` on the monotonic
-        clock. True: nothing is left to do. Never raises."""
+        """Upload what was offered until `deadline` (monotonic clock), where nothing runs in the background (Lambda).
+
+        Return True if nothing is left to do. Never raise.
+        """
         ...

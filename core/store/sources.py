@@ -1,4 +1,4 @@
-"""Sources: which source is asked for a model, in which order, and what follows when one fails."""
+"""Choose the source of a model: in which order sources are asked, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store.model_file import Arrival
 from core.store.reference import S3, HuggingFace
-from core.store.source import Damaged, DownloadCancelled, Mirror, RemoteModel, Source
+from core.store.source import Cancelled, Damaged, DownloadCancelled, Mirror, RemoteModel, Source
 
 logger = logging.getLogger("slm.store")
 
@@ -21,53 +21,61 @@ FAILURES = (ModelUnavailable, InvalidRequest)
 
 
 class Sources:
-    """Thread-safe. `mirror` is told of wrong bytes."""
+    """Thread-safe. Wrong bytes are reported to `mirror`."""
 
     def __init__(self, sources: tuple[Source, ...], mirror: Mirror | None = None) -> None:
         self._sources, self._mirror = sources, mirror
         self._lock = threading.Lock()
-        self._failed: set[tuple[str, HuggingFace | S3]] = set()  # (source, model): failed last time, is asked last
+        self._failed: set[tuple[str, HuggingFace | S3]] = set()  # (source, model) of failed tries
 
-    def find(self, reference: HuggingFace | S3, *, refresh: bool) -> Iterator[tuple[Source, RemoteModel]]:
-        """The sources that have the model, in the order of `_ordered`, each with what it has.
+    def find(
+        self, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled
+    ) -> Iterator[tuple[Source, RemoteModel]]:
+        """Yield each source that has the model, with its files, in the order of `_ordered`.
 
-        With `refresh`, the authority is asked first what the branch means now; the others must then have that very
-        commit. Raises what the authority says (InvalidRequest), or ModelUnavailable if no source could answer.
+        With `refresh`, the authority is asked first for the branch's current commit, and the other sources must have
+        that commit. Raise the authority's InvalidRequest, or ModelUnavailable if no source could answer.
         """
+        # 1) With `refresh`, resolve the branch at the authority.
         failure: Failure | None = None
-        told: RemoteModel | None = None
-        asked = reference
+        current: RemoteModel | None = None
+        pinned = reference
         authority = next((source for source in self._sources if source.authority), None)
         if refresh and authority is not None and isinstance(reference, HuggingFace):
-            try:
-                told = authority.resolve(reference, refresh=True)
-            except ModelUnavailable as error:
-                failure = error
-            if told is not None and told.commit is not None:
-                asked = replace(reference, revision=told.commit)
+            answer = _ask(authority, reference, refresh=True, cancelled=cancelled)
+            if isinstance(answer, ModelUnavailable):
+                failure = answer
+            else:
+                current = answer
+            if current is not None and current.commit is not None:
+                pinned = replace(reference, revision=current.commit)
+        # 2) Yield every source that has these files.
         answered = False
         for source in self._ordered(reference):
-            try:
-                found = told if source is authority and refresh else source.resolve(asked, refresh=refresh)
-            except ModelUnavailable as error:
-                logger.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
-                failure = failure or error
-                continue
-            except InvalidRequest as error:  # final, unless another source has the model and is only asked later now
-                failure = error
-                continue
-            if found is None or not _agree(found, told):
+            model = current
+            if source is not authority or not refresh:
+                try:
+                    answer = _ask(source, pinned, refresh=refresh, cancelled=cancelled)
+                except InvalidRequest as error:  # final, unless a source that is asked later has the model
+                    failure = error
+                    continue
+                if isinstance(answer, ModelUnavailable):
+                    failure = failure or answer
+                    continue
+                model = answer
+            if model is None or not _agree(model, current):
                 continue
             answered = True
-            resolved_at = told.resolved_at if told is not None else found.resolved_at
-            yield source, replace(found, reference=reference, resolved_at=resolved_at)
+            resolved_at = current.resolved_at if current is not None else model.resolved_at
+            yield source, replace(model, reference=reference, resolved_at=resolved_at)
+        # 3) No source has them: report the first failure.
         if not answered and failure is not None:
             raise failure
 
     def attempt(self, source: Source, found: RemoteModel, deliver: Callable[[], _T]) -> _T | Failure:
-        """What `deliver` returns, or its error if another source may do better. Raises the other errors.
+        """Return what `deliver` returns, or its error if another source may succeed. Raise its other errors.
 
-        Only the authority's word that a model is unfit (no GGUF, not the pinned one) is final: a copy may be wrong.
+        InvalidRequest (not a GGUF, not the pinned sha256) is final from the authority only: a copy may be wrong.
         """
         try:
             delivered = deliver()
@@ -92,12 +100,12 @@ class Sources:
         )
 
     def _ordered(self, reference: HuggingFace | S3) -> tuple[Source, ...]:
-        """The sources in their order, but those that failed to deliver this model last time come after the others."""
+        """Return the sources in order, with those last that failed to deliver this model the last time."""
         with self._lock:
             return tuple(sorted(self._sources, key=lambda source: (source.name, reference) in self._failed))
 
     def _note_failure(self, source: Source, found: RemoteModel, error: Failure) -> None:
-        """The next try asks this source last; the mirror replaces bytes that are wrong."""
+        """Ask this source last at the next try, and have the mirror replace wrong bytes."""
         logger.warning("%s could not deliver %s: %s", source.name, found.reference, error.message)
         with self._lock:
             self._failed.add((source.name, found.reference))
@@ -110,7 +118,7 @@ class Sources:
 
 
 class _Watched:
-    """An `Arrival` whose end the store notes."""
+    """An `Arrival` that reports its result to the store."""
 
     def __init__(
         self, arrival: Arrival, succeeded: Callable[[], None], failed: Callable[[ModelUnavailable], None]
@@ -129,13 +137,26 @@ class _Watched:
         self._succeeded()
 
 
-def _agree(found: RemoteModel, told: RemoteModel | None) -> bool:
-    """Whether a source has the files that the hub speaks of, as far as both say."""
-    if told is None or found is told:
+def _ask(
+    source: Source, reference: HuggingFace | S3, *, refresh: bool, cancelled: Cancelled
+) -> RemoteModel | ModelUnavailable | None:
+    """Return what `source` resolves, or why it cannot answer."""
+    try:
+        return source.resolve(reference, refresh=refresh, cancelled=cancelled)
+    except DownloadCancelled:
+        raise
+    except ModelUnavailable as error:
+        logger.warning("%s could not be asked for %s: %s", source.name, reference, error.message)
+        return error
+
+
+def _agree(model: RemoteModel, current: RemoteModel | None) -> bool:
+    """Return whether a source has the same files as the authority, as far as both name sizes and digests."""
+    if current is None or model is current:
         return True
-    if len(found.files) != len(told.files):
+    if len(model.files) != len(current.files):
         return False
     return all(
-        ours.size_bytes == theirs.size_bytes and (None in (ours.sha256, theirs.sha256) or ours.sha256 == theirs.sha256)
-        for ours, theirs in zip(found.files, told.files, strict=True)
+        copy.size_bytes == file.size_bytes and (None in (copy.sha256, file.sha256) or copy.sha256 == file.sha256)
+        for copy, file in zip(model.files, current.files, strict=True)
     )

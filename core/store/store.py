@@ -1,4 +1,4 @@
-"""Store: the one way in for models. Everything lands through it, whole and verified, or not at all."""
+"""Bring models onto this machine, verified and atomically, and find those that are here."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from core.store.download import Download, Published, check_pins, is_sound, origi
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
 from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
-from core.store.source import Cancelled, DownloadCancelled, Mirror, Progress, RemoteModel, Source
+from core.store.source import Cancelled, DownloadCancelled, Mirror, Progress, RemoteModel, Source, never
 from core.store.sources import FAILURES, Failure, Sources
 from core.store.versions import current, parts
 
 logger = logging.getLogger("slm.store")
 
-__all__ = ["Cancelled", "Fetched", "LocalModel", "Progress", "Store"]
-
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What `fetch` did. `path` is the (first) file in MODELS_DIR."""
+    """The result of `fetch`. `path` is the model's (first) file in MODELS_DIR."""
 
     status: Literal["downloaded", "present"]
     path: Path
@@ -39,10 +37,11 @@ class Fetched:
 
 
 class Store:
-    """All methods block (disk, network) and are called in worker threads; all are thread-safe.
+    """All methods block on disk or network: call them in worker threads. Thread-safe.
 
-    `sources` are asked in order; `mirror` is offered what the hub delivered; `allowed` are files beyond `models_dir`
-    that may be served (configured, embedded, baked). `prefer_memory` is what target "auto" does where both have room.
+    `sources` are asked in order. Models from Hugging Face are offered to `mirror`. `allowed` are files outside
+    `models_dir` that may be served (configured, embedded, baked). With target "auto", `prefer_memory` chooses memory
+    where both memory and disk have room.
     """
 
     def __init__(
@@ -63,21 +62,21 @@ class Store:
         self._digests: dict[Path, tuple[tuple[int, int, int], str]] = {}  # file: (inode, size, mtime), its sha256
 
     def list(self) -> tuple[LocalModel, ...]:
-        """Every model under MODELS_DIR, subfolders and split files understood, sorted by name."""
+        """Return every complete model under MODELS_DIR and its subfolders, sorted by name."""
         return self._directory.list()
 
     def locate(self, path: str) -> Path:
-        """The local model that a client names: in MODELS_DIR (symlinks resolved), or an allowed one.
+        """Return the path of a local model that a client names: in MODELS_DIR (links resolved), or an allowed file.
 
-        Raises InvalidRequest (outside, not a GGUF, truncated) or ModelNotFound (with the names that exist).
+        Raise InvalidRequest (outside MODELS_DIR, not a GGUF, truncated) or ModelNotFound (with the existing names).
         """
         return self._directory.locate(path)
 
     def present(self, reference: Reference) -> Path | None:
-        """Where the model lies on this machine, None if it would have to be downloaded. No network.
+        """Return the model's path on this machine, or None if it must be downloaded. No network.
 
-        Raises InvalidRequest if a local file is named that may not be served, is damaged, or is not what it is
-        pinned to.
+        Raise InvalidRequest if `reference` names a local file that may not be served, is damaged, or does not have
+        the pinned sha256.
         """
         if isinstance(reference, File):
             try:
@@ -95,22 +94,22 @@ class Store:
         progress: Progress | None = None,
         cancelled: Cancelled | None = None,
     ) -> Fetched:
-        """Bring a model into MODELS_DIR, from the first source that has it. `refresh`: ask what a branch means now.
-        `sha256` pins a model of one file, as `reference.sha256` does.
+        """Download a model into MODELS_DIR, from the first source that has it.
 
-        Raises InvalidRequest (no such repository, file or revision; wrong sha256; not a GGUF) or ModelUnavailable
-        (network, disk space), each saying what to do.
+        `refresh` asks Hugging Face for the current commit of a branch. `sha256` pins a model of one file, as
+        `reference.sha256` does. Raise InvalidRequest (no such repository, file or revision; wrong sha256; not a GGUF),
+        ModelUnavailable (network, disk space) or DownloadCancelled.
         """
         reference = pin(reference, (sha256,) if sha256 else ())
         if isinstance(reference, HuggingFace) and is_commit(reference.revision):
-            refresh = False  # it cannot have changed its meaning
+            refresh = False  # a commit never changes
         report = progress or _ignore
-        stop = cancelled or _never
+        stop = cancelled or never
         if not refresh and (path := self._find(reference)) is not None:
             return self._present(reference, path, stop)
         failure: Failure | None = None
         try:
-            for source, found in self._sources.find(reference, refresh=refresh):
+            for source, found in self._sources.find(reference, refresh=refresh, cancelled=stop):
                 download = Download(self._directory.root, source, found, report, stop)
                 landed = self._sources.attempt(source, found, download.run)
                 if isinstance(landed, FAILURES):
@@ -136,28 +135,28 @@ class Store:
             return self._local(reference, self._locate_pinned(reference))
         if (path := self._find(reference)) is not None:
             return self._local(reference, path)
-        if (model := self._open_memory(reference, progress or _ignore, cancelled or _never)) is not None:
+        if (model := self._open_memory(reference, progress or _ignore, cancelled or never)) is not None:
             return model
         fetched = self.fetch(reference, refresh=False, progress=progress, cancelled=cancelled)
         return self._local(reference, fetched.path)
 
     def idle(self, deadline: float | None) -> bool:
-        """Upload to the mirror what the hub delivered, until `deadline` on the monotonic clock.
+        """Upload models from Hugging Face to the mirror, until `deadline` (monotonic clock). Never raise.
 
-        For Lambda, where nothing runs between invocations: call it after an answer's last byte and before the next
-        event is asked for. True: nothing is left to do. Cheap then; never raises.
+        For Lambda, where nothing runs between invocations: call it after a response's last byte and before requesting
+        the next event. Return True if nothing is left to do; the call is cheap then.
         """
         return self._mirror is None or self._mirror.run_pending(deadline)
 
     def _open_memory(self, reference: HuggingFace | S3, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
-        """None: the model goes to the disk, because it is to, or because no source can bring it into memory."""
+        """Download into memory. Return None if the target is the disk, or if no source can download into memory."""
         if self._target == "disk":
             return None
-        for source, found in self._sources.find(reference, refresh=False):
+        for source, found in self._sources.find(reference, refresh=False, cancelled=cancelled):
             where = target.choose(
                 self._target, self._directory.root, found.size_bytes, prefer_memory=self._prefer_memory
             )
-            if where == "disk" or len(found.files) > 1:  # the parts of a split model are found by their names
+            if where == "disk" or len(found.files) > 1 or not target.has_memfd():  # parts need their file names
                 return None
             target.need_memory(found.size_bytes)
             model = self._sources.attempt(source, found, partial(_open_memory, source, found, progress, cancelled))
@@ -170,7 +169,7 @@ class Store:
         return None
 
     def _find(self, reference: HuggingFace | S3) -> Path | None:
-        """The file that a fetch of `reference` left, or that was put by hand where a fetch would."""
+        """Return the file that `fetch` would publish for `reference`, if it is there and right."""
         for place in places(reference):
             path = self._directory.root / place
             paths = parts(current(path))
@@ -181,26 +180,26 @@ class Store:
                     return path
                 continue
             if isinstance(reference, HuggingFace) and reference.revision != "main":
-                continue  # nothing says which revision a file is that was put there by hand
+                continue  # a file without a sidecar has no known revision
             if is_sound(paths) and self._wrong_digest(paths, reference.sha256) is None:
                 return path
         return None
 
     def _locate_pinned(self, reference: File) -> Path:
-        """The local file that `reference` names. Raises InvalidRequest also if it is not what it is pinned to."""
+        """Return the local file of `reference`. Raise InvalidRequest also if it does not have the pinned sha256."""
         path = self.locate(reference.path)
         if (wrong := self._wrong_digest(parts(path), reference.sha256)) is not None:
             raise InvalidRequest(
-                f"The sha256 of {wrong[0].name!r} is {wrong[1]}, not {wrong[2]} as MODEL_SHA256 asks. Replace the file "
-                "or the setting.",
+                f"The sha256 of {wrong[0].name!r} is {wrong[1]}, not {wrong[2]} as set in MODEL_SHA256. Replace the "
+                "file or change the setting.",
                 param="model_path",
             )
         return path
 
     def _wrong_digest(self, paths: tuple[Path, ...], pinned: tuple[str, ...]) -> tuple[Path, str, str] | None:
-        """The first file whose bytes are not what they are pinned to, with its sha256 and the one it should have.
+        """Return the first file without its pinned sha256, with its actual and its expected one.
 
-        The bytes are read, once for each version of a file: about a second for a gigabyte.
+        Each version of a file is read once: about a second per gigabyte.
         """
         for path, expected in zip(paths, pinned, strict=False):
             with path.open("rb") as file:
@@ -209,7 +208,7 @@ class Store:
                 with self._lock:
                     read, digest = self._digests.get(path, (None, ""))
                 if read != version:
-                    digest = sha256_of(file.fileno(), _never)
+                    digest = sha256_of(file.fileno(), never)
                     with self._lock:
                         self._digests[path] = (version, digest)
             if digest != expected:
@@ -252,7 +251,7 @@ def _to_fetched(landed: Published) -> Fetched:
 
 
 def _matches(described: sidecar.Sidecar, reference: HuggingFace | S3) -> bool:
-    """Whether a model, by its sidecar, is what `reference` names."""
+    """Return whether the sidecar describes the model that `reference` names."""
     if described.origin != origin(reference) or reference.sha256 not in ((), described.digests):
         return False
     return not isinstance(reference, HuggingFace) or described.names(reference.revision)
@@ -266,7 +265,3 @@ def _open_memory(source: Source, found: RemoteModel, progress: Progress, cancell
 
 def _ignore(_done: int, _total: int) -> None:
     return None
-
-
-def _never() -> bool:
-    return False

@@ -1,4 +1,4 @@
-"""Target: whether a model goes to a file or to memory, by the room there is."""
+"""Decide whether a model is downloaded to a file or to memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MEMORY_MARGIN = 256 << 20  # bytes for the context, the engine and the rest of t
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that this user may still write where `folder` is or will be."""
+    """Return how many bytes this user may still write where `folder` is or will be."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def free_memory() -> int:
-    """Bytes that can be allocated without swapping, within the control group's limit if there is one. 0: unknown."""
+    """Return how many bytes can be allocated without swapping, within the cgroup's limit. 0 means unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -41,40 +41,45 @@ def free_memory() -> int:
     return free if limit == "max" else min(free, max(0, int(limit) - used + cached))
 
 
+def has_memfd() -> bool:
+    return sys.platform.startswith("linux") and hasattr(os, "memfd_create")
+
+
 def need_disk(folder: Path, size: int, have: int = 0) -> None:
-    """Raise ModelUnavailable unless `size` bytes, of which `have` are there, fit on the disk of `folder`."""
+    """Raise ModelUnavailable unless a file of `size` bytes, `have` of them written, fits on the disk of `folder`."""
     free = free_disk(folder)
     if size - have + DISK_MARGIN > free:
         raise ModelUnavailable(no_room(size, free), retry_after=None)
 
 
 def need_memory(size: int) -> None:
-    """Raise ModelUnavailable if `size` bytes surely do not fit into memory."""
+    """Raise ModelUnavailable if `size` bytes certainly do not fit into memory."""
     free = free_memory()
     if 0 < free < size:
         raise ModelUnavailable(
-            f"There is no room for the model in memory: it has {megabytes(size)}, {megabytes(free)} are free. "
-            "Give the process more, or set MODEL_TARGET=disk.",
+            f"The model does not fit in memory: it needs {megabytes(size)}, {megabytes(free)} are free. "
+            "Give the process more memory, or set MODEL_TARGET=disk.",
             retry_after=None,
         )
 
 
 def no_room(size: int, free: int) -> str:
     return (
-        f"There is no room for the model in MODELS_DIR: it has {megabytes(size)}, {megabytes(free)} are free. "
-        "Free some, point MODELS_DIR elsewhere, or set MODEL_TARGET=memory."
+        f"The model does not fit in MODELS_DIR: it needs {megabytes(size)}, {megabytes(free)} are free. "
+        "Free some space, set MODELS_DIR to another disk, or set MODEL_TARGET=memory."
     )
 
 
 def choose(
     target: Literal["auto", "disk", "memory"], folder: Path, size: int, *, prefer_memory: bool
 ) -> Literal["disk", "memory"]:
-    """Where a model of `size` bytes goes. "auto": memory if preferred and there is room, or if only there is room."""
+    """Return the target of a model of `size` bytes.
+
+    "auto" means memory if the model fits there, and memory is preferred or the disk has no room.
+    """
     if target != "auto":
         return target
-    if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
-        return "disk"
-    if size + MEMORY_MARGIN > free_memory():
+    if not has_memfd() or size + MEMORY_MARGIN > free_memory():
         return "disk"
     return "memory" if prefer_memory or size + DISK_MARGIN > free_disk(folder) else "disk"
 

@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ class Stall:
 
 
 @dataclass(frozen=True)
+class Drip:
+    """After so many bytes of the body, `count` bytes in small pieces, then the rest."""
+
+    after: int
+    count: int = 600
+
+
+@dataclass(frozen=True)
+class WholeBody:
+    """A 200 with the whole body: the Range header is ignored."""
+
+
+@dataclass(frozen=True)
 class Header:
     """A header of the answer replaced."""
 
@@ -84,10 +97,13 @@ class FaultProxy:
             for each in self._sockets:
                 each.close()
 
-    def plan(self, fault, *, times=1, matching="", method="GET"):
-        """Spoil the next `times` answers to requests of this method whose target or headers match."""
+    def plan(self, fault, *, times=1, matching="", method="GET", at=None):
+        """Spoil the next `times` answers to requests of this method whose target or headers match.
+
+        With `at`, only answers that hold this byte of the object, and the fault begins there.
+        """
         with self._lock:
-            self._plan.extend([(fault, re.compile(matching), method)] * times)
+            self._plan.extend([(fault, re.compile(matching), method, at)] * times)
 
     def heal(self):
         """No more faults."""
@@ -136,6 +152,8 @@ class FaultProxy:
                 + reply
             )
             return True
+        if isinstance(fault, WholeBody):
+            head = re.sub(rb"(?i)\r\nrange: [^\r\n]*", b"", head)
         with socket.create_connection(self._upstream, timeout=30) as upstream:
             upstream.sendall(head.rstrip(b"\r\n") + b"\r\nConnection: close\r\n\r\n" + body)
             with upstream.makefile("rb") as answer:
@@ -160,6 +178,13 @@ class FaultProxy:
             case Short(after):
                 client.sendall(head + body[:after])
                 return False
+            case Drip(after, count):
+                client.sendall(head + body[:after])
+                for start in range(after, min(after + count, len(body)), 100):
+                    if self._closed.wait(0.005):
+                        return False
+                    client.sendall(body[start : min(start + 100, after + count)])
+                body, head = body[after + count :], b""
             case Stall(after, seconds):
                 client.sendall(head + body[:after])
                 end = time.monotonic() + seconds
@@ -171,12 +196,30 @@ class FaultProxy:
 
     def _fault(self, method, head):
         with self._lock:
-            for index, (fault, matching, wanted) in enumerate(self._plan):
-                if wanted == method and matching.search(head):
+            for index, (fault, matching, spoilt, at) in enumerate(self._plan):
+                if spoilt != method or not matching.search(head):
+                    continue
+                first, last = _range(head)
+                if at is None or first <= at <= last:
                     del self._plan[index]
                     self.faults += 1
-                    return fault
+                    return fault if at is None else _shifted(fault, at - first)
         return None
+
+
+def _range(head):
+    """The first and last byte that a request is for."""
+    ranged = re.search(r"(?i)\nrange: bytes=(\d+)-(\d*)", head)
+    return (int(ranged[1]), int(ranged[2] or 1 << 62)) if ranged else (0, 1 << 62)
+
+
+def _shifted(fault, offset):
+    match fault:
+        case WrongBytes():
+            return WrongBytes(offset)
+        case Reset() | Short() | Stall() | Drip():
+            return replace(fault, after=offset)
+    return fault
 
 
 def _head(stream):

@@ -55,6 +55,7 @@ class HubDouble:
         self.log: list[tuple[str, str, str | None]] = []
         self.faults: list[Fault] = []
         self.authorizations: list[tuple[str, str | None]] = []
+        self.cdn_url: str | None = None  # where to redirect to, if not to this double's own CDN
         self.sent = 0  # body bytes
         self.most_at_once = 0  # bodies
         self._at_once = 0
@@ -76,6 +77,10 @@ class HubDouble:
     ) -> None:
         self._hub.stop()
         self._cdn.stop()
+
+    @property
+    def cdn_port(self) -> int:
+        return self._cdn.port
 
     def add(self, repo_id: str, files: dict[str, bytes], **settings: object) -> Repo:
         self.repos[repo_id] = Repo(files, **settings)  # type: ignore[arg-type]
@@ -121,7 +126,7 @@ class HubDouble:
             "X-Repo-Commit": commit,
             "X-Linked-Etag": f'"{(fault.etag if fault else None) or sha256}"',
             "X-Linked-Size": str(len(content)),
-            "Location": f"{self._cdn.url}/cdn/{asked['repo']}/{asked['path']}",
+            "Location": f"{self.cdn_url or self._cdn.url}/cdn/{asked['repo']}/{asked['path']}",
         }
         return _say(handler, 302, headers)
 
@@ -206,7 +211,8 @@ class _Server:
                 return None
 
         self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def start(self) -> None:

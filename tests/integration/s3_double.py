@@ -11,6 +11,7 @@ from botocore.config import Config
 
 from adapters.aws.credentials import CredentialChain
 from adapters.s3.bucket import Bucket
+from adapters.transfer.retry import Backoff
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 BUCKET = "models"
@@ -62,7 +63,14 @@ def s3_client(port):
 
 
 def bucket(port, name=BUCKET):
-    return Bucket(name, credentials=CredentialChain(ENVIRON), endpoint_url=f"http://127.0.0.1:{port}", environ=ENVIRON)
+    """A Bucket at moto's port, with pauses of milliseconds."""
+    return Bucket(
+        name,
+        credentials=CredentialChain(ENVIRON),
+        endpoint_url=f"http://127.0.0.1:{port}",
+        environ=ENVIRON,
+        backoff=Backoff(0.001, 0.01),
+    )
 
 
 def clean_environ():

@@ -54,7 +54,7 @@ class Hub:
     def __init__(self, number: int, *, breaks_at: int = 1000) -> None:
         self.number, self.pieces = number, breaks_at
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         contents = version(self.number, reference)
         remote = [RemoteFile(name, len(c), hashlib.sha256(c).hexdigest()) for name, c in sorted(contents.items())]
         return RemoteModel(self.name, reference, tuple(remote), str(self.number) * 40)

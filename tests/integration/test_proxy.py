@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from adapters.aws.credentials import CredentialChain
-from adapters.s3 import bucket as bucket_module
 from adapters.s3.bucket import Bucket, S3Response
 from adapters.transfer.connection import Connection
+from adapters.transfer.retry import Backoff
 from core.errors import ModelUnavailable
 from tests.integration.s3_double import ENVIRON
 
@@ -56,9 +56,8 @@ def test_plain_http(proxy, monkeypatch):
 def test_tunnel(proxy, monkeypatch):
     """HTTPS goes through a tunnel; a proxy that refuses is an error that a read survives by its name."""
     monkeypatch.setenv("HTTPS_PROXY", proxy.address)
-    monkeypatch.setattr(bucket_module, "FIRST_PAUSE_S", 0.001)
     with pytest.raises(ModelUnavailable, match="could not be read"):
-        Bucket("models", credentials=CredentialChain(ENVIRON), environ=ENVIRON).get("key")
+        Bucket("models", credentials=CredentialChain(ENVIRON), environ=ENVIRON, backoff=Backoff(0.001, 0.01)).get("key")
 
     assert proxy.seen[0][:2] == ("CONNECT", "models.s3.eu-central-1.amazonaws.com:443")
 

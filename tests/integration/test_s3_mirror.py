@@ -2,6 +2,8 @@
 
 import base64
 import dataclasses
+import datetime
+import email.utils
 import hashlib
 import json
 import random
@@ -11,13 +13,13 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
 
 from adapters.s3.manifest import Manifest
-from adapters.s3.mirror import mirror as s3_mirror_module
 from adapters.s3.mirror.lock import LockLost, UploadLock
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
@@ -99,6 +101,17 @@ def ref(client):
     return Ref.from_json(client.get_object(Bucket=BUCKET, Key=REF)["Body"].read())
 
 
+def pass_time(client, seconds):
+    """From now on S3's clock, as this client sees it, is ahead by so many seconds."""
+
+    def shift(parsed, **_):
+        headers = parsed["ResponseMetadata"]["HTTPHeaders"]
+        date = email.utils.parsedate_to_datetime(headers["date"]) + datetime.timedelta(seconds=seconds)
+        headers["date"] = email.utils.format_datetime(date, usegmt=True)
+
+    client.meta.events.register("after-call.s3.GetObject", shift)
+
+
 def soon(deadline=20.0):
     return time.monotonic() + deadline
 
@@ -122,12 +135,12 @@ def test_uploaded_once(bench, client, path):
     """A second offer of the same commit finds it there."""
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     bench.mirror.run_pending(None)
-    before = client.head_object(Bucket=BUCKET, Key=KEY)["LastModified"]
+    written = []
+    client.meta.events.register("before-call.s3", lambda model, **_: written.append(model.name))
     bench.mirror.offer(REFERENCE, FOUND, (path,))
-    time.sleep(1.1)  # Last-Modified counts in seconds
     assert bench.mirror.run_pending(None)
 
-    assert client.head_object(Bucket=BUCKET, Key=KEY)["LastModified"] == before
+    assert written == ["PutObject"]  # of the ref, which was offered later
 
 
 def test_resolve_by_ref_and_by_commit(bench, client, path):
@@ -206,25 +219,24 @@ def test_wrong_file_is_not_uploaded(bench, client, path):
     assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
-def test_in_sittings(bench, client, path, monkeypatch):
+def test_in_sittings(port, client, path, monkeypatch):
     """On Lambda an upload goes on where the last invocation's deadline left it."""
-    parts = []
+    parts, now = [], [0.0]
     upload_part = client.upload_part
 
     def slow(**arguments):
         parts.append(arguments["PartNumber"])
-        time.sleep(0.7)
+        now[0] += 100.0
         return upload_part(**arguments)
 
-    monkeypatch.setattr(s3_mirror_module, "START_S", 0.0)
     monkeypatch.setattr(client, "upload_part", slow)
+    bench = Bench(port, client, clock=lambda: now[0])
     bench.mirror.offer(REFERENCE, FOUND, (path,))
-    sittings = 1
-    while not bench.mirror.run_pending(time.monotonic() + (4.3 if sittings < 4 else 60)):
-        sittings += 1
-        assert sittings < 20
+    assert not bench.mirror.run_pending(now[0] + 50)
+    assert KEY not in keys(client)
+    assert bench.mirror.run_pending(now[0] + 1000)
+    bench.close()
 
-    assert sittings > 1
     assert sorted(parts) == [1, 2, 3]
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
 
@@ -249,11 +261,11 @@ def test_lease_of_another(bench, client, path):
 def test_lease_takeover(port, client, path):
     """A lock whose holder went silent is taken over, and what it had begun is cleared away."""
     left = client.create_multipart_upload(Bucket=BUCKET, Key=KEY)["UploadId"]
-    dead = UploadLock(client, BUCKET, f"{KEY}.lock", ttl=1)
+    dead = UploadLock(client, BUCKET, f"{KEY}.lock")
     dead.acquire()
     dead.renew(left, always=True)
-    time.sleep(2.1)
-    bench = Bench(port, client, lock_ttl=1.0)
+    pass_time(client, 700)
+    bench = Bench(port, client)
     bench.mirror.offer(REFERENCE, FOUND, (path,))
     assert bench.mirror.run_pending(None)
     bench.close()
@@ -498,44 +510,24 @@ def test_denied_read_is_not_here(port):
         reader.close()
 
 
-def test_ten_processes_upload_once(port, client, path):
-    """Ten processes that mirror the same model at once upload one copy."""
-    script = """
-        import sys
-        from pathlib import Path
-        from tests.integration.s3_double import bucket, s3_client
-        from tests.integration import test_s3_mirror as t
-        from adapters.s3.mirror import mirror as s3_mirror
-        from adapters.s3.mirror.upload import Upload
-        s3_mirror.RETRY_S = 0.3
-        client = s3_client(PORT)
-        bench = t.Bench(PORT, client)
-        begin, begun = Upload.begin, []
-        Upload.begin = lambda self, left: (begun.append(1), begin(self, left))
-        sys.stdin.readline()
-        bench.mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
-        print(len(begun))
+def test_ten_uploaders_upload_once(port, client, path):
+    """Ten uploaders that mirror the same model at once, each with its own client, upload one copy."""
+    created, start = [], threading.Barrier(10)
+
+    def upload():
+        own = s3_client(port)
+        own.meta.events.register("before-call.s3.CreateMultipartUpload", lambda **_: created.append(1))
+        bench = Bench(port, own, retry_s=0.05)
+        start.wait(60)
+        bench.mirror.upload(REFERENCE, FOUND, (path,))
         bench.close()
-        client.close()
-    """.replace("PORT", str(port))
-    environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ) for _ in range(10)
-    ]
-    outputs = [b""] * 10
+        own.close()
 
-    def finish(index):
-        outputs[index] = children[index].communicate(b"go\n", timeout=120)[0]
+    with ThreadPoolExecutor(10) as pool:
+        for uploader in [pool.submit(upload) for _ in range(10)]:
+            uploader.result()
 
-    threads = [threading.Thread(target=finish, args=(index,)) for index in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert [child.returncode for child in children] == [0] * 10
-    assert sum(map(int, outputs)) == 1
+    assert len(created) == 1
     assert keys(client) == sorted([KEY, MANIFEST, REF])
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
 
@@ -555,16 +547,16 @@ def test_killed_uploader(port, client, path):
                 time.sleep(60)
             return upload_part(**arguments)
         client.upload_part = slow
-        t.Bench(PORT, client, lock_ttl=1.0).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
+        t.Bench(PORT, client).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
     """.replace("PORT", str(port))
     environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as child:
         assert child.stdout.readline() == b"third\n"
         child.send_signal(signal.SIGKILL)
-    bench = Bench(port, client, lock_ttl=1.0)
+    bench = Bench(port, client)
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
-    time.sleep(2.1)
+    pass_time(client, 700)
     bench.mirror.upload(REFERENCE, FOUND, (path,))
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is not None

@@ -23,7 +23,7 @@ from adapters.s3 import bucket as bucket_module
 from adapters.s3.bucket import Bucket, Denied
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.source import S3Storage
-from adapters.transfer import transfer as ranged
+from adapters.transfer.retry import Backoff, RetryPolicy
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store.reference import S3, HuggingFace
 from core.store.source import DownloadCancelled, RemoteFile, RemoteModel
@@ -41,13 +41,7 @@ FOUND = RemoteModel("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL
 KEY = f"org/repo/{COMMIT}/tiny.gguf"  # of its manifest, without the suffix
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Pauses of milliseconds."""
-    monkeypatch.setattr(ranged, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(ranged, "LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr(ranged, "STALL_S", 0.5)
-    monkeypatch.setattr(bucket_module, "FIRST_PAUSE_S", 0.001)
+POLICY = RetryPolicy(stall_s=0.5, backoff=Backoff(0.001, 0.01))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def storage(proxy):
         made.append(bucket(proxy.port, name))
         return made[-1]
 
-    yield S3Storage(make, mirror=make(BUCKET), threads=3)
+    yield S3Storage(make, mirror=make(BUCKET), threads=3, policy=POLICY)
     for each in made:
         each.close()
 
@@ -194,7 +188,7 @@ def test_passing_fault_of_the_manifest(store, proxy, fault):
     ("fault", "message"),
     [
         (Status(403, "AccessDenied"), "may not be read"),
-        (Status(404, "NoSuchKey"), "not there any more"),
+        (Status(404, "NoSuchKey"), "no longer exists"),
         (Status(412, "PreconditionFailed"), "was replaced"),
         (Status(503, "SlowDown"), "reads failed"),
         (WrongBytes(), "wrong bytes"),

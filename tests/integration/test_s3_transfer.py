@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters.transfer import transfer as ranged
 from adapters.transfer.checksum import Sha256
+from adapters.transfer.retry import Backoff, RetryPolicy
 from adapters.transfer.transfer import Transfer
 from core.errors import ModelUnavailable
 from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
@@ -25,11 +25,7 @@ BODY = random.Random(7).randbytes(20_500)
 DIGESTS = [hashlib.sha256(BODY[at : at + BLOCK]).digest() for at in range(0, len(BODY), BLOCK)]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Pauses of milliseconds."""
-    monkeypatch.setattr(ranged, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(ranged, "LONGEST_PAUSE_S", 0.01)
+BACKOFF = Backoff(0.001, 0.01)
 
 
 @pytest.fixture
@@ -51,7 +47,8 @@ def fd():
     os.close(fd)
 
 
-def transfer(origin, fd, **options):
+def transfer(origin, fd, *, stall=10.0, slow=30.0, **options):
+    options["policy"] = RetryPolicy(stall_s=stall, slow_s=slow, backoff=BACKOFF)
     options = {"block_bytes": BLOCK, "digests": DIGESTS, "part_bytes": 4 * BLOCK, "threads": 3, **options}
     return Transfer(origin, fd, len(BODY), **options)
 
@@ -83,7 +80,7 @@ def test_wrong_sum(server, fd):
     """A whole sha256 that does not match is an error."""
     download = transfer(PlainOrigin(server.url), fd, digests=None, checksum=Sha256("0" * 64))
     download.start()
-    with pytest.raises(ModelUnavailable, match="another checksum"):
+    with pytest.raises(ModelUnavailable, match="wrong checksum"):
         download.wait()
 
 
@@ -176,7 +173,7 @@ def test_passing_fault(proxy, fd, fault, times):
     ("fault", "message"),
     [
         (Status(403, "AccessDenied"), "may not be read"),
-        (Status(404, "NoSuchKey"), "not there any more"),
+        (Status(404, "NoSuchKey"), "no longer exists"),
         (Status(412, "PreconditionFailed"), "was replaced"),
         (Status(416, "InvalidRange"), "was replaced"),
         (Status(500), "reads failed"),
@@ -318,10 +315,11 @@ def test_frozen(server, tmp_path):
             import os, sys
             sys.path[:0] = {[str(p) for p in sys.path if p]!r}
             from tests.integration.range_server import PlainOrigin
+            from adapters.transfer.retry import RetryPolicy
             from adapters.transfer.transfer import Transfer
             fd = os.open({str(target)!r}, os.O_RDWR | os.O_CREAT)
             download = Transfer(PlainOrigin({proxy.url!r}), fd, {len(BODY)}, block_bytes={BLOCK},
-                                digests={DIGESTS!r}, threads=3, stall=0.4)
+                                digests={DIGESTS!r}, threads=3, policy=RetryPolicy(stall_s=0.4))
             download.start()
             print("started", flush=True)
             download.wait()

@@ -1,36 +1,53 @@
-"""A model whose mirror is wrong: the hub is asked next, and a sha256 that was asked for is computed from the bytes."""
+"""Faults of a source: another source is asked, or an error names what failed. A pinned sha256 is computed."""
 
+import base64
 import hashlib
 import json
 import random
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from adapters.aws.credentials import CredentialChain
 from adapters.huggingface.source import Hub
+from adapters.s3.bucket import Bucket
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.source import S3Storage
 from adapters.transfer import transfer as ranged
+from adapters.transfer.retry import Backoff, RetryPolicy
 from core.errors import InvalidRequest, ModelUnavailable
 from core.store.reference import S3, HuggingFace, pin
-from core.store.source import Damaged
+from core.store.source import Damaged, DownloadCancelled
 from core.store.store import Store
 from tests import gguf_files
-from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Status, WrongBytes
-from tests.integration.hub_double import HubDouble, Repo
-from tests.integration.s3_double import BUCKET, bucket, moto_server, s3_client
+from tests.integration.fault_proxy import (
+    Drip,
+    FaultProxy,
+    Header,
+    Reset,
+    Short,
+    Stall,
+    Status,
+    WholeBody,
+    WrongBytes,
+)
+from tests.integration.hub_double import Fault, HubDouble, Repo
+from tests.integration.s3_double import BUCKET, ENVIRON, bucket, moto_server, s3_client
 
 TENSOR = random.Random(11).randbytes(4 * 1024 * 1700)
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR)])  # 7 MB: four blocks
 EVIL = MODEL[:-1] + bytes([MODEL[-1] ^ 1])
 SHA256, EVIL_SHA256 = hashlib.sha256(MODEL).hexdigest(), hashlib.sha256(EVIL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "tiny.gguf")
+MATRIX, PLAIN = "matrix", "plain.gguf"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Pauses of milliseconds."""
-    monkeypatch.setattr(ranged, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(ranged, "LONGEST_PAUSE_S", 0.01)
+QUICK = RetryPolicy(backoff=Backoff(0.001, 0.01))
+
+
+def hub_source(hub: HubDouble, policy: RetryPolicy = QUICK, part_bytes: int = 0) -> Hub:
+    return Hub(hub.url, policy=policy, part_bytes=part_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +56,30 @@ def port():
         yield port
 
 
+@pytest.fixture(scope="module")
+def mirrored(port, tmp_path_factory):
+    """A mirror of MODEL under the prefix MATRIX, and MODEL as a plain object; no test changes them."""
+    client = s3_client(port)
+    reader = bucket(port)
+    storage = S3Storage(lambda name: reader, mirror=reader, prefix=MATRIX)
+    mirror = S3Mirror(storage, BUCKET, MATRIX, lambda: client, background=False)
+    with HubDouble({"org/repo": Repo({"tiny.gguf": MODEL})}) as hub:
+        seed = Store(tmp_path_factory.mktemp("seed"), (hub_source(hub),), mirror, target="disk")
+        seed.fetch(REFERENCE)
+        assert seed.idle(None)
+    client.put_object(Bucket=BUCKET, Key=f"{MATRIX}/{PLAIN}", Body=MODEL)
+    mirror.close()
+    reader.close()
+    client.close()
+
+
 @pytest.fixture
 def client(port):
     client = s3_client(port)
     yield client
     for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        if each["Key"].startswith(MATRIX):
+            continue
         client.delete_object(Bucket=BUCKET, Key=each["Key"])
     client.close()
 
@@ -60,21 +96,22 @@ class Serving:
     def __init__(self, port, client, hub, folder):
         self.client, self.hub, self.folder = client, hub, folder
         self.reader = bucket(port)
-        self.storage = S3Storage(lambda name: self.reader, mirror=self.reader, prefix="")
+        self.storage = S3Storage(lambda name: self.reader, mirror=self.reader, prefix="", policy=QUICK)
         self.mirror = S3Mirror(self.storage, BUCKET, "", lambda: client, background=False)
-        seed = Store(folder / "seed", (Hub(hub.url, backoff_s=0.01),), self.mirror, target="disk")
+        seed = Store(folder / "seed", (hub_source(hub),), self.mirror, target="disk")
         seed.fetch(REFERENCE)
         assert seed.idle(None)
         hub.log.clear()
 
     def store(self, target):
-        sources = (self.storage, Hub(self.hub.url, backoff_s=0.01))
+        sources = (self.storage, hub_source(self.hub))
         return Store(self.folder / target, sources, self.mirror, target=target)
 
     def key(self, suffix=""):
         """The key of the mirrored object, or of what lies beside it."""
         keys = [each["Key"] for each in self.client.list_objects_v2(Bucket=BUCKET)["Contents"]]
-        objects = [key for key in keys if "refs" not in key and not key.endswith(".json")]
+        keys = [key for key in keys if not key.startswith(MATRIX)]
+        objects = [key for key in keys if key.startswith("blobs/")]
         return objects[0] if not suffix else next(key for key in keys if key.endswith(suffix))
 
     def manifest(self, **changes):
@@ -193,32 +230,79 @@ def test_mirror_of_another_version_than_the_pinned_one(serving):
     store = serving.store("memory")
 
     assert arrived(store.open(pin(REFERENCE, (SHA256,)))) == MODEL
-    with pytest.raises(InvalidRequest, match="as asked"):
+    with pytest.raises(InvalidRequest, match="not 0000"):
         store.open(pin(REFERENCE, ("0" * 64,)))
 
 
-LASTING = [
-    Reset(after=10),
-    Short(after=10),
-    WrongBytes(),
-    Status(403, "AccessDenied"),
-    Status(404, "NoSuchKey"),
-    Status(412, "PreconditionFailed"),
-    Status(503, "SlowDown"),
-    Header("ETag", '"another"'),
-]
+def test_cancelling_ends_a_pause_of_the_hub(hub: HubDouble) -> None:
+    """A download that is cancelled while the hub fails does not wait for the next try."""
+    hub.faults.append(Fault(on="HEAD", status=503, times=100))
+    source = hub_source(hub, RetryPolicy(backoff=Backoff(3600, 3600)))
+
+    with pytest.raises(DownloadCancelled):
+        source.resolve(REFERENCE, refresh=True, cancelled=lambda: bool(hub.log))
+
+
+def test_cancelling_ends_a_pause_of_the_mirror(port: int) -> None:
+    """The same while S3 fails."""
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.plan(Status(503, "SlowDown"), times=100)
+        reader = Bucket(
+            BUCKET,
+            credentials=CredentialChain(ENVIRON),
+            endpoint_url=proxy.url,
+            environ=ENVIRON,
+            backoff=Backoff(3600, 3600),
+        )
+        storage = S3Storage(lambda name: reader, mirror=reader)
+        with pytest.raises(DownloadCancelled):
+            storage.resolve(REFERENCE, refresh=False, cancelled=lambda: proxy.faults > 0)
+        reader.close()
+
+
+FAULTS = {
+    "reset": Reset(after=0),
+    "short": Short(after=0),
+    "stall": Stall(after=0),
+    "drip": Drip(after=0),
+    "wrong byte": WrongBytes(),
+    "403": Status(403, "AccessDenied"),
+    "404": Status(404, "NoSuchKey"),
+    "412": Status(412, "PreconditionFailed"),
+    "503": Status(503, "SlowDown"),
+    "If-Match ignored": Header("ETag", '"another"'),
+    "200 for a range": WholeBody(),
+}
+PLACES = {"header": 10, "middle": (2 << 20) + 10, "last": len(MODEL) - 800}  # bytes of the object
+SURVIVED = {"drip"}  # by every source: it is slow, not wrong
+# The hub's ETag is not used, and its sequential download starts over where ranges are ignored.
+SURVIVED_BY_HUB = SURVIVED | {"If-Match ignored", "200 for a range"}
+
+
+def policy_for(fault: str) -> RetryPolicy:
+    """Only the cells that wait for a timeout have a short one, so that a busy machine does not stall the others."""
+    return RetryPolicy(stall_s=0.1 if fault == "stall" else 5.0, attempts=3, backoff=Backoff(0.001, 0.01))
 
 
 @pytest.mark.parametrize("target", ["disk", "memory"])
-@pytest.mark.parametrize("where", ["bytes=0-", r"bytes=2097152-", r"bytes=6291456-"], ids=["header", "middle", "last"])
-@pytest.mark.parametrize("fault", LASTING, ids=repr)
-def test_lasting_fault_of_the_mirror(serving, port, tmp_path, fault, where, target):
-    """A fault of the mirror that lasts, in any block, ends in the hub's bytes: at once, or on the next try."""
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_lasting_fault_of_the_mirror_ends_in_the_hubs_bytes(
+    mirrored: None, hub: HubDouble, port: int, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
+) -> None:
+    """A lasting fault of the mirror, in any block, ends in the right bytes, perhaps from the hub on the next try."""
     with FaultProxy("127.0.0.1", port) as proxy:
-        proxy.plan(fault, times=100, matching=f"(?i)range: {where}")
+        proxy.plan(FAULTS[fault], times=100, matching="(?i)range: ", at=PLACES[place])
         reader = bucket(proxy.port)
-        storage = S3Storage(lambda name: reader, mirror=reader, threads=4, part_bytes=ranged.BLOCK_BYTES)
-        store = Store(tmp_path / "models", (storage, Hub(serving.hub.url, backoff_s=0.01)), target=target)
+        storage = S3Storage(
+            lambda name: reader,
+            mirror=reader,
+            prefix=MATRIX,
+            threads=4,
+            part_bytes=ranged.BLOCK_BYTES,
+            policy=policy_for(fault),
+        )
+        store = Store(tmp_path / "models", (storage, hub_source(hub)), target=target)
         try:
             served = arrived(store.open(REFERENCE))
         except ModelUnavailable:
@@ -228,4 +312,52 @@ def test_lasting_fault_of_the_mirror(serving, port, tmp_path, fault, where, targ
 
     assert served == MODEL
     assert proxy.faults
-    assert serving.hub.gets()
+    assert bool(hub.gets()) == (fault not in SURVIVED)
+
+
+@pytest.mark.parametrize("target", ["disk", "memory"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_lasting_fault_of_a_plain_object_ends_in_a_named_error(
+    mirrored: None, port: int, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
+) -> None:
+    """An s3:// object has no other source: the right bytes or an error that names it, and never a wrong byte."""
+    reference = S3(BUCKET, f"{MATRIX}/{PLAIN}")
+    checksum = base64.b64encode(bytes.fromhex(SHA256)).decode()
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.plan(Header("x-amz-checksum-sha256", checksum), times=2, method="HEAD")  # as S3 keeps it; moto does not
+        proxy.plan(FAULTS[fault], times=100, matching="(?i)range: ", at=PLACES[place])
+        reader = bucket(proxy.port)
+        storage = S3Storage(lambda name: reader, threads=4, part_bytes=ranged.BLOCK_BYTES, policy=policy_for(fault))
+        store = Store(tmp_path / "models", (storage,), target=target)
+        if fault in SURVIVED:
+            assert arrived(store.open(reference)) == MODEL
+        else:
+            with pytest.raises(ModelUnavailable, match=PLAIN):
+                arrived(store.open(reference))
+        reader.close()
+
+    assert proxy.faults > 1
+    published = [path.name for path in (tmp_path / "models").rglob("*.gguf")]
+    assert published == ([PLAIN] if target == "disk" and fault in SURVIVED else [])
+
+
+@pytest.mark.parametrize("target", ["disk", "memory"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_lasting_fault_of_the_hub_ends_in_a_named_error(
+    hub: HubDouble, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
+) -> None:
+    """Without a mirror: the right bytes or an error that names file or repository, and never a wrong byte."""
+    with FaultProxy("127.0.0.1", hub.cdn_port) as proxy:
+        hub.cdn_url = proxy.url
+        proxy.plan(FAULTS[fault], times=100, at=PLACES[place])
+        source = hub_source(hub, policy_for(fault), part_bytes=ranged.BLOCK_BYTES)
+        store = Store(tmp_path / "models", (source,), target=target)
+        if fault in SURVIVED_BY_HUB:
+            assert arrived(store.open(REFERENCE)) == MODEL
+        else:
+            with pytest.raises((ModelUnavailable, InvalidRequest), match=r"tiny\.gguf|org/repo"):
+                arrived(store.open(REFERENCE))
+
+    assert proxy.faults

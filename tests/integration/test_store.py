@@ -21,6 +21,7 @@ import pytest
 from hub_double import Fault, HubDouble
 
 from adapters.huggingface.source import Hub
+from adapters.transfer.retry import Backoff, RetryPolicy
 from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.reference import File, HuggingFace, parse
@@ -32,6 +33,7 @@ from tests import gguf_files as files
 REPO = "org/repo"
 NAME = "model.gguf"
 REFERENCE = HuggingFace(REPO, NAME)
+QUICK = RetryPolicy(attempts=5, backoff=Backoff(0.01, 0.1))
 SIZE = 3_000_000
 CONTENT = files.padded_model(SIZE)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -51,7 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
 
 @pytest.fixture
 def store(hub: HubDouble, tmp_path: Path) -> Store:
-    return Store(tmp_path / "models", (Hub(hub.url, token="t", backoff_s=0.01),))
+    return Store(tmp_path / "models", (Hub(hub.url, token="t", policy=QUICK),))
 
 
 @pytest.fixture
@@ -364,7 +366,7 @@ def test_disk_space_is_checked_first(
 ) -> None:
     """A model that does not fit is refused before a byte of it is read."""
     monkeypatch.setattr(target, "free_disk", lambda _folder: 1000)
-    with pytest.raises(ModelUnavailable, match="no room"):
+    with pytest.raises(ModelUnavailable, match="does not fit in MODELS_DIR"):
         store.fetch(REFERENCE)
 
     assert hub.gets() == []
@@ -376,7 +378,7 @@ def test_a_disk_that_fills_up_gives_its_room_back(store: Store, folder: Path) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(ModelUnavailable, match="no room"):
+        with pytest.raises(ModelUnavailable, match="does not fit in MODELS_DIR"):
             store.fetch(REFERENCE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -447,7 +449,7 @@ def test_offline_mode_is_respected(store: Store, monkeypatch: pytest.MonkeyPatch
 def test_a_source_that_delivers_rubbish_is_passed_over(store: Store, hub: HubDouble, tmp_path: Path) -> None:
     """A mirror with wrong bytes costs a warning; the hub then delivers, and the mirror is offered the right ones."""
     mirror = _Mirror()
-    both = Store(tmp_path / "models", (_Rubbish(), Hub(hub.url, backoff_s=0.01)), mirror)
+    both = Store(tmp_path / "models", (_Rubbish(), Hub(hub.url, policy=QUICK)), mirror)
     fetched = both.fetch(REFERENCE)
 
     assert (fetched.source, fetched.path.read_bytes()) == ("huggingface", CONTENT)
@@ -457,7 +459,7 @@ def test_a_source_that_delivers_rubbish_is_passed_over(store: Store, hub: HubDou
 class _Away:
     name, authority = "away", True
 
-    def resolve(self, _reference: object, *, refresh: bool) -> RemoteModel | None:
+    def resolve(self, _reference: object, *, refresh: bool, **_: object) -> RemoteModel | None:
         raise ModelUnavailable("The hub is away.")
 
 
@@ -466,7 +468,7 @@ class _Rubbish:
 
     name, authority = "rubbish", False
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
@@ -495,7 +497,9 @@ from pathlib import Path
 from adapters.huggingface.source import Hub
 from core.store.reference import HuggingFace
 from core.store.store import Store
-print(Store(Path(sys.argv[1]), (Hub(sys.argv[2], backoff_s=0.01),)).fetch(HuggingFace("org/repo", "model.gguf")).status)
+from adapters.transfer.retry import Backoff, RetryPolicy
+QUICK = RetryPolicy(attempts=5, backoff=Backoff(0.01, 0.1))
+print(Store(Path(sys.argv[1]), (Hub(sys.argv[2], policy=QUICK),)).fetch(HuggingFace("org/repo", "model.gguf")).status)
 """
 
 
@@ -591,7 +595,7 @@ class _Local:
     def __init__(self, pause: float) -> None:
         self._pause = pause
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
@@ -657,7 +661,7 @@ def test_wrong_bytes_in_memory_are_never_served(hub: HubDouble, folder: Path) ->
 def test_memory_is_checked_first(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that does not fit is refused before a byte of it is read, not by the kernel's OOM killer."""
     monkeypatch.setattr(target, "free_memory", lambda: 1_000_000)
-    with pytest.raises(ModelUnavailable, match="no room for the model in memory"):
+    with pytest.raises(ModelUnavailable, match="does not fit in memory"):
         memory_store(hub, folder).open(REFERENCE)
 
     assert hub.gets() == []

@@ -37,7 +37,7 @@ class Breaking:
         self.breaks = breaks  # how many bytes each try brings, and whether it writes beyond what it tells
         self.asked_from: list[int] = []
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         return RemoteModel(
             self.name, reference, (RemoteFile("model.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),)
         )
@@ -172,7 +172,7 @@ class Version:
         self.content, self.commit, self.between, self.digest = content, commit, between, digest
         self.asked_from: list[int] = []
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         digest = hashlib.sha256(self.content).hexdigest() if self.digest else None
         return RemoteModel(
             self.name, reference, (RemoteFile("model.gguf", len(self.content), digest, "etag"),), self.commit

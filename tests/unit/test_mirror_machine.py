@@ -10,7 +10,6 @@ import threading
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
-from unittest import mock
 
 from botocore.exceptions import ClientError
 from hypothesis import settings
@@ -19,7 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from adapters.s3.bucket import S3Response
 from adapters.s3.manifest import Manifest
-from adapters.s3.mirror import mirror as s3_mirror
 from adapters.s3.mirror.mirror import S3Mirror
 from adapters.s3.ref import Ref
 from adapters.s3.source import S3Storage
@@ -178,7 +176,6 @@ class MirrorMachine(RuleBasedStateMachine):
         self.s3 = MemoryS3()
         self.clients, self.mirrors = {}, {}
         self.stack = contextlib.ExitStack()
-        self.stack.enter_context(mock.patch.object(s3_mirror, "RETRY_S", 0.0))
         self.path = Path(self.stack.enter_context(tempfile.TemporaryDirectory()), "tiny.gguf")
         self.path.write_bytes(MODEL)
         self.latest = 0.0  # when the hub was asked last by a process that noted its answer

@@ -19,8 +19,8 @@ import core.reload
 from core.errors import ApiError, ModelUnavailable
 from core.loader import Loading
 from core.settings import keys
+from core.store.directory import LocalModel
 from core.store.reference import S3, HuggingFace
-from core.store.store import LocalModel
 from handlers.dispatch import dispatch
 from handlers.http import Request
 from tests.fakes import FakeHost, FakeService, FakeStore, ScriptedEngine, fake_service

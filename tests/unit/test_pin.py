@@ -31,7 +31,7 @@ class Bucket:
     def __init__(self, content: bytes, claimed: str | None) -> None:
         self.content, self.claimed = content, claimed
 
-    def resolve(self, reference: HuggingFace | S3, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace | S3, *, refresh: bool, **_: object) -> RemoteModel:
         file = RemoteFile("m.gguf", len(self.content), self.claimed, '"etag"')
         return RemoteModel(self.name, reference, (file,), "c" * 40 if isinstance(reference, HuggingFace) else None)
 

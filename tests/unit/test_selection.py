@@ -37,7 +37,7 @@ class Hub:
         self.may_deliver = threading.Event()
         self.may_deliver.set()
 
-    def resolve(self, reference: HuggingFace, *, refresh: bool) -> RemoteModel:
+    def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         digest = hashlib.sha256(CONTENT).hexdigest()
         return RemoteModel(self.name, reference, (RemoteFile(reference.filename, len(CONTENT), digest),))
 

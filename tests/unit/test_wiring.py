@@ -81,4 +81,4 @@ def test_a_token_in_clear_is_warned_of(
     """A hub over plain HTTP is fine on this machine only."""
     sources(Settings(hf_endpoint=endpoint, hf_token=token))
 
-    assert ("HF_TOKEN crosses the network in clear" in caplog.text) == warned
+    assert ("HF_TOKEN is sent unencrypted" in caplog.text) == warned

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.s3.index import Index
-from adapters.s3.mirror.lock import LockLost, UploadLock, code
+from adapters.s3.mirror.lock import TTL_S, LockLost, UploadLock, code
 from adapters.s3.mirror.upload import Upload, UploadFailed
 from adapters.s3.ref import Ref
 from adapters.s3.source import Layout, S3File, S3Storage
@@ -72,13 +72,17 @@ class S3Mirror:
         client: Callable[[], S3Client],
         *,
         background: bool,
-        lock_ttl: float = 600.0,
+        lock_ttl_s: float = TTL_S,
+        retry_s: float = RETRY_S,
+        start_s: float = START_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._storage, self._bucket = storage, bucket
         self._index = Index(storage.bucket(bucket), Layout(prefix))
         self._make_client = client
         self._client: S3Client | None = None
-        self._background, self._lock_ttl = background, lock_ttl
+        self._background, self._lock_ttl_s = background, lock_ttl_s
+        self._retry_s, self._start_s, self._clock = retry_s, start_s, clock
         self._lock = threading.Lock()  # held by whoever works
         self._jobs: list[_Job] = []
         self._wake = threading.Condition()  # guards _jobs and _thread
@@ -118,7 +122,7 @@ class S3Mirror:
             return False  # another thread is at it
         try:
             for job in jobs:
-                if job.not_before <= time.monotonic() and self._work(job, deadline):
+                if job.not_before <= self._clock() and self._work(job, deadline):
                     job.close()
                     with self._wake:
                         self._jobs.remove(job)
@@ -142,7 +146,7 @@ class S3Mirror:
         try:
             with self._lock:
                 while not self._work(job, None):
-                    time.sleep(max(0.1, min(5.0, job.not_before - time.monotonic())))
+                    time.sleep(max(0.1, min(5.0, job.not_before - self._clock())))
             if job.failure is not None:
                 raise ModelUnavailable(f"{reference} was not uploaded: {job.failure}", retry_after=None)
         finally:
@@ -201,7 +205,7 @@ class S3Mirror:
         except LockLost:
             logger.info("%s: another process uploads it now", job.reference)
             self._drop_upload(job)
-            job.not_before = time.monotonic() + RETRY_S
+            job.not_before = self._clock() + self._retry_s
             return False
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the server
             return self._give_up(job, error)
@@ -225,7 +229,7 @@ class S3Mirror:
         job.tries += 1
         if passing and job.tries < TRIES:
             logger.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
-            job.failure, job.not_before = None, time.monotonic() + RETRY_S
+            job.failure, job.not_before = None, self._clock() + self._retry_s
             return False
         logger.warning("%s is not mirrored: %s", job.reference, job.failure)
         return True
@@ -244,7 +248,7 @@ class S3Mirror:
 
     def _begin(self, job: _Job, deadline: float | None) -> bool:
         """Have an upload for the first file of `job`, unless it is there already. False: not now."""
-        if deadline is not None and deadline - time.monotonic() < START_S:
+        if deadline is not None and deadline - self._clock() < self._start_s:
             return False
         file, descriptor = job.files[0]
         if file.sha256 is None:  # the hub's word for a file that is not in LFS is another
@@ -253,10 +257,10 @@ class S3Mirror:
         if target is None:
             return True
         client = self._boto()
-        lock = UploadLock(client, self._bucket, target.blob + ".lock", ttl=self._lock_ttl)
+        lock = UploadLock(client, self._bucket, target.blob + ".lock", ttl=self._lock_ttl_s)
         left = lock.acquire()
         if left is None:
-            job.not_before = time.monotonic() + RETRY_S
+            job.not_before = self._clock() + self._retry_s
             return False
         target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished meanwhile
         if target is None:
@@ -270,6 +274,7 @@ class S3Mirror:
             lock=lock,
             progress=job.progress,
             stopped=self._closed.is_set,
+            clock=self._clock,
         )
         job.upload.begin(left)
         return True
@@ -277,7 +282,7 @@ class S3Mirror:
     def _note_ref(self, job: _Job, deadline: float | None) -> bool:
         if is_commit(job.reference.revision):
             return True
-        if deadline is not None and deadline - time.monotonic() < START_S:
+        if deadline is not None and deadline - self._clock() < self._start_s:
             return False
         self._index.move_ref(self._boto, job.reference, Ref(job.commit, job.resolved_at))
         return True

@@ -62,6 +62,7 @@ class Upload:
         lock: UploadLock,
         progress: Callable[[int, int], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client, self._bucket, self._target, self._lock = client, bucket, target, lock
         self._key = target.blob
@@ -70,7 +71,7 @@ class Upload:
         blocks = max(PART_BYTES, -(-self._size // MAX_PARTS)) / BLOCK_BYTES
         self._part_bytes = BLOCK_BYTES * -int(-blocks // 1)
         self._count = max(1, -(-self._size // self._part_bytes))
-        self._stopped = stopped
+        self._stopped, self._clock = stopped, clock
         self._hash = hashlib.sha256()
         self._blocks: list[str] = []
         self._id: str | None = None
@@ -108,7 +109,7 @@ class Upload:
                 else:
                     self._submit(self._next, data)
                 self._next += 1
-            timeout = 0.5 if deadline is None else min(0.5, deadline - time.monotonic() - MARGIN_S)
+            timeout = 0.5 if deadline is None else min(0.5, deadline - self._clock() - MARGIN_S)
             landed, _ = wait(self._flying, timeout, FIRST_COMPLETED)
             for future in landed:
                 self._collect(self._flying.pop(future), future)
@@ -133,7 +134,7 @@ class Upload:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _short(self, deadline: float | None, need: float = 3.0) -> bool:
-        return deadline is not None and deadline - time.monotonic() < need + MARGIN_S
+        return deadline is not None and deadline - self._clock() < need + MARGIN_S
 
     def _read(self, part: int, *, hashed: bool) -> bytes:
         offset = part * self._part_bytes
