@@ -1,8 +1,7 @@
-"""What goes into the engine and what comes out: plain values, tokens and text. Knows no HTTP and no OpenAI shapes.
+"""Define what goes into an engine and what comes out: plain values, tokens and text. No HTTP, no OpenAI shapes.
 
-Glossary, used everywhere: a *request* asks for `n` *sequences* over one prompt; a *slot* is a place in llama.cpp's KV
-cache that holds one sequence; a *piece* is what a sequence gained in one step; *prefill* reads prompt tokens, *decode*
-makes new ones.
+A *request* asks for `n` *sequences* over one prompt. A *slot* holds one sequence in llama.cpp's KV cache. *Prefill*
+computes the prompt's tokens, *decode* makes new ones. A *delta* is what a sequence gained in one step.
 """
 
 from __future__ import annotations
@@ -21,38 +20,37 @@ Cause = Literal["max_tokens", "context", "deadline", "memory"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn; llama.cpp's own sampler chain does it. Defaults are OpenAI's (temperature 1)."""
+    """How llama.cpp's sampler chain draws the next token. Defaults are OpenAI's (temperature 1)."""
 
-    temperature: float = 1.0  # 0: the likeliest token
+    temperature: float = 1.0  # 0: always the likeliest token
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
-    repeat_penalty: float = 1.0  # of tokens in prompt and answer; the next two look at the answer only
+    repeat_penalty: float = 1.0  # counts tokens in prompt and answer; the next two count the answer only
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None  # None: drawn from the system
+    seed: int | None = None  # None: a random seed
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def repeatable(self) -> bool:
         """Whether the same request should give the same text.
 
-        It does on a server that does nothing else, with the prompt's prefix wholly cached or not at all. Beside other
-        sequences it is best effort, as with OpenAI's `seed`: another batch shape adds up floats in another order, and
-        a prompt that is half cached, or read in slices next to a running answer, has another shape.
+        It does on an idle server, if the prompt is cached completely or not at all. While other sequences run it is
+        best effort, as with OpenAI's `seed`: another batch shape adds up floats in another order, and a prompt that is
+        partly cached, or prefilled in slices, has another shape.
         """
         return self.seed is not None or self.temperature <= 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt and how to go on from it.
+    """A prompt and how to continue it.
 
-    `max_tokens` None means until the context is full. `grammar` is an llguidance grammar
-    (see `core.engine.grammar`).
-    `top_logprobs` None means no logprobs, 0 the chosen token's only. `tenant` separates prefix caches: a prefix is
-    never shared between tenants. `deadline` is on `time.monotonic()`'s clock: then the sequence ends with finish
-    "length", or with ModelUnavailable if no token has come yet.
+    `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (see `core.engine.grammar`).
+    `top_logprobs` None means no logprobs, 0 those of the chosen tokens only. A prompt prefix is never shared between
+    tenants. `deadline` is on `time.monotonic()`'s clock. At the deadline a sequence ends with finish_reason "length";
+    if there is no token yet, the request fails with DeadlineExceeded or ModelUnavailable.
     """
 
     prompt: tuple[int, ...]
@@ -68,7 +66,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithm of a token's probability before any sampling setting; `top` holds the likeliest tokens."""
+    """The natural logarithm of a token's probability, before any sampling setting. `top` holds the likeliest tokens."""
 
     token: bytes
     logprob: float
@@ -115,38 +113,38 @@ class Generation(Protocol):
     async def __anext__(self) -> Delta: ...
 
     def cancel(self) -> None:
-        """Stop at the next step and free the slots. Idempotent, callable from any thread, also after the end."""
+        """Stop at the next step and free the slots. Idempotent; any thread may call it, also after the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What is known of a loaded model."""
+    """Describes a loaded model."""
 
-    name: str  # what clients call it
+    name: str  # as in requests
     path: str
     size_bytes: int
-    description: str  # llama.cpp's, e.g. "llama 135M Q4_1"
+    description: str  # llama.cpp's own, e.g. "llama 135M Q4_1"
     architecture: str
     n_params: int
     n_vocab: int
-    n_ctx: int  # the shared KV size, and the most one request may use
+    n_ctx: int  # the shared KV size, and the most tokens of one request
     n_ctx_train: int
-    chat_template: str | None  # Jinja source from the GGUF; None: ChatML is used
+    chat_template: str | None  # Jinja source from the GGUF; None: use ChatML
     bos: str  # texts of the special tokens, "" where the model has none
     eos: str
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def remedy(self) -> str:
-        """What to do about a prompt that does not fit."""
+        """A sentence that says what to do about a prompt that does not fit."""
         if 0 < self.n_ctx_train <= self.n_ctx:
-            return "The model was trained on no more, so N_CTX cannot raise it: shorten the prompt."
+            return "The model was trained on this many tokens, so N_CTX cannot raise it: shorten the prompt."
         return "Shorten the prompt or raise N_CTX."
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How a model is loaded. `n_threads` 0: as many as there are CPUs for this process."""
+    """How to load a model. `n_threads` 0 means as many as the process has CPUs."""
 
     n_ctx: int = 4096
     n_batch: int = 256
@@ -166,16 +164,19 @@ class Engine(Protocol):
 
     @property
     def failed(self) -> ApiError | None:
-        """Why this engine serves no more though it was not stopped; None while it serves."""
+        """The error that ended the engine thread, None while it serves or after `stop`."""
         ...
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
-        """Token ids of `text`, no BOS added; `special` lets "<|im_start|>" and the like become their tokens.
-        `continued`: it goes on from another text, so the vocabulary puts no space in front."""
+        """Return the token ids of `text`, without BOS.
+
+        With `special`, names such as "<|im_start|>" become their control tokens. With `continued`, the text follows
+        another one, so the vocabulary puts no space in front.
+        """
         ...
 
     def control_names(self, text: str) -> list[int]:
-        """Where names of control tokens begin in `text`, in rising order. Blocks at the first call for a model."""
+        """Return where names of control tokens begin in `text`, in rising order. The first call for a model blocks."""
         ...
 
     def check_grammar(self, grammar: str) -> None:
@@ -183,26 +184,30 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> Generation:
-        """Queue a request; call on the event loop that will iterate it.
+        """Queue a request. Call it on the event loop that will iterate the generation.
 
         Raises ContextOverflow if prompt and one token do not fit, Busy if the queue is full.
         """
         ...
 
     def warm(self) -> None:
-        """Nobody waits yet: read what the template begins with into the cache, and so the weights into memory. Blocks
-        while the template is compiled, not while it is read."""
+        """Prefill the template's shared prefix while no request runs, which also pages in the weights.
+
+        Blocks while the template is compiled, but not during the prefill.
+        """
         ...
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the load: decode_calls, prompt_tokens, cached_tokens, completion_tokens, requests, and now:
-        sequences {running, total}, queued."""
+        """Return the counters since the load, and the current `sequences` (running, total) and `queued`.
+
+        The counters are requests, prompt_tokens, cached_tokens, completion_tokens, decode_calls, preempted, aborted.
+        """
         ...
 
     def stop(self) -> None:
-        """Cancel what runs and take no more; the memory stays until `close`. Idempotent."""
+        """End all generations and accept no more. Memory is freed by `close`. Idempotent."""
         ...
 
     def close(self) -> None:
-        """Cancel what runs, free the memory. Blocks until the engine thread has ended."""
+        """End all generations and free the memory. Blocks until the engine thread has ended."""
         ...

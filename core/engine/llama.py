@@ -1,4 +1,4 @@
-"""Llama: a GGUF model loaded by llama.cpp, behind the Engine interface."""
+"""Load a GGUF model with llama.cpp and serve it through the Engine interface."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from core.store.model_file import ModelFile
 if TYPE_CHECKING:
     from core.engine.bindings import Bindings, Context, Model
 
-PREPARE_WITHIN_S = 3.0  # after the load, requests or not
+PREPARE_WITHIN_S = 3.0  # after the load, even if requests keep coming
 LOOK_S, QUIET_LOOKS = 0.05, 6
 REST_S = 0.002  # between two slices of the vocabulary
 
-log = logging.getLogger("slm.engine")
+logger = logging.getLogger("slm.engine")
 
 
 class Llama:
@@ -43,16 +43,17 @@ class Llama:
         config: EngineConfig,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """Load the model and make its context. Blocks; `progress` is told the share loaded, 0 to 1.
+        """Load the model and make its context. Blocks. `progress` is called with the share loaded, 0 to 1.
 
-        With `file.arrival` set the weights are mapped but not read: the engine thread waits for them before its first
-        decode. Raises InvalidRequest if llama.cpp cannot load the file or the context does not fit.
+        If `file.arrival` is set, the weights are still being downloaded: they are mapped but not read, and the engine
+        thread waits for them before its first decode. Raises InvalidRequest if llama.cpp cannot load the file, or the
+        context does not fit in memory.
         """
         self._bindings = bindings = native.bindings()
         self._file = file
         self._closed = False
         self._close_lock = threading.Lock()
-        # Jinja's import needs Python for 0.1 s, the load below hardly at all.
+        # Importing Jinja takes 0.1 s of Python. The load below runs in C, so do both at once.
         threading.Thread(target=importlib.import_module, args=("core.engine.prompt.sandbox",), daemon=True).start()
         native.set_verbose(config.verbose)
         config = replace(config, n_threads=config.n_threads or cpus.available())
@@ -68,8 +69,8 @@ class Llama:
         self.config = config
         self.card = self._describe()
         if self.card.n_ctx < config.n_ctx:
-            log.warning(
-                "%s was trained on %s tokens: N_CTX %s is shared by all requests, and one may use %s",
+            logger.warning(
+                "%s was trained on %s tokens: all requests share N_CTX %s, and one request may use %s",
                 file.name,
                 self.card.n_ctx_train,
                 config.n_ctx,
@@ -100,7 +101,7 @@ class Llama:
         return self._vocabulary.tokenize(text, special=special, continued=continued)
 
     def control_names(self, text: str) -> list[int]:
-        if len(text) < 2:  # the warm-up's words: the names need not have been read for them
+        if len(text) < 2:  # as in the warm-up, which must not wait until the names have been read
             return []
         return self._vocabulary.control_names().starts(text)
 
@@ -111,12 +112,12 @@ class Llama:
         if len(request.prompt) + 1 > self.card.n_ctx:
             raise ContextOverflow(len(request.prompt), self.card.n_ctx, self.card.remedy)
         if not request.prompt:
-            raise InvalidRequest("The prompt has no tokens.", param="messages")
+            raise InvalidRequest("The prompt is empty: it has no tokens.", param="messages")
         n_vocab = self._vocabulary.n_tokens
         unknown = [token for token in request.sampling.logit_bias if not 0 <= token < n_vocab]
         if unknown:
             raise InvalidRequest(
-                f"'logit_bias' names token {unknown[0]}; this model's tokens are 0 to {n_vocab - 1}.",
+                f"'logit_bias' has token {unknown[0]}, but this model's tokens are 0 to {n_vocab - 1}.",
                 param="logit_bias",
             )
         matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
@@ -134,8 +135,8 @@ class Llama:
                     index=index,
                 )
                 samplers.append(sampler)
-                own = matcher if matcher is None or index == 0 else matcher.deep_copy()
-                sequences.append(Sequence(request, index, stream, sampler, own, sequences[0] if sequences else None))
+                fork = matcher if matcher is None or index == 0 else matcher.deep_copy()
+                sequences.append(Sequence(request, index, stream, sampler, fork, sequences[0] if sequences else None))
             self._worker.submit(sequences)
         except BaseException:
             for sampler in samplers:
@@ -186,18 +187,18 @@ class Llama:
         with native.captured_errors() as reasons:
             model = bindings.llama_model_load_from_file(os.fsencode(file.path), params)
         if not model:
-            log.error("llama.cpp cannot load %s: %s", file.path, "; ".join(reasons) or "no reason given")
+            logger.error("llama.cpp cannot load %s: %s", file.path, "; ".join(reasons) or "no reason given")
             raise InvalidRequest(
-                f"The model '{file.name}' cannot be loaded: llama.cpp refuses it "
-                f"({_reason(reasons)}). Use a GGUF of an architecture that this build knows.",
+                f"llama.cpp cannot load the model '{file.name}': {_reason(reasons)}. "
+                "Use a complete GGUF file of an architecture that this llama.cpp supports.",
                 param="model_path",
             )
         return model
 
     def _check_generates(self) -> None:
-        """Raise InvalidRequest for a model whose first decode would end the process.
+        """Raise InvalidRequest for a model whose first decode would abort the process.
 
-        The file's header has been checked by architecture already; llama.cpp itself knows about those to come.
+        The file's header was checked for known architectures before. llama.cpp knows about newer ones.
         """
         bindings, model = self._bindings, self._model
         if bindings.llama_model_is_diffusion(model):
@@ -215,26 +216,27 @@ class Llama:
         bindings = self._bindings
         params = bindings.llama_context_default_params()
         params.n_ctx = config.n_ctx
-        params.n_seq_max = config.n_parallel + 1  # one for the template's opening
+        params.n_seq_max = config.n_parallel + 1  # one more for the template's shared prefix
         params.n_batch = params.n_ubatch = max(min(config.n_batch, config.n_ctx), params.n_seq_max)
-        # Only a sequence's last token is sampled from: 5 rows of logits instead of n_batch, 256 MB less for Gemma 3.
+        # Only the last token of a sequence needs logits: 5 rows instead of n_batch, 256 MB less for Gemma 3.
         params.n_outputs_max = params.n_seq_max
         params.n_outputs_max_per_seq = 1
         params.n_threads = params.n_threads_batch = config.n_threads
-        # Flash attention stays llama.cpp's "auto". It skips the cells of other sequences, and idle prefixes lie in the
-        # same memory: beside 2,000 idle cells a token took 9-10 ms with it and 16-18 without (7.6-9 alone). It is as
-        # accurate: KL to a float32 cache over 1,000 tokens of text 6.1e-3 both (SmolLM2), 1.6e-2 and 1.5e-2 (Gemma).
+        # Flash attention stays llama.cpp's "auto". It skips the cells of other sequences, and idle prefixes are in the
+        # same cache: with 2,000 idle cells a token took 9-10 ms with it and 16-18 ms without (7.6-9 ms with none). It
+        # is as accurate: the KL divergence to a float32 cache over 1,000 tokens of text is 6.1e-3 with and without it
+        # (SmolLM2), 1.6e-2 and 1.5e-2 (Gemma).
         params.kv_unified = True
-        # A sliding window's cache can be cut back to a shared prefix only if it is kept whole. llama.cpp still gives
-        # cells that a window has passed to others; `Cache` looks before it uses a prefix.
+        # The cache of a sliding window can be truncated to a shared prefix only if it has the full size. llama.cpp
+        # still reuses cells that the window has passed, so `Cache` checks a prefix before it uses it.
         params.swa_full = True
         with native.captured_errors() as reasons:
             context = bindings.llama_init_from_model(self._model, params)
         if not context:
-            log.error("no context: %s", "; ".join(reasons) or "no reason given")
+            logger.error("llama.cpp cannot make a context: %s", "; ".join(reasons) or "no reason given")
             raise InvalidRequest(
-                f"A context of {config.n_ctx} tokens cannot be made for '{self._file.name}': "
-                "most likely it does not fit in memory. Lower n_ctx.",
+                f"llama.cpp cannot make a context of {config.n_ctx} tokens for '{self._file.name}'. "
+                "Most likely it does not fit in memory: lower n_ctx.",
                 param="n_ctx",
             )
         if not bindings.llama_get_memory(context):
@@ -271,15 +273,16 @@ class Llama:
         )
 
     def _prepare(self) -> None:
-        """Build the grammar tokenizer off the request path, behind everything that has somebody waiting.
+        """Read the control names, and build the grammar tokenizer in the background.
 
-        For 262k tokens it passes the interpreter lock to and fro half a million times: beside it the downloading
-        threads of tensors reached 62 MB/s of the 80 that the network gave, and the first token came a tenth of a second
-        or two later. So it waits for the tensors and then for a quiet moment, but not for ever. A request with a
-        grammar builds it at once all the same.
+        For 262k tokens the tokenizer takes and releases the interpreter lock half a million times. Run at once, it cut
+        the download of the tensors from 80 to 62 MB/s, and delayed the first token by 0.1-0.2 s. So it waits for the
+        tensors and then for a quiet moment, up to PREPARE_WITHIN_S. A request with a grammar builds it immediately.
         """
         with contextlib.suppress(ModelUnavailable):
-            self._vocabulary.control_names()  # the first prompt needs them
+            # 1) The first prompt needs the control names.
+            self._vocabulary.control_names()
+        # 2) Wait for the tensors, and for a quiet moment.
         if self._file.arrival is not None:
             with contextlib.suppress(ApiError):
                 self._file.arrival.wait()
@@ -288,15 +291,16 @@ class Llama:
             time.sleep(LOOK_S)
             stats = self._worker.stats()
             quiet = 0 if stats["queued"] or stats["sequences"]["running"] else quiet + 1
-        # Not at a lower priority: llguidance holds the interpreter lock while it builds (0.1 s for 49k tokens, 1.2 for
-        # 262k), and beside busy threads every other Python thread would wait for one with a tenth of a CPU.
-        with contextlib.suppress(ModelUnavailable):  # freed meanwhile
+        # 3) Build the tokenizer, at normal priority. llguidance holds the interpreter lock meanwhile (0.1 s for 49k
+        # tokens, 1.2 s for 262k): at a low priority all other Python threads would wait for a thread that gets a tenth
+        # of a CPU.
+        with contextlib.suppress(ModelUnavailable):  # the model was closed meanwhile
             self._grammars.prepare(lambda: time.sleep(REST_S))
 
 
 def _metadata(bindings: Bindings, model: Model) -> dict[str, str]:
-    """The GGUF's scalar metadata as text. Arrays (the vocabulary) come as "[...]" and are left out."""
-    found = {}
+    """Return the GGUF's scalar metadata as text, without arrays (such as the vocabulary), which begin with "["."""
+    metadata = {}
     buffer = ctypes.create_string_buffer(1 << 16)
     for index in range(bindings.llama_model_meta_count(model)):
         bindings.llama_model_meta_key_by_index(model, index, buffer, len(buffer))
@@ -304,14 +308,14 @@ def _metadata(bindings: Bindings, model: Model) -> dict[str, str]:
         bindings.llama_model_meta_val_str_by_index(model, index, buffer, len(buffer))
         value = buffer.value.decode("utf-8", "replace")
         if not value.startswith("[") and key != "tokenizer.chat_template":
-            found[key] = value
-    return found
+            metadata[key] = value
+    return metadata
 
 
 def _reason(lines: list[str]) -> str:
-    """The reason a load failed, in our words."""
+    """Return our own message for why a load failed. llama.cpp's lines hold paths and are for the log only."""
     text = " ".join(lines)
-    for mark, words in (
+    for line, reason in (
         ("unknown model architecture", "its architecture is unknown"),
         ("not within the file bounds", "it is truncated"),
         ("corrupted or incomplete", "it is truncated or damaged"),
@@ -320,6 +324,6 @@ def _reason(lines: list[str]) -> str:
         ("invalid magic", "it is not a GGUF file"),
         ("failed to allocate", "it does not fit in memory"),
     ):
-        if mark in text:
-            return words
+        if line in text:
+            return reason
     return "the log has the reason"

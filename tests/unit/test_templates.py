@@ -109,7 +109,7 @@ def test_long_words_lose_nothing(words: str) -> None:
 
 def test_more_names_than_the_context_can_hold_are_refused() -> None:
     """Each name is two tokens at least, and a call of the tokenizer."""
-    with pytest.raises(InvalidRequest, match="name control tokens 300 times; the context holds 512") as caught:
+    with pytest.raises(InvalidRequest, match="names of control tokens 300 times, but the context holds 512") as caught:
         templates.prompt(engine(SMOL), [said("<s>" * 300)])
     assert caught.value.code == "context_length_exceeded"
 
@@ -124,7 +124,7 @@ def test_a_template_sees_the_names_in_what_it_is_given() -> None:
 def test_what_no_context_can_hold_is_refused_unread() -> None:
     """Far too long a text is refused by its length, however often it is told, before it costs time."""
     big = "x" * 10_000
-    with pytest.raises(InvalidRequest, match="70000 characters; the context holds 512 tokens") as caught:
+    with pytest.raises(InvalidRequest, match="70000 characters, but the context holds 512 tokens") as caught:
         templates.prompt(engine(SMOL), [said(big)] * 7)
     assert caught.value.code == "context_length_exceeded"
 
@@ -170,7 +170,7 @@ def test_messages_a_working_template_fails_on_are_a_400() -> None:
     """A template that works, but not on these messages, is a 400."""
     source = "{{ messages[0]['content'] }}{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}"
 
-    with pytest.raises(InvalidRequest, match="cannot put these messages in form"):
+    with pytest.raises(InvalidRequest, match="cannot format these messages"):
         templates.prompt(engine(source), [said("Hi"), said("Hello")])
 
 

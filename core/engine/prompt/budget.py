@@ -1,5 +1,7 @@
-"""Budget: what one rendering of a foreign chat template may use: steps, characters, list items, seconds. Knows no
-Jinja."""
+"""Limit what one rendering of an untrusted chat template may use: steps, characters, list items, seconds. No Jinja.
+
+`Budget` counts. The functions below it measure what filters, tests and operators are about to make, before they do.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +12,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-STEPS = 200_000  # besides those for the input
+STEPS = 200_000  # in addition to those for the input
 LONGEST = 1 << 24  # most characters of one string
 SECONDS = 5.0
-DEPTH = 100  # most containers within each other
+DEPTH = 100  # most nested containers
 
 
 class Refused(Exception):
-    """The template called `raise_exception`. Its words are about the messages it was given."""
+    """The template called `raise_exception`. The message describes what is wrong with the messages."""
 
 
 class Runaway(Exception):
-    """The template went over its budget."""
+    """The template exceeded its budget."""
 
 
 class Broken(Exception):
-    """The template cannot be compiled, or failed as no template should."""
+    """The template cannot be compiled, or raised an exception."""
 
 
 class Budget:
@@ -56,14 +58,14 @@ class Budget:
             raise Runaway(f"takes more than {self.seconds:g} seconds")
 
     def take_items(self, count: int) -> None:
-        """For a list: an item is 8 bytes and up to 64 for a value of its own."""
+        """Take `count` list items. An item takes 8 bytes, and up to 64 for its value."""
         self.items -= count
         if self.items < 0:
             raise Runaway("makes lists of too many items")
         self.take()
 
     def measure(self, value: Any, depth: int = 0) -> None:
-        """Take what the text of `value` will need. Values may hold each other, so that can be exponential."""
+        """Take what the text of `value` needs. Values may contain each other, so the text can be exponentially long."""
         if depth > DEPTH:
             raise Runaway("nests values too deeply")
         if isinstance(value, str):
@@ -80,7 +82,7 @@ class Budget:
 
 
 class _Size(Budget):
-    """Counts instead of taking."""
+    """Measures the size of the input instead of taking from a budget."""
 
     def __init__(self) -> None:
         self.steps = self.characters = 0
@@ -104,13 +106,13 @@ def take_items(count: int) -> None:
 
 
 def measure(value: Any) -> Any:
-    """`value` itself, once the budget has room for its text."""
+    """Take what the text of `value` needs, and return `value`."""
     if (budget := current.get()) is not None:
         budget.measure(value)
     return value
 
 
-WIDE = re.compile(r"\d{4}|\*|:[^{}]*\{")  # a field width that is long, or taken from an argument
+WIDE = re.compile(r"\d{4}|\*|:[^{}]*\{")  # a field width of four digits, or one from an argument
 
 _STRINGIFY = frozenset(
     (
@@ -121,11 +123,14 @@ _STRINGIFY = frozenset(
 _LISTING = frozenset(("dictsort", "groupby", "join", "list", "reverse", "sort", "unique"))
 _COMPARING = frozenset(("dictsort", "groupby", "max", "min", "sort", "unique"))
 _INTEGER_BITS = 4096
-_DIGITS = 20  # most that `round` may be asked for: it computes 10 to their power
+_DIGITS = 20  # most digits for `round`, which computes 10 to their power
 
 
 def compared(value: Any) -> Any:
-    """Lists that hold each other are compared in exponential time; a string in less than it took to make."""
+    """Measure an operand of a comparison.
+
+    Comparing lists that contain each other takes exponential time. Comparing a string takes less than making it.
+    """
     return measure(value) if isinstance(value, list | tuple | Mapping) else value
 
 
@@ -135,7 +140,7 @@ def check_integer(value: Any) -> None:
 
 
 def _listed(value: Any) -> Any:
-    """An iterable whose items are counted before or while they become a list."""
+    """Return an iterable whose items are counted before, or while, it becomes a list."""
     if hasattr(value, "__len__"):
         take_items(len(value))
         return value
@@ -149,25 +154,25 @@ def _taken(iterable: Iterable[Any]) -> Iterator[Any]:
 
 
 def check_growth(text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Measure what `replace`, `indent` and the ways to split are about to make of `text`."""
-    given = (*args, *kwargs.values())
+    """Measure what `replace`, `indent`, `split` and the like are about to make from `text`."""
+    arguments = (*args, *kwargs.values())
     if name in ("split", "rsplit"):
-        by = given[0] if given else None
+        by = arguments[0] if arguments else None
         take_items(text.count(by) + 1 if isinstance(by, str) and by else len(text) // 2 + 1)
     elif name == "splitlines":
         take_items(len(text) + 1 if len(text) < 1000 else len(text.splitlines()))
     elif name in ("replace", "indent"):
-        measure(given)
-    if name == "replace" and len(given) >= 2:
-        old, new = str(given[0]), str(given[1])
+        measure(arguments)
+    if name == "replace" and len(arguments) >= 2:
+        old, new = str(arguments[0]), str(arguments[1])
         take(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
     elif name == "indent":
-        width = given[0] if given else 4
+        width = arguments[0] if arguments else 4
         take(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else int(width)))
 
 
 def guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is measured: what it turns into text, and what comes of it."""
+    """Wrap a filter, to measure its input and its result."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context may be passed before the value
 
     @functools.wraps(function)
@@ -199,13 +204,13 @@ def guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _check_round(value: Any, precision: Any = 0, method: Any = "common") -> None:
-    """`round` computes 10 to the power of `precision`."""
+    """Limit `precision`: `round` computes 10 to its power."""
     if not isinstance(precision, int) or abs(precision) > _DIGITS:
         raise Runaway(f"rounds to more than {_DIGITS} digits")
 
 
 def guarded_test(function: Any) -> Callable[..., Any]:
-    """A test that compares (`is eq`, `is in`), whose operands are measured as those of a comparison."""
+    """Wrap a test that compares (`is eq`, `is in`), to measure its operands."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:

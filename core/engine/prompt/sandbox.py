@@ -1,13 +1,13 @@
-"""Jinja: runs a chat template that somebody else wrote. Knows nothing of models or messages.
+"""Render an untrusted chat template with Jinja, within a budget.
 
 A template comes with a downloaded model, so it is foreign code. Jinja's immutable sandbox keeps it away from Python's
-internals but lets it loop and grow strings without end. Here every loop, call, operator and output draws on a budget,
-and what makes long strings or lists from short ones is measured before it is done. Compilation draws on one, too, and
-folds no constants.
+internals, but lets it loop and grow strings without end. Here every loop, call, operator and output takes from a
+budget. Operations that make long strings or lists from short ones are measured before they run. Compilation has a
+budget, too, and folds no constants.
 
 Otherwise templates run as in transformers: trim_blocks, lstrip_blocks, loop controls, `tojson` without HTML escapes,
-`raise_exception`, `strftime_now`; `{% generation %}` is ignored. Import this module when a template is needed, not
-before: jinja2 takes 0.18 s.
+`raise_exception` and `strftime_now`. `{% generation %}` is ignored. Import this module only when a template is needed:
+jinja2 takes 0.18 s.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from core.engine.prompt.budget import (
     take_items,
 )
 
-SOURCE = 1 << 18  # most characters of a template; the longest known to us has 20,000
+SOURCE = 1 << 18  # most characters of a template; the longest that we know has 20,000
 
-# Filters that no template can name: they hold a space.
+# Names of internal filters. They contain a space, so no template can use them.
 _COUNTED, _JOINED, _MADE, _COMPARED = "counted iterable", "joined operands", "made here", "compared operand"
 _FILTERS = frozenset(
     (
@@ -84,9 +84,9 @@ def render(
 
 @functools.lru_cache(maxsize=8)
 def compiled(source: str) -> Template:
-    """Raises Broken if it cannot be compiled."""
+    """Compile a template within a budget of its own. Raises Broken."""
     if len(source) > SOURCE:
-        raise Broken(f"it has {len(source)} characters; the most is {SOURCE}")
+        raise Broken(f"it has {len(source)} characters; at most {SOURCE} are allowed")
     environment = _environment()
     token = budget.current.set(Budget({}))
     try:
@@ -101,23 +101,26 @@ def compiled(source: str) -> Template:
 
 
 def _bound(tree: nodes.Template, environment: Environment) -> None:
-    """Make every loop count its rounds, weighed by the text they put out, every `~` and comparison measure its
-    operands, and every slice and literal count its items."""
+    """Add the budget to a template's syntax tree, where Jinja's sandbox has no hook."""
+    # 1) Constants must not be huge.
     for constant in tree.find_all(nodes.Const):
         check_integer(constant.value)
+    # 2) Charge each loop iteration, weighted by its literal text.
     for loop in tree.find_all(nodes.For):
         if loop.recursive:
             raise Broken("recursive loops are not supported")
         weight = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))
         loop.iter = nodes.Filter(loop.iter, _COUNTED, [nodes.Const(weight)], [], None, None)
+    # 3) Measure the operands of `~`.
     for joined in list(tree.find_all(nodes.Concat)):
         joined.nodes = [nodes.Filter(nodes.List(joined.nodes), _JOINED, [], [], None, None)]
+    # 4) Count the items of slices and literals, and measure the operands of comparisons.
     _Wrapping().visit(tree)
     tree.set_environment(environment)
 
 
 class _Wrapping(NodeTransformer):
-    """Puts a filter round what Jinja compiles to bare Python, which no hook of the sandbox sees."""
+    """Wraps in a filter what Jinja compiles to plain Python: slices, lists, tuples, comparisons."""
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
@@ -144,7 +147,7 @@ class _Wrapping(NodeTransformer):
 
 
 def _made(value: Any) -> Any:
-    """A slice or a literal, counted. A tuple may be hashed, which goes through all that it holds."""
+    """Count the items of a slice or a literal. A tuple is measured, because hashing it visits all of its contents."""
     if isinstance(value, str):
         take(len(value))
     elif isinstance(value, list | tuple):
@@ -156,7 +159,7 @@ def _made(value: Any) -> Any:
 
 @pass_context
 def _put_out(context: Any, value: Any) -> Any:
-    """Jinja's `finalize`. One that takes the context keeps the compiler from computing constant output by itself."""
+    """Measure output: Jinja's `finalize`. Because it takes the context, the compiler cannot fold constant output."""
     return measure(value)
 
 
@@ -178,7 +181,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     if indent is not None and not 0 <= int(indent) <= 16:
-        raise Runaway("indents JSON by more than 16")
+        raise Runaway("indents JSON by more than 16 spaces")
     if separators is not None and max(map(len, separators)) > 16:
         raise Runaway("separates JSON by more than 16 characters")
     return json.dumps(
@@ -218,7 +221,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 take(len(owner) * len(args[0]))
             check_growth(owner, name, args, kwargs)
         elif isinstance(owner, list | tuple):
-            measure((owner, args))  # `index` and `count` compare
+            measure((owner, args))  # `index` and `count` compare items
         take_items(len(args))
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str):
@@ -231,7 +234,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in _LONG_STRING_METHODS:
             return False
-        if isinstance(obj, int | float | bytes | bytearray):  # `to_bytes` makes as many as it is asked for
+        if isinstance(obj, int | float | bytes | bytearray):  # `to_bytes` makes as many bytes as its argument says
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -250,7 +253,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """transformers marks the assistant's words for training with this block."""
+    """The block with which transformers marks the assistant's text for training. Its tags are ignored."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -264,7 +267,7 @@ def _environment() -> Environment:
     environment = _Bounded(
         trim_blocks=True,
         lstrip_blocks=True,
-        optimized=False,  # constants must not be folded outside of the budget
+        optimized=False,  # constants must not be folded outside the budget
         finalize=_put_out,
         cache_size=0,
         extensions=["jinja2.ext.loopcontrols", _Generation],

@@ -1,10 +1,10 @@
-"""Templates: messages to prompt tokens, by the model's own chat template; ChatML for a model that has none.
+"""Turn messages into prompt tokens with the model's chat template, or with ChatML if the model has none.
 
-Words of a client never become control tokens: a message that says "<|im_end|>" stays text. Each name of a control
-token in the client's words gets an unguessable mark in front before the template runs. In the template's output the
-text is cut behind the first character of each marked name, and the parts are tokenized one by one. Names without a
-mark are the template's own. Names of user-defined tokens count where they are markup ("<think>"); a vocabulary's words,
-white space and HTML elements are text.
+A client's text never becomes control tokens: a message that contains "<|im_end|>" stays text. Before the template runs,
+an unguessable mark is put in front of each name of a control token in the client's strings. The template's output is
+cut after the first character of each marked name, and the parts are tokenized separately. Names without a mark are the
+template's own. Names of user-defined tokens are treated the same if they are markup ("<think>"), but not if they are
+words, white space or HTML elements.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from core.engine.interface import Engine, ModelCard
 from core.engine.prompt.budget import Broken, Refused, Runaway
 from core.errors import InvalidRequest, ModelUnavailable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("slm.templates")
 
 Messages = list[dict[str, Any]]
 
-_TOKEN = 128  # characters in the longest token of the vocabularies known to us (Llama 3: 128 spaces)
+_TOKEN = 128  # characters in the longest token of the vocabularies that we know (Llama 3: 128 spaces)
 
 
 def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
-    """Tokens of the conversation, up to where the assistant speaks. Blocks; call it in a worker thread.
+    """Return the tokens of the conversation, up to where the assistant's answer begins. Call it in a worker thread.
 
-    `messages` are plain dicts with `role`, `content` (a string), and perhaps `name`, `tool_calls`, `tool_call_id`.
-    Raises InvalidRequest if the template refuses them, ModelUnavailable if the template is broken or never ends.
+    `messages` are plain dicts with `role`, `content` (a string), and optionally `name`, `tool_calls`, `tool_call_id`.
+    Raises InvalidRequest if they are too long or the template refuses them, ModelUnavailable if the template is broken
+    or does not end.
     """
     card = engine.card
+    # 1) Refuse what cannot fit before anything expensive is done with it.
     if len(messages) >= card.n_ctx:
         raise InvalidRequest(
-            f"'messages' has {len(messages)} items and each takes at least one token; the context holds {card.n_ctx}.",
+            f"'messages' has {len(messages)} items of at least one token each, but the context holds "
+            f"{card.n_ctx} tokens.",
             param="messages",
             code="context_length_exceeded",
         )
@@ -49,22 +52,25 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
     )
     if characters > card.n_ctx * _TOKEN:
         raise InvalidRequest(
-            f"The messages have {characters} characters; the context holds {card.n_ctx} tokens, which is at most "
+            f"The messages have {characters} characters, but the context holds {card.n_ctx} tokens, which is at most "
             f"{card.n_ctx * _TOKEN} characters. {card.remedy}",
             param="messages",
             code="context_length_exceeded",
         )
+    # 2) Mark the names of control tokens.
     guard = _Guard(engine)
     messages = [
         {key: value if key == "role" else guard.mark(value) for key, value in message.items()} for message in messages
     ]
-    if guard.count * 2 > card.n_ctx:  # a name that is cut is two tokens at least; tokenizing them all takes seconds
+    if guard.count * 2 > card.n_ctx:  # a name that is cut has at least two tokens; tokenizing them all takes seconds
         raise InvalidRequest(
-            f"The messages name control tokens {guard.count} times; the context holds {card.n_ctx} tokens. "
+            f"The messages contain names of control tokens {guard.count} times, but the context holds {card.n_ctx} "
+            "tokens. "
             f"{card.remedy}",
             param="messages",
             code="context_length_exceeded",
         )
+    # 3) Render, and tokenize part by part.
     text = _render(card, messages)
     tokens: list[int] = []
     if card.bos and card.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not text.startswith(card.bos):
@@ -75,31 +81,33 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
 
 
 def stops(card: ModelCard) -> tuple[str, ...]:
-    """Stop strings the prompt's form asks for: a model without a template need not have ChatML's control tokens."""
+    """Return stop strings for a model without a template: it may not have ChatML's markers as control tokens."""
     return ("<|im_end|>", "<|im_start|>") if card.chat_template is None else ()
 
 
 def shared_prefix(engine: Engine) -> list[int]:
-    """The tokens with which every conversation of this template begins that has no system message of its own: the
-    template's own words, so nobody's secret. Compiles the template on its way (Jinja's import is 0.18 s of the first
-    prompt). A broken template has none, and that is only logged."""
+    """Return the token prefix common to all conversations without a system message.
+
+    It comes from the template, so sharing it between tenants leaks nothing. Computing it compiles the template, which
+    saves the first prompt 0.18 s for Jinja's import. A broken template has no prefix: that is logged.
+    """
     try:
-        one, other = (prompt(engine, [{"role": "user", "content": letter}]) for letter in "aZ")
+        first, second = (prompt(engine, [{"role": "user", "content": letter}]) for letter in "aZ")
     except (InvalidRequest, ModelUnavailable) as error:
-        log.warning("no prompt can be made for %s: %s", engine.card.name, error.message)
+        logger.warning("Cannot make a prompt for %s: %s", engine.card.name, error.message)
         return []
-    return list(one[: common_prefix(list(one), list(other))])
+    return list(first[: common_prefix(list(first), list(second))])
 
 
 def _render(card: ModelCard, messages: Messages) -> str:
     source = card.chat_template
     if source is None:
         return _chatml(messages)
-    messages = _known_to(source, messages)
+    messages = _adapted(source, messages)
     try:
         return _run(card, source, messages)
     except Refused as error:
-        # Gemma 1 and 2 among others refuse the system role; its words then go in front of the first user message.
+        # Gemma 1 and 2 among others refuse the system role. Put its text in front of the first user message.
         merged = _without_system(messages)
         if merged is not None:
             try:
@@ -110,7 +118,7 @@ def _render(card: ModelCard, messages: Messages) -> str:
 
 
 def _run(card: ModelCard, source: str, messages: Messages) -> str:
-    from core.engine.prompt import sandbox as jinja
+    from core.engine.prompt import sandbox
 
     variables = {
         "messages": messages,
@@ -121,55 +129,55 @@ def _run(card: ModelCard, source: str, messages: Messages) -> str:
         "eos_token": card.eos,
     }
     try:
-        return jinja.render(source, variables)
+        return sandbox.render(source, variables)
     except (Runaway, Broken) as error:
         if _works(source):
-            log.info("the chat template of %s failed on these messages: %s", card.name, error)
-            what = error if isinstance(error, Runaway) else "fails on them"
+            logger.info("The chat template of %s failed on these messages: %s", card.name, error)
+            reason = error if isinstance(error, Runaway) else "fails on them"
             raise InvalidRequest(
-                f"The model's chat template cannot put these messages in form: it {what}.", param="messages"
+                f"The model's chat template cannot format these messages: it {reason}.", param="messages"
             ) from error
-        log.error("the chat template of %s failed: %s", card.name, error)
-        what = f"it {error}" if isinstance(error, Runaway) else "it is broken"
+        logger.error("The chat template of %s failed: %s", card.name, error)
+        reason = f"it {error}" if isinstance(error, Runaway) else "it is broken"
         raise ModelUnavailable(
-            f"The chat template of model '{card.name}' cannot be used: {what}. Serve another file of this model.",
+            f"The chat template of model '{card.name}' cannot be used: {reason}. Serve another file of this model.",
             retry_after=None,
         ) from error
 
 
 @functools.lru_cache(maxsize=8)
 def _works(source: str) -> bool:
-    """Whether the template can do the simplest conversation: then a failure is about the messages, not about it."""
-    from core.engine.prompt import sandbox as jinja
+    """Return whether the template can format the simplest conversation. If so, a failure is due to the messages."""
+    from core.engine.prompt import sandbox
 
     messages = [{"role": "user", "content": "Hello"}]
     try:
-        jinja.render(source, {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""})
+        sandbox.render(source, {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""})
     except (Refused, Runaway, Broken):
         return False
     return True
 
 
 def _chatml(messages: Messages) -> str:
-    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in _known_to("", messages)]
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in _adapted("", messages)]
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
-def _known_to(source: str, messages: Messages) -> Messages:
-    """Say in other words what the template does not know: `developer`, `function`, tool calls."""
+def _adapted(source: str, messages: Messages) -> Messages:
+    """Rewrite roles and tool calls that the template does not support: `developer`, `function`, `tool_calls`."""
     developer = "developer" if "developer" in source else "system"
     function = "function" if "'function'" in source or '"function"' in source else "tool"
-    other = {"developer": developer, "function": function}
-    known = []
+    roles = {"developer": developer, "function": function}
+    adapted = []
     for message in messages:
-        message = {**message, "role": other.get(message["role"], message["role"])}
+        message = {**message, "role": roles.get(message["role"], message["role"])}
         if "tool_calls" in message and "tool_calls" not in source:
-            message["content"] = "\n".join(filter(None, (message["content"], *_told(message.pop("tool_calls")))))
-        known.append(message)
-    return known
+            message["content"] = "\n".join(filter(None, (message["content"], *_as_text(message.pop("tool_calls")))))
+        adapted.append(message)
+    return adapted
 
 
-def _told(calls: list[dict[str, Any]]) -> Iterator[str]:
+def _as_text(calls: list[dict[str, Any]]) -> Iterator[str]:
     import json
 
     for call in calls:
@@ -177,27 +185,27 @@ def _told(calls: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _without_system(messages: Messages) -> Messages | None:
-    """The leading system message merged into the first user message; None if there is nothing to merge."""
+    """Merge the leading system message into the first user message. Return None if there is nothing to merge."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
-    words = messages[0]["content"] + "\n\n" + messages[1]["content"]
-    return [{**messages[1], "content": words}, *messages[2:]]
+    content = messages[0]["content"] + "\n\n" + messages[1]["content"]
+    return [{**messages[1], "content": content}, *messages[2:]]
 
 
 class _Guard:
-    """Marks the names of control tokens in a client's words, and cuts them in two in the template's output.
+    """Marks the names of control tokens in a client's strings, and cuts them in two in the template's output.
 
-    The mark goes in front of the name, so that a template that looks for one ("</think>" in what an assistant said)
-    still sees it. It is made of digits, which neither `upper` nor `tojson` changes. What a template drops, it drops.
+    The mark is in front of the name, so a template that looks for a name ("</think>" in an assistant's message) still
+    finds it. It consists of digits, which neither `upper` nor `tojson` changes. A template may drop marked text.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._mark = f"{int.from_bytes(os.urandom(8), 'big'):020}"
-        self.count = 0  # of marks
+        self.count = 0  # marks so far
 
     def mark(self, value: Any) -> Any:
-        """The value with a mark in front of each name in its strings, keys of objects included."""
+        """Return the value with a mark in front of each name in its strings, including keys of objects."""
         if isinstance(value, str):
             starts = self._engine.control_names(value)
             if not starts:
@@ -211,7 +219,7 @@ class _Guard:
         return [self.mark(inner) for inner in value] if isinstance(value, list) else value
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text without marks, in parts of which none holds a name that was marked."""
+        """Return the text without marks, in parts that cut each marked name in two."""
         part, *named = text.split(self._mark)
         for name in named:
             yield part + name[:1]
