@@ -20,8 +20,11 @@ QUESTION = [{"role": "user", "content": "Count the hippopotamuses."}]
 HEADERS = {"content-type": "application/json", "host": "localhost"}
 
 
-def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
-    """No request is lost, and each names the model that answered it: its tokenizer has its own count of the prompt."""
+def test_forty_requests_survive_four_reloads(tmp_path: Path) -> None:
+    """No request is lost, and each answer names the model that gave it.
+
+    The two tokenizers count different tokens in the same prompt, so `prompt_tokens` says which model answered.
+    """
     embedded = embedded_model()
     assert embedded is not None
     shutil.copyfile(embedded, tmp_path / "smollm2.gguf")
@@ -49,22 +52,22 @@ def test_fifty_requests_survive_five_reloads(tmp_path: Path) -> None:
             await response.aclose()
 
     async def ask() -> None:
-        """One client after another's answer, until the last reload is over."""
-        while swapping or len(answers) < 50:
-            body = await post("/v1/chat/completions", messages=QUESTION, max_tokens=4)
+        """Send one request after another until the last reload is over and 40 are answered."""
+        while swapping or len(answers) < 40:
+            body = await post("/v1/chat/completions", messages=QUESTION, max_tokens=2)
             answers.append((body["model"], body["usage"]["prompt_tokens"]))
 
     async def main() -> None:
         nonlocal swapping
         clients = [asyncio.create_task(ask()) for _ in range(3)]
-        for name in ("gemma", "smollm2", "gemma", "smollm2", "gemma"):
+        for name in ("gemma", "smollm2", "gemma", "smollm2"):
             assert (await post("/reload", model_path=f"{name}.gguf"))["model"] == name
         swapping = False
         await asyncio.gather(*clients)
         await service.host.close(5)
 
     asyncio.run(main())
-    assert len(answers) >= 50
+    assert len(answers) >= 40
     counts = dict(answers)
     assert set(counts) == {"smollm2", "gemma"}
     assert counts["smollm2"] != counts["gemma"]
