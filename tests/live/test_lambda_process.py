@@ -123,19 +123,25 @@ def test_a_load_survives_the_freezer(tmp_path: Path) -> None:
 
 
 def test_generation_ends_before_the_deadline(tmp_path: Path) -> None:
-    """An answer that would outlast the function ends early, complete: finish_reason, usage and [DONE]."""
+    """An answer that would outlast the function ends early and is complete: finish_reason, usage and [DONE].
+
+    A busy machine may not reach the first token in the short time. That is an error event, and is tried with more.
+    """
 
     async def go() -> None:
         async with running(tmp_path) as process:
             await process.finished(process.chat())
-            exchange = process.chat(
-                stream=True,
-                max_tokens=1000,
-                logit_bias={"2": -100},
-                stream_options={"include_usage": True},
-                timeout_s=3.5,
-            )
-            await process.finished(exchange)
+            for timeout_s in (3.5, 8, 32):
+                exchange = process.chat(
+                    stream=True,
+                    max_tokens=1000,
+                    logit_bias={"2": -100},
+                    stream_options={"include_usage": True},
+                    timeout_s=timeout_s,
+                )
+                await process.finished(exchange)
+                if b'"code":"timeout"' not in exchange.body:
+                    break
             chunks = deltas(exchange)
             assert exchange.trailers == {}
             assert chunks[-2]["choices"][0]["finish_reason"] == "length"
