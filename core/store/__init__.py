@@ -1,1 +1,1 @@
-"""Where models come from and where they lie: references, the models directory, verification, publishing."""
+"""Models on this machine: references, MODELS_DIR, verified downloads and atomic publishing."""

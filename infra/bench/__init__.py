@@ -1,0 +1,1 @@
+"""Benchmarks. `python -m infra.bench NAME` runs one."""

@@ -1,0 +1,1 @@
+"""Grammars: from JSON Schema to what llguidance compiles, within bounds."""
