@@ -1,4 +1,7 @@
-"""Logs: text in a terminal, JSON lines elsewhere, the request's id in each line. Called by entry points only."""
+"""Configure logging: text in a terminal, JSON lines elsewhere, with the request id in each line.
+
+Only entry points call `configure`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ import msgspec
 from core.settings import Settings
 from handlers.http import platform, request_id
 
-# At debug these print headers and signed URLs, and with them tokens and keys.
-_TALKATIVE = (
+# At level debug these loggers print headers and signed URLs, which contain tokens and keys.
+_CREDENTIAL_LOGGERS = (
     "botocore",
     "boto3",
     "s3transfer",
@@ -28,7 +31,7 @@ _TALKATIVE = (
 
 
 def configure(settings: Settings, stream: TextIO | None = None) -> None:
-    """Send the root logger's lines to `stream` (stderr) in the form that the settings ask for."""
+    """Send every log line to `stream` (default: stderr) in the format of LOG_FORMAT, from LOG_LEVEL on."""
     stream = stream or sys.stderr
     text = settings.log_format == "text" or (settings.log_format == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
@@ -36,12 +39,12 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for name in _TALKATIVE:
+    for name in _CREDENTIAL_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Text(logging.Formatter):
-    """`12:00:01 info message [request id]`, an exception's traceback below."""
+    """Format a line as `12:00:01 INFO message [request id]`, with the traceback of an exception below."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
@@ -52,16 +55,17 @@ class Text(logging.Formatter):
         return f"{line} [{identity}]" if identity else line
 
 
-# CloudWatch filters by these names; Python's WARNING and CRITICAL are unknown to it.
+# CloudWatch filters by these names. It does not know Python's WARNING and CRITICAL.
 _LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 
 
 class Json(logging.Formatter):
-    """One object a line, with the keys that CloudWatch and Lambda's log filter read.
+    """Format a line as one JSON object with the keys that CloudWatch and Lambda's log filter read.
 
-    `timestamp` (RFC 3339) and `level` decide whether Lambda keeps the line: without a valid timestamp it takes every
-    line for INFO. `requestId` is the platform's id of the request where there is one (Lambda's reports name it), else
-    ours; then `clientRequestId` is ours. What the caller puts into `extra={"fields": ...}` comes last.
+    Lambda filters by `timestamp` (RFC 3339) and `level`. It treats a line without a valid timestamp as INFO.
+    `requestId` is the platform's id of the request, as in Lambda's reports, and `clientRequestId` the one that the
+    client sent. Without a platform `requestId` is the client's or a generated one. The fields of
+    `extra={"fields": ...}` come last.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -74,9 +78,9 @@ class Json(logging.Formatter):
         }
         if identity := request_id.get():
             line["requestId"] = identity
-        if given := platform.get():
-            line |= given
-            if identity and identity != given.get("requestId"):
+        if platform_ids := platform.get():
+            line |= platform_ids
+            if identity and identity != platform_ids.get("requestId"):
                 line["clientRequestId"] = identity
         line |= getattr(record, "fields", {})
         if record.exc_info and (error := record.exc_info[1]) is not None:

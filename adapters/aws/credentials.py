@@ -1,8 +1,8 @@
-"""Where AWS credentials come from: the environment, the container's endpoint, or whatever botocore finds.
+"""Find AWS credentials: in the environment, at the container's endpoint, or through botocore.
 
-Lambda sets the environment; with SnapStart, and on ECS and EKS, it is the container endpoint instead, whose
-credentials are renewed before they expire. Profiles, SSO and the instance metadata service are botocore's business
-and cost its import, so they come last.
+Lambda sets the environment. With SnapStart, and on ECS and EKS, credentials come from the container endpoint and are
+renewed before they expire. Profiles, SSO and the instance metadata service are left to botocore and come last, because
+its import is slow.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from adapters.aws.sigv4 import Credentials
 from core.errors import ModelUnavailable
 
 ECS_ADDRESS = "http://169.254.170.2"
-# Plain HTTP would show the secret to the network: only these hosts, as botocore has it.
+# Plain HTTP exposes the secret to the network. Only these hosts may use it, as in botocore.
 _PLAIN_HOSTS = {"127.0.0.1", "localhost", "::1", "169.254.170.2", "169.254.170.23", "fd00:ec2::23"}
-_EARLY = 300  # seconds before the end at which credentials are renewed
+_EARLY = 300  # seconds; credentials are renewed this long before they expire
 
 
 class CredentialChain:
-    """Finds credentials and keeps them until shortly before they expire. Thread-safe."""
+    """Find credentials and cache them until shortly before they expire. Thread-safe."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self._environ = os.environ if environ is None else environ
         self._lock = threading.Lock()
-        self._found: Credentials | None = None
+        self._cached: Credentials | None = None
 
     def get(self, *, stale: Credentials | None = None) -> Credentials:
-        """Credentials for one request. Pass those that a service called expired as `stale` to have others.
+        """Return credentials for one request. Pass those that a service rejected as expired as `stale`.
 
-        Raises ModelUnavailable when there are none.
+        Raises ModelUnavailable if there are none.
         """
         with self._lock:
-            found = self._found
-            if found is None or found == stale or (found.expires and found.expires - _EARLY < time.time()):
-                found = self._found = self._find()
-            return found
+            cached = self._cached
+            if cached is None or cached == stale or (cached.expires and cached.expires - _EARLY < time.time()):
+                cached = self._cached = self._find()
+            return cached
 
     def _find(self) -> Credentials:
         environ = self._environ
@@ -79,7 +79,7 @@ class CredentialChain:
                 calendar.timegm(time.strptime(expires[:19], "%Y-%m-%dT%H:%M:%S")) if expires else None,
             )
         except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-            raise ModelUnavailable("The container's credential endpoint gave no AWS credentials.") from error
+            raise ModelUnavailable("The container's credential endpoint returned no AWS credentials.") from error
         finally:
             connection.close()
 
@@ -89,13 +89,13 @@ def _botocore() -> Credentials:
     from botocore.session import get_session
 
     try:
-        found = get_session().get_credentials()
-        frozen = found.get_frozen_credentials() if found else None
+        credentials = get_session().get_credentials()
+        frozen = credentials.get_frozen_credentials() if credentials else None
     except BotoCoreError as error:
-        raise ModelUnavailable("AWS credentials could not be read; check the AWS profile in use.") from error
+        raise ModelUnavailable("AWS credentials could not be read. Check the AWS profile.") from error
     if frozen is None or not frozen.access_key or not frozen.secret_key:
         raise ModelUnavailable(
-            "No AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role."
+            "No AWS credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or a role."
         )
-    # botocore renews what it finds by itself; asking it again each quarter of an hour is enough to follow.
+    # botocore renews its credentials itself. Fetching them every 15 minutes is enough to follow.
     return Credentials(frozen.access_key, frozen.secret_key, frozen.token, time.time() + 900 + _EARLY)

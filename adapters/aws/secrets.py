@@ -1,6 +1,6 @@
-"""API keys from Secrets Manager, read with the standard library: botocore would add a second to each cold start.
+"""Read API keys from Secrets Manager with the standard library. botocore would add a second to each cold start.
 
-The secret's text is a list of keys separated by commas or white space, each plain or `sha256:<hex>`.
+The secret is a list of keys separated by commas or white space, each plain or `sha256:<hex>`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ATTEMPTS = 2
 
 
 def read_keys(arn: str, environ: Mapping[str, str], credentials: CredentialChain | None = None) -> frozenset[str]:
-    """The digests of the keys in the secret. Raises SettingsError, which names no key and no secret text."""
+    """Return the digests of the keys in the secret. Raises SettingsError, without any text of the secret."""
     match = _ARN.fullmatch(arn)
     if match is None:
-        raise SettingsError("API_KEYS_SECRET must be the ARN of a Secrets Manager secret.")
+        raise SettingsError("API_KEYS_SECRET must be the ARN of a Secrets Manager secret (arn:aws:secretsmanager:...).")
     partition, region = match.groups()
     suffix = "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com"
     endpoint = environ.get("AWS_ENDPOINT_URL_SECRETS_MANAGER") or f"https://secretsmanager.{region}.{suffix}"
@@ -34,12 +34,12 @@ def read_keys(arn: str, environ: Mapping[str, str], credentials: CredentialChain
     except ModelUnavailable as error:
         raise SettingsError(f"API_KEYS_SECRET cannot be read: {error.message}") from None
     try:
-        found = keys(",".join(text.split()))
+        digests = keys(",".join(text.split()))
     except ValueError as error:
         raise SettingsError(f"The secret of API_KEYS_SECRET {error}.") from None
-    if not found or text.lstrip().startswith("{"):
-        raise SettingsError("The secret of API_KEYS_SECRET must be a list of keys, separated by commas; no JSON.")
-    return found
+    if not digests or text.lstrip().startswith("{"):
+        raise SettingsError("The secret of API_KEYS_SECRET must be a list of keys separated by commas, not JSON.")
+    return digests
 
 
 def _get(endpoint: str, arn: str, region: str, credentials: CredentialChain) -> str:
@@ -74,7 +74,7 @@ def _get(endpoint: str, arn: str, region: str, credentials: CredentialChain) -> 
         if response.status == 200 and isinstance(reply.get("SecretString"), str):
             return str(reply["SecretString"])
         code = re.sub(r"[^A-Za-z]", "", str(reply.get("__type", "")).rpartition("#")[2])[:60]
-        problem = f"Secrets Manager answered {response.status} {code or 'without text'}"
+        problem = f"Secrets Manager returned {response.status} {code or 'without a code'}"
         if response.status < 500 and code != "ThrottlingException":
             break
     raise SettingsError(f"API_KEYS_SECRET cannot be read: {problem}.")

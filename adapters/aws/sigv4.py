@@ -1,8 +1,8 @@
-"""AWS Signature Version 4 on the standard library, for the requests of a cold start.
+"""Sign requests with AWS Signature Version 4, on the standard library.
 
-Why not botocore: importing boto3 and making a client costs about a second, and a GET needs forty lines of it.
-Specification: https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html; the tests
-compare every header with botocore's own. Not covered: presigned URLs, chunked uploads, SigV4A.
+Importing boto3 and making a client takes about a second of a cold start. Specification:
+https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html; the tests compare every
+header with botocore's. Not covered: presigned URLs, chunked uploads, SigV4A.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"  # S3 only: the body is not covered by the signature
 
 _PORTS = {"http": 80, "https": 443}
-# Proxies change these, so the signature leaves them out (as botocore does).
+# Proxies change these headers, so they are not signed, as in botocore.
 _UNSIGNED = {
     "baggage",
     "connection",
@@ -39,7 +38,7 @@ _UNSIGNED = {
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who signs. `token` is the session token of temporary credentials; `expires` is in seconds since the epoch."""
+    """An access key. `token` is the session token of temporary credentials, `expires` is in seconds since the epoch."""
 
     access_key: str
     secret_key: str = field(repr=False)
@@ -57,10 +56,10 @@ def sign(
     service: str,
     now: float | None = None,
 ) -> dict[str, str]:
-    """`headers` and those that make the request a signed one; send exactly these, to exactly this `url`.
+    """Return `headers` and the headers of the signature. Send exactly these, to exactly this `url`.
 
-    `url` is already percent-encoded (`quote_key`, `quote_query`). `payload_hash` is the body's sha256 in hex,
-    EMPTY_SHA256 without one, or for S3 UNSIGNED_PAYLOAD. `now` is in seconds since the epoch (default: the clock).
+    `url` must be percent-encoded (`quote_key`). `payload_hash` is the body's sha256 in hex, or EMPTY_SHA256 without a
+    body. `now` is in seconds since the epoch (default: the clock).
     """
     parts = urlsplit(url)
     timestamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
@@ -76,7 +75,7 @@ def sign(
     canonical = "\n".join(
         [
             method.upper(),
-            # S3 signs the path as it is sent; every other service signs it normalised and encoded once more.
+            # S3 signs the path as it is sent. Every other service signs it normalised and encoded once more.
             (parts.path or "/") if service == "s3" else quote(_normalised(parts.path), safe="/~"),
             "&".join("=".join(pair) for pair in sorted(_pair(text) for text in parts.query.split("&") if parts.query)),
             *(f"{name}:{' '.join(signed[name].split())}" for name in names),
@@ -99,13 +98,8 @@ def sign(
 
 
 def quote_key(key: str) -> str:
-    """An object key as a URL path, slashes kept: S3 keys are bytes, so "//", "." and "+" mean themselves."""
+    """Return an object key as a URL path with its slashes. S3 does not normalise keys: "//", "." and "+" stay."""
     return quote(key, safe="/~")
-
-
-def quote_query(parameters: Mapping[str, str]) -> str:
-    """A query string as SigV4 wants it: everything but unreserved characters encoded, a space as %20."""
-    return "&".join(f"{quote(name, safe='~')}={quote(value, safe='~')}" for name, value in sorted(parameters.items()))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -119,12 +113,12 @@ def _host(scheme: str, name: str, port: int | None) -> str:
 
 
 def _normalised(path: str) -> str:
-    """RFC 3986 section 5.2.4, and empty segments dropped."""
-    kept: list[str] = []
+    """Remove dot segments (RFC 3986 section 5.2.4) and empty segments."""
+    segments: list[str] = []
     for segment in path.split("/"):
         if segment == "..":
-            kept = kept[:-1]
+            segments = segments[:-1]
         elif segment not in ("", "."):
-            kept.append(segment)
-    end = "/" if kept and path.endswith("/") else ""
-    return "/" + "/".join(kept) + end
+            segments.append(segment)
+    end = "/" if segments and path.endswith("/") else ""
+    return "/" + "/".join(segments) + end

@@ -94,10 +94,10 @@ DENIED = {"__type": "com.amazonaws#AccessDeniedException", "Message": "User arn:
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ([(400, DENIED)], "answered 400 AccessDeniedException"),
+        ([(400, DENIED)], "returned 400 AccessDeniedException"),
         ([(500, b"oops"), (500, b"oops")], "no answer"),
-        ([(503, {}), (503, {})], "answered 503"),
-        ([(200, {"SecretBinary": "AAAA"})], "answered 200 without text"),
+        ([(503, {}), (503, {})], "returned 503"),
+        ([(200, {"SecretBinary": "AAAA"})], "returned 200 without a code"),
         ([(200, {"SecretString": ""})], "must be a list of keys"),
         ([(200, {"SecretString": '{"key": "hunter2"}'})], "must be a list of keys"),
         ([(200, {"SecretString": "sha256:hunter2"})], "64 hexadecimal digits"),

@@ -147,5 +147,5 @@ def test_the_region_is_in_the_url() -> None:
         signer = SigV4(credentials=CredentialChain(ENVIRON))
         signed = signer(client.build_request("GET", "https://abc.lambda-url.ap-southeast-2.on.aws/v1/models"))
         assert "/ap-southeast-2/lambda/aws4_request" in signed.headers["authorization"]
-        with pytest.raises(ValueError, match="give the region"):
+        with pytest.raises(ValueError, match="Pass the region"):
             signer(client.build_request("GET", "https://example.com/"))

@@ -4,6 +4,7 @@ import calendar
 import datetime
 import hashlib
 from unittest import mock
+from urllib.parse import quote, urlencode
 
 import pytest
 from botocore import auth
@@ -12,7 +13,7 @@ from botocore.credentials import Credentials as BotocoreCredentials
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.aws.sigv4 import EMPTY_SHA256, UNSIGNED_PAYLOAD, Credentials, quote_key, quote_query, sign
+from adapters.aws.sigv4 import EMPTY_SHA256, Credentials, quote_key, sign
 
 NOW = datetime.datetime(2026, 11, 22, 1, 2, 3)
 KEY = "AKIDEXAMPLE"
@@ -125,7 +126,7 @@ def test_unsigned_payload():
     """An S3 body may be left out of the signature."""
     url = "https://bucket.s3.amazonaws.com/key"
     headers = {"Content-MD5": "hBotaJrYa9FiFQ0mphc5fA=="}  # botocore signs the body unless a checksum goes with it
-    ours = our_headers("PUT", url, headers, None, "s3", payload_hash=UNSIGNED_PAYLOAD)
+    ours = our_headers("PUT", url, headers, None, "s3", payload_hash="UNSIGNED-PAYLOAD")
 
     same(ours, botocore_headers("PUT", url, headers, b"body", "s3", unsigned=True))
 
@@ -141,7 +142,8 @@ def test_old_authorization_is_replaced():
 @given(key=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), name=st.text("aZ0-_.~ +/=&ü%", max_size=9))
 def test_any_key(key, name):
     """No key and no query value, however odd, is signed otherwise than botocore does it."""
-    url = f"https://b.s3.eu-central-1.amazonaws.com/x/{quote_key(key)}?{quote_query({'prefix': name, 'a': key})}"
+    query = urlencode({"prefix": name, "a": key}, safe="~", quote_via=quote)
+    url = f"https://b.s3.eu-central-1.amazonaws.com/x/{quote_key(key)}?{query}"
 
     same(our_headers("GET", url, {}, None, "s3"), botocore_headers("GET", url, {}, None, "s3"))
 
