@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# infra/install.sh VENV [EXTRA]: install the dependencies, and those of EXTRA, into VENV. `make` calls it.
-# llama-cpp-python comes as source. It is compiled unless an index offers a wheel or pip has one in its cache.
+# infra/install.sh VENV [EXTRA]: install the dependencies and those of EXTRA into VENV. The Makefile calls it.
+# PyPI has llama-cpp-python as source only. It is compiled unless another index or pip's cache has a wheel.
 set -euo pipefail
 
 python="$1/bin/python"
 log="$1/llama-cpp-python.log"
 extras="${2:+[$2]}"
-# Errors only. pip's warnings about its indexes and its cache are not about this project.
+# Show errors only: pip's warnings about its indexes and its cache do not concern this project.
 pip=("$python" -m pip --disable-pip-version-check install)
 
 requirement=$("$python" - <<'PYTHON'
@@ -21,7 +21,7 @@ installed() {
   "$python" -c 'import importlib.metadata as m; m.version("llama-cpp-python")' 2>/dev/null
 }
 
-# Show the compiler's steps: one line that counts in a terminal, a line every 20 steps elsewhere.
+# Show the compiler's progress: one line that is redrawn in a terminal, a line every 20 steps elsewhere.
 progress() {
   awk -v terminal="$([ -t 1 ] && echo 1)" '
     match($0, /\[[0-9]+\/[0-9]+\]/) {
@@ -34,7 +34,7 @@ progress() {
 }
 
 if ! installed; then
-  echo "Installing llama-cpp-python. Without a prebuilt wheel it is compiled: about 3 minutes on 2 cores, once. Log: $log"
+  echo "Installing llama-cpp-python. Without a prebuilt wheel it is compiled once, in about 3 minutes on 2 cores. Log: $log"
   if ! { command -v cc && command -v c++; } >/dev/null &&
     ! "${pip[@]}" -qq --only-binary llama-cpp-python "$requirement" 2>"$log"; then
     echo "Compiling llama-cpp-python needs a C and a C++ compiler:"

@@ -53,7 +53,7 @@ class ProgressLine(threading.Thread):
             if state.loading is not None:
                 began = began or time.monotonic()
                 loading = state.loading
-                self._draw(f"{loading.phase} {loading.model}{_amount(loading.done, loading.total)}", end="")
+                self._draw(f"{loading.phase} {loading.model}{amount(loading.done, loading.total)}", end="")
             elif began is not None:
                 outcome = state.error or f"{state.model} is {state.status}"
                 self._draw(f"{outcome} after {time.monotonic() - began:.1f} s", end="\n")
@@ -81,7 +81,8 @@ class ProgressLine(threading.Thread):
             self._drawn = not end
 
 
-def _amount(done: int, total: int) -> str:
+def amount(done: int, total: int) -> str:
+    """Return the percentage and size of a transfer, with a leading space. An unknown `total` is 0."""
     if total == 0:
         return " …"
     return f" {done * 100 // total} % ({done / 1e6:.0f} of {total / 1e6:.0f} MB)"

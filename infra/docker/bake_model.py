@@ -1,9 +1,11 @@
-"""Put a model into the image: `bake_model.py LOCAL_FOLDER TARGET_FOLDER`, run by the Dockerfiles while they build.
+"""Put a model into the image: `bake_model.py LOCAL_FOLDER TARGET_FOLDER`. Dockerfile.lambda runs it during the build.
 
-MODEL_FILE names the GGUF file; the first part of a split model stands for all. It comes from Hugging Face if
-MODEL_REPO is set (at MODEL_REVISION, a branch, tag or commit), else from LOCAL_FOLDER. It must hash to MODEL_SHA256,
-or, where that is empty, to what the repository says. Nothing set: nothing done. There is no way in for a token,
-because build arguments stay readable in the image: download a gated model first and bake the file.
+MODEL_FILE is the GGUF file, or the first part of a split model. It is downloaded from MODEL_REPO on Hugging Face at
+MODEL_REVISION (a branch, tag or commit), or copied from LOCAL_FOLDER if MODEL_REPO is empty. Its SHA-256 must equal
+MODEL_SHA256 or, if that is empty, the digest in the repository. Without MODEL_FILE nothing happens.
+
+A token cannot be passed, because build arguments stay readable in the image. Download a gated model first and bake the
+file.
 """
 
 from __future__ import annotations
@@ -18,28 +20,28 @@ from pathlib import Path
 
 
 def bake(local: Path, target: Path, environ: Mapping[str, str]) -> None:
-    """Raises SystemExit saying what to change if there is no such file, or it is not the one that was named."""
+    """Copy or download the model. Raise SystemExit with advice if it is missing or has the wrong digest."""
     repo, file = environ.get("MODEL_REPO", ""), environ.get("MODEL_FILE", "")
     if not file:
         if repo:
             raise SystemExit(f"MODEL_REPO is {repo!r}: MODEL_FILE must name the GGUF file in it.")
         return
-    given = [digest for digest in environ.get("MODEL_SHA256", "").lower().split(",") if digest]
+    digests = [digest for digest in environ.get("MODEL_SHA256", "").lower().split(",") if digest]
     files = parts(file)
-    if given and len(given) != len(files):
+    if digests and len(digests) != len(files):
         raise SystemExit(f"MODEL_SHA256 must hold {len(files)} digests, one for each of {', '.join(files)}.")
     for number, name in enumerate(files):
         if repo:
             path, expected = download(repo, name, environ.get("MODEL_REVISION") or "main", target)
         else:
             path, expected = copy(local, name, target), None
-        check(path, given[number] if given else expected)
+        check(path, digests[number] if digests else expected)
         print(f"baked {path} ({path.stat().st_size} bytes)")
-    shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's metadata of the download
 
 
 def parts(file: str) -> list[str]:
-    """Every file of a split model, given its first; else the file itself."""
+    """Return all files of a split model from the name of its first, or just `file`."""
     split = re.fullmatch(r"(.*-)00001(-of-)(\d{5})(\.gguf)", file)
     if split is None:
         return [file]
@@ -56,7 +58,7 @@ def copy(folder: Path, name: str, target: Path) -> Path:
 
 
 def download(repo: str, name: str, revision: str, target: Path) -> tuple[Path, str | None]:
-    """The file, and the SHA-256 that the repository has for it (only files in large-file storage have one)."""
+    """Return the file and its SHA-256 in the repository, which only files in large-file storage have."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -64,7 +66,7 @@ def download(repo: str, name: str, revision: str, target: Path) -> tuple[Path, s
         meta = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
         path = hf_hub_download(repo, name, revision=meta.commit_hash or revision, local_dir=target)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise SystemExit(f"{name!r} cannot be had from {repo!r} at {revision!r}: {error}") from error
+        raise SystemExit(f"{name!r} could not be downloaded from {repo!r} at {revision!r}: {error}") from error
     digest = meta.etag if meta.etag and re.fullmatch(r"[0-9a-f]{64}", meta.etag) else None
     return Path(path), digest
 
@@ -77,7 +79,7 @@ def check(path: Path, expected: str | None) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if expected and digest != expected:
         raise SystemExit(
-            f"{path.name} hashes to {digest}, not to {expected}: set MODEL_SHA256 right, or MODEL_REVISION."
+            f"{path.name} has the SHA-256 {digest}, expected {expected}. Correct MODEL_SHA256 or MODEL_REVISION."
         )
 
 

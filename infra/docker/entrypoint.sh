@@ -1,7 +1,7 @@
 #!/bin/sh
-# The container begins as root only to give the two folders an owner; the server runs as an ordinary user.
-# A folder that the host's user made keeps its owner, and the server runs as that user, so that both can write to it.
-# One that the container engine made on the first run belongs to root: it is given to user 1000, unless it is read-only.
+# Run the server as an ordinary user. The container starts as root only to set the owner of the two folders.
+# A folder that the host's user created keeps its owner, and the server runs as that user, so both can write to it.
+# A folder that the container engine created belongs to root and is given to user 1000, unless it is read-only.
 set -eu
 
 if [ "$(id -u)" = 0 ]; then

@@ -1,4 +1,4 @@
-"""Runs inside the image: every shared library loads, and how new a C library they ask for. Prints one JSON line."""
+"""Check that every shared library in the image loads. Runs inside the image and prints one JSON line."""
 
 import json
 import os
@@ -18,16 +18,16 @@ def main() -> int:
     newest = (0, 0)
     for path in libraries:
         listing = subprocess.run(["ldd", path], capture_output=True, text=True, check=False)
-        if lost := re.findall(r"^\s*(\S+) => not found", listing.stdout, re.MULTILINE):
-            missing[str(path)] = lost
-        wanted = re.findall(rb"GLIBC_(\d+)\.(\d+)", path.read_bytes())
-        newest = max([newest, *((int(major), int(minor)) for major, minor in wanted)])
+        if unresolved := re.findall(r"^\s*(\S+) => not found", listing.stdout, re.MULTILINE):
+            missing[str(path)] = unresolved
+        versions = re.findall(rb"GLIBC_(\d+)\.(\d+)", path.read_bytes())
+        newest = max([newest, *((int(major), int(minor)) for major, minor in versions)])
     report = {
         "libraries": len(libraries),
         "bytes": sum(path.stat().st_size for path in libraries),
         "missing": missing,
-        "newest_glibc_asked_for": ".".join(map(str, newest)),
-        "glibc_here": os.confstr("CS_GNU_LIBC_VERSION"),
+        "newest_glibc_required": ".".join(map(str, newest)),
+        "glibc": os.confstr("CS_GNU_LIBC_VERSION"),
         "cpu_variants": [path.name for path in libraries if path.name.startswith("libggml-cpu")],
         "python": sys.version.split()[0],
     }

@@ -1,8 +1,8 @@
 #!/bin/sh
-# slim_install.sh SITE_PACKAGES: leave what is needed to run. The Dockerfile calls it.
-# llama-cpp-python's wheel holds each library six times. One copy stays, under the name that the other libraries ask for
-# (libggml.so.0), with a link under the name that Python asks for (libllama.so). The CPU variants and the OpenMP runtime,
-# which Amazon's base image lacks, go into the same folder, where the run path ($ORIGIN) and core/engine/native.py look.
+# slim_install.sh SITE_PACKAGES: remove what is not needed at run time. Dockerfile.lambda calls it.
+# llama-cpp-python's wheel contains each library six times. Keep one copy under the name that the other libraries load
+# (libggml.so.0) and a link under the name that Python loads (libllama.so). Put the CPU variants and the OpenMP runtime,
+# which Amazon's base image lacks, into the same folder: the run path ($ORIGIN) and core/engine/native.py search it.
 set -eu
 cd "$1"
 

@@ -33,9 +33,9 @@ def test_a_model_comes_from_the_hub_while_the_image_is_built(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("file", "faults", "says"),
     [
-        ("none.gguf", [], "'none.gguf' cannot be had from 'org/repo'"),
+        ("none.gguf", [], "'none.gguf' could not be downloaded from 'org/repo'"),
         ("small.gguf", [Fault(flip=True, times=9)], "not a GGUF file"),
-        ("small.gguf", [Fault(on="HEAD", etag="0" * 64, times=9)], "hashes to"),
+        ("small.gguf", [Fault(on="HEAD", etag="0" * 64, times=9)], "has the SHA-256"),
     ],
 )
 def test_a_wrong_or_missing_file_stops_the_build(tmp_path: Path, file: str, faults: list[Fault], says: str) -> None:

@@ -46,7 +46,7 @@ def test_every_part_of_a_split_model_is_baked(local: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        ({"MODEL_FILE": "small.gguf", "MODEL_SHA256": "0" * 64}, f"hashes to {DIGEST}"),
+        ({"MODEL_FILE": "small.gguf", "MODEL_SHA256": "0" * 64}, f"has the SHA-256 {DIGEST}"),
         ({"MODEL_FILE": "other.gguf"}, "There is no 'other.gguf' in the folder baked/"),
         ({"MODEL_FILE": "text.gguf"}, "not a GGUF file"),
         ({"MODEL_REPO": "org/repo"}, "MODEL_FILE must name"),
