@@ -1,4 +1,4 @@
-"""Index: what the mirror holds by its pointers (manifests and refs), and the one way in which a ref moves."""
+"""Look up what the mirror holds, by its manifests and refs, and update the refs."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ logger = logging.getLogger("slm.mirror")
 
 
 class Index:
-    """Reads with `reader`, as a cold start does. Thread-safe."""
+    """The pointers of the mirror, read through `reader`. Thread-safe."""
 
     def __init__(self, reader: Bucket, layout: Layout) -> None:
         self._reader, self._layout = reader, layout
-        self._wrong: set[tuple[str, str | None]] = set()  # (key, ETag) of blobs whose bytes a reader found wrong
+        self._wrong: set[tuple[str, str | None]] = set()  # (key, ETag) of blobs with wrong bytes
 
     def distrust(self, key: str, etag: str | None) -> None:
-        """This version of a blob is not what its name says: it counts as missing."""
+        """Treat this version of a blob as missing, because its bytes do not match its name."""
         self._wrong.add((key, etag))
 
     def look(self, reference: HuggingFace, commit: str, file: RemoteFile) -> Target | None:
-        """What is there of a file whose sha256 is known, None if all of it is.
+        """Return the upload target of a file, or None if the mirror holds blob and manifest already.
 
-        The manifest is read before the blob: it is replaced only while it is still that one, so that the manifest
-        written last is from an uploader that has seen the blob as it is.
+        The manifest is read before the blob, and replaced only if it has not changed since. So the last manifest comes
+        from an uploader that has seen the current blob.
         """
         sha256 = file.sha256 or ""
         blob, name = self._layout.blob(sha256), origin(reference, commit, file.path)
         place = self._layout.manifest(reference, commit, file.path)
         written = _read(self._reader.get, place)
-        there = _read(self._reader.head, blob)
-        etag = there.headers.get("etag") if there else None
-        size = there.headers.get("content-length") if there else None
+        stored = _read(self._reader.head, blob)
+        etag = stored.headers.get("etag") if stored else None
+        size = stored.headers.get("content-length") if stored else None
         whole = size == str(file.size_bytes) and (blob, etag) not in self._wrong
         if written is not None and whole:
             with suppress(MalformedManifest):
@@ -58,28 +58,28 @@ class Index:
         return Target(blob, sha256, place, name, written.headers.get("etag") if written else None, etag, whole)
 
     def move_ref(self, client: Callable[[], S3Client], reference: HuggingFace, ref: Ref) -> None:
-        """Note what a branch means, unless the hub was asked later by whoever noted it last."""
+        """Record the commit of a branch, unless the recorded one was resolved later."""
         from botocore.exceptions import ClientError
 
         key = self._layout.ref(reference)
         for _ in range(REF_TRIES):
-            reply = _read(self._reader.get, key)
-            there = Ref.from_json(reply.body) if reply is not None else None
-            if there is not None and there.outlasts(ref, time.time()):
+            response = _read(self._reader.get, key)
+            recorded = Ref.from_json(response.body) if response is not None else None
+            if recorded is not None and recorded.outlasts(ref, time.time()):
                 return
-            condition: Any = {"IfNoneMatch": "*"} if reply is None else {"IfMatch": reply.headers["etag"]}
+            condition: Any = {"IfNoneMatch": "*"} if response is None else {"IfMatch": response.headers["etag"]}
             try:
                 client().put_object(Bucket=self._reader.name, Key=key, Body=ref.to_json(), **condition)
             except ClientError as error:
                 if not refused(error) and not missing(error):
                     raise
-                continue  # another process wrote it meanwhile: compare again
+                continue  # another process has changed it: compare again
             logger.info("the mirror's %s of %s is %s", reference.revision, reference.repo_id, ref.commit)
             return
 
 
 def _read(read: Callable[[str], S3Response | None], key: str) -> S3Response | None:
-    """None also for a 403: without s3:ListBucket that is what S3 says of a missing key."""
+    """Return None also for a 403: without s3:ListBucket S3 answers so for a missing key."""
     try:
         return read(key)
     except Denied:

@@ -1,7 +1,7 @@
-"""Manifest: where the mirror holds the bytes of a model's file, and what they are. Small, JSON, written last.
+"""Describe a file in the mirror: the object with its bytes and the digests of its blocks. A small JSON object.
 
-A file without a manifest is not in the mirror. The digests let each block be verified as it arrives; the ETag ties
-them to one version of the object.
+The manifest is written last: a file without one is not in the mirror. The digests verify each block as it arrives; the
+ETag ties them to one version of the object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class MalformedManifest(ValueError):
-    """Not a manifest that this version can read. The message is for the log."""
+    """The manifest cannot be read. The message is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Manifest:
     size_bytes: int
     sha256: str  # of the whole, in hex
     etag: str  # with its quotes, as S3 gives it
-    header_bytes: int  # where a GGUF's tensors begin; all before it comes first
+    header_bytes: int  # where the tensors begin; the bytes before are downloaded first
     block_bytes: int
     blocks: tuple[str, ...]  # sha256 of each block, in hex
     origin: str = ""  # "hf://org/repo/file.gguf@commit"

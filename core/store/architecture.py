@@ -1,4 +1,4 @@
-"""Architectures that llama.cpp loads but cannot continue a text with.
+"""Recognise architectures that llama.cpp loads but that cannot generate text.
 
 Generating with one of them ends the process: llama.cpp's decode asserts on a model without a memory of tokens, and on a
 decoder whose encoder has not run (llama-context.cpp and llama-graph.cpp of llama-cpp-python 0.3.36).
@@ -21,7 +21,7 @@ KINDS: Mapping[str, frozenset[str]] = {
 
 
 def find_kind(metadata: Mapping[str, Any], architecture: str) -> str | None:
-    """The kind of a model that cannot generate text, e.g. "an embedding model"; None for one that can."""
+    """Return the kind of a model that cannot generate text, such as "an embedding model", or None."""
     for kind, architectures in KINDS.items():
         if architecture in architectures:
             return kind

@@ -1,4 +1,4 @@
-"""Directory: the models that lie on this machine, and the guard of the paths that clients name. No network."""
+"""List the models on this machine, and check the paths that clients name. No network."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class LocalModel:
 
 
 class Directory:
-    """MODELS_DIR and the few files beyond it that may be served. Thread-safe; reads only."""
+    """MODELS_DIR and the few files outside it that may be served. Thread-safe and read-only."""
 
     def __init__(self, root: Path, allowed: tuple[Path, ...] = ()) -> None:
         self.root = root
         self._allowed = allowed
         self._lock = threading.Lock()
-        self._checked: dict[Path, tuple[int, int, int]] = {}  # file: (inode, size, mtime) when its header was good
+        self._checked: dict[Path, tuple[int, int, int]] = {}  # file: (inode, size, mtime) of a valid header
 
     def list(self) -> tuple[LocalModel, ...]:
-        """Every model that is whole, by name. Hidden files and folders (the store's own, other tools') are left out."""
+        """Return every complete model, by name. Hidden files and folders are skipped."""
         models = []
         for folder, folders, files in os.walk(self.root):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and not versions.holds(name))
@@ -55,9 +55,9 @@ class Directory:
         return tuple(sorted(models, key=lambda model: model.name))
 
     def locate(self, name: str) -> Path:
-        """The (first) file of the model that a client names, its header checked.
+        """Return the (first) file of the model that a client names, with a valid header.
 
-        Raises InvalidRequest (outside, not a GGUF, truncated) or ModelNotFound (with the names that exist).
+        Raise InvalidRequest (outside MODELS_DIR, not a GGUF, truncated) or ModelNotFound (with the existing names).
         """
         if not name or len(name) > 4096 or _UNUSABLE.search(name):
             raise InvalidRequest("A model is named by a path without control characters.", param="model_path")
@@ -71,9 +71,9 @@ class Directory:
         return first
 
     def check(self, path: Path, name: str) -> None:
-        """Raise InvalidRequest unless every part of the model at `path` is there and has a sound header.
+        """Raise InvalidRequest unless every part of the model at `path` exists and has a valid header.
 
-        A header is read once for each version of a file, and not at all where the sidecar says it was published here.
+        A header is read once for each version of a file, and not at all if a sidecar says that it was published here.
         """
         for part in parts(path):
             try:
@@ -86,19 +86,19 @@ class Directory:
                     gguf.read_header(part)
             except FileNotFoundError:
                 raise InvalidRequest(
-                    f"{name[:200]!r} is a split model and {part.name!r} is missing; POST /load brings all parts.",
+                    f"{name[:200]!r} is a split model and {part.name!r} is missing; POST /load downloads all parts.",
                     param="model_path",
                 ) from None
             except (gguf.MalformedGGUF, OSError) as error:
                 reason = error if isinstance(error, gguf.MalformedGGUF) else "cannot be read by this process"
                 raise InvalidRequest(
-                    f"{part.name!r} {reason}. Replace the file, or bring it with POST /load.", param="model_path"
+                    f"{part.name!r} {reason}. Replace the file, or download it with POST /load.", param="model_path"
                 ) from error
             with self._lock:
                 self._checked[part] = seen
 
     def _resolve(self, name: str) -> Path:
-        """The real path behind `name` if it is in MODELS_DIR, else the allowed path that it equals."""
+        """Return the real path of `name` in MODELS_DIR, or the allowed path that it equals."""
         candidates = [Path(name)] if Path(name).is_absolute() else [self.root / name, Path(name)]
         found = [path for path in (self._served_as(candidate) for candidate in candidates) if path is not None]
         if not found:
@@ -108,12 +108,12 @@ class Directory:
         return next((path for path in found if is_file(path) or is_file(current(parts(path)[0]))), found[0])
 
     def _served_as(self, path: Path) -> Path | None:
-        """What to open for `path`, None if it may not be served. Links are resolved anew: mounts come late."""
+        """Return the file to open, or None if it may not be served. Links are resolved each time: mounts come late."""
         real = real_path(path)
         if real.is_relative_to(real_path(self.root)):
             return real
         for allowed in self._allowed:
-            for part in parts(allowed):  # may itself be a link, as files in a hub cache are; its name is to be kept
+            for part in parts(allowed):  # may be a link into a Hugging Face cache, whose name matters
                 if real_path(part) == real:
                     return part.absolute()
         return None
@@ -121,17 +121,17 @@ class Directory:
     def _names(self) -> str:
         names = [model.name for model in self.list()]
         if not names:
-            return "MODELS_DIR is empty; POST /load brings a model."
+            return "MODELS_DIR is empty; POST /load downloads one."
         return f"There are: {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}."
 
 
 def real_path(path: Path) -> Path:
-    """`path` with its links resolved as far as they can be; `Path.resolve` would raise on a loop of links."""
+    """Return `path` with its links resolved as far as possible. `Path.resolve` raises on a loop of links."""
     return Path(os.path.realpath(path))
 
 
 def is_file(path: Path) -> bool:
-    """False also for names that the file system does not take; `Path.is_file` raises on one of 300 bytes."""
+    """Return whether it is a file. `Path.is_file` raises for a name of 300 bytes; this returns False."""
     try:
         return path.is_file()
     except OSError:

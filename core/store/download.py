@@ -1,4 +1,4 @@
-"""Download: brings the files of one model from a source into MODELS_DIR, whole and verified, or not at all."""
+"""Download the files of one model into MODELS_DIR, verify them, and publish them atomically."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from core.store.versions import current, parts
 
 logger = logging.getLogger("slm.store")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    place: Path  # the name under which the model is current
+    place: Path  # the name of the model in MODELS_DIR
     paths: tuple[Path, ...]  # its files
     sidecar: Sidecar
-    fresh: bool  # False: it was there already
+    fresh: bool  # False: the model was published before
 
 
 def places(reference: HuggingFace | S3) -> tuple[str, ...]:
-    """Where its first file may lie under MODELS_DIR: under its own name, or its origin's if another has that."""
+    """Return the names its first file may have in MODELS_DIR: its own, then one with its origin's folders."""
     if isinstance(reference, HuggingFace):
         first = split_files(reference.filename)[0]
         return (first, f"{reference.repo_id}/{first}")
@@ -45,18 +45,18 @@ def places(reference: HuggingFace | S3) -> tuple[str, ...]:
 
 
 def origin(reference: HuggingFace | S3) -> str:
-    """What a sidecar calls a model's origin: the reference to its first file, without its revision."""
+    """Return the origin that sidecars record: the reference to the first file, without its revision."""
     if isinstance(reference, HuggingFace):
         return f"hf://{reference.repo_id}/{split_files(reference.filename)[0]}"
     return f"s3://{reference.bucket}/{split_files(reference.key)[0]}"
 
 
 class Download:
-    """One model, from one source.
+    """The download of one model from one source.
 
-    Every name that a reader follows is changed by one rename, so that a process that ends at any point leaves the old
-    version or the new one. A model of one file is renamed to its place. The files of a split model are renamed into a
-    folder of their version, which nothing names until the link at the place is replaced (`core.store.directory`).
+    Each name that readers follow is changed by a single rename. So a crash at any point leaves the old version or the
+    new one. A model of one file is renamed to its place. The files of a split model go into a folder of their version,
+    which no reader sees until the link at the place is replaced (`core.store.versions`).
     """
 
     def __init__(
@@ -70,12 +70,14 @@ class Download:
         self._version = _version(found)
 
     def run(self) -> Published:
-        """Raises InvalidRequest (wrong sha256, not a GGUF), ModelUnavailable (network, disk), DownloadCancelled."""
+        """Download and publish. Raise InvalidRequest (wrong sha256, no GGUF), ModelUnavailable or DownloadCancelled."""
         check_pins(self._found)
         for name in places(self._found.reference):
             place = self._root / name
             if not real_path(place.parent).is_relative_to(real_path(self._root)):
-                raise InvalidRequest(f"The folder of {name!r} is a link out of MODELS_DIR.", param="filename")
+                raise InvalidRequest(
+                    f"The folder of {name!r} is a link to a place outside MODELS_DIR.", param="filename"
+                )
             try:
                 landed = self._run_at(place)
             except OSError as error:
@@ -89,15 +91,15 @@ class Download:
         )
 
     def _run_at(self, place: Path) -> Published | None:
-        """None if the place belongs to another model."""
-        # Before anything is written: a baked MODELS_DIR may be read-only, and what is there needs no writing.
+        """Publish at `place`. Return None if it belongs to another model."""
+        # 1) Is the model there already? Look before writing: a baked MODELS_DIR may be read-only.
         if (there := self._occupant(place)) != "none":
             if there != "another":
                 self._tidy_quietly(place)
             return None if there == "another" else there
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock.hold(place, self._cancelled, self._waiting) as held:
-            if (there := self._occupant(place)) != "none":  # another process brought it meanwhile
+            if (there := self._occupant(place)) != "none":  # another process has published it
                 held.remove()
                 return None if there == "another" else there
             home = versions.home(place, self._version)
@@ -111,7 +113,7 @@ class Download:
         return Published(place, parts(home), described, fresh=True)
 
     def _receive(self, targets: tuple[Path, ...], held: lock.Lock) -> Sidecar:
-        """Download, verify, and give each file its name. What is of no use for a later try leaves no file."""
+        """Download, verify and publish the files. Remove whatever a later try cannot use."""
         folder = targets[0].parent
         with ExitStack() as stack:
             stack.callback(self._forget_if_nothing_arrived, folder, held)
@@ -126,8 +128,8 @@ class Download:
             try:
                 return self._publish(targets, partials, self._fill(partials))
             except OSError as error:
-                if error.errno in _NO_ROOM:
-                    for partial in reversed(partials):  # keeping it would keep the disk full
+                if error.errno in _NO_SPACE:
+                    for partial in reversed(partials):  # free the disk
                         partial.discard()
                 raise
 
@@ -135,7 +137,7 @@ class Download:
         if read_note(held.note)[1] == 0:
             held.remove()
             if len(self._found.files) > 1:
-                with contextlib.suppress(OSError):  # not empty, or not there
+                with contextlib.suppress(OSError):  # not empty, or missing
                     folder.rmdir()
                     folder.parent.rmdir()
 
@@ -152,7 +154,7 @@ class Download:
         return self._found.reference.sha256 or (None,) * len(self._found.files)
 
     def _fill_one(self, partial: PartialFile, file: RemoteFile, pinned: str | None, before: int) -> str:
-        """Download the rest of a file and verify it. Returns its sha256, which is computed here or by the source."""
+        """Download the rest of a file and verify it. Return its sha256, computed here or by the source."""
 
         def progress(done: int, _total: int) -> None:
             self._progress(before + done, self._found.size_bytes)
@@ -169,7 +171,7 @@ class Download:
             partial.discard()
             raise Damaged(
                 f"{file.path!r} arrived damaged from {self._source.name}: sha256 {digest}, expected {file.sha256}. "
-                "Nothing of it was kept; try again."
+                "The file was removed. Try again."
             )
         if pinned is not None and digest != pinned:
             partial.discard()
@@ -182,10 +184,10 @@ class Download:
         return digest
 
     def _publish(self, targets: tuple[Path, ...], partials: list[PartialFile], digests: list[str]) -> Sidecar:
-        """The files get their names, the first one last.
+        """Publish the first file last, because it names the model.
 
-        The sidecar goes before the file of a model of one file: if the process ends between the two, it is not
-        believed (its time is not the old file's) but still says whose place this is.
+        The sidecar is written before that file. After a crash in between it is ignored, because its modification time
+        does not match, but it still records which model the place belongs to.
         """
         described = self._describe(digests, [partial.sync() for partial in partials])
         for partial in partials[:0:-1]:
@@ -195,14 +197,14 @@ class Download:
         return described
 
     def _tidy_quietly(self, place: Path) -> None:
-        """What a process left that ended between publishing and the end of its lock."""
+        """Remove the leftovers of a process that ended after publishing, before it released its lock."""
         try:
             if versions.strays(place, origin(self._found.reference)) or lock.path_of(place).exists():
                 with lock.hold(place, lambda: True, self._waiting) as held:
                     if held.exclusive:
                         versions.tidy(place, origin(self._found.reference))
                     held.remove()
-        except (OSError, DownloadCancelled):  # read-only, or another process is at it
+        except (OSError, DownloadCancelled):  # read-only, or another process holds the lock
             return
 
     def _describe(self, digests: list[str], stats: list[os.stat_result]) -> Sidecar:
@@ -223,7 +225,7 @@ class Download:
         )
 
     def _occupant(self, place: Path) -> Published | Literal["none", "another"]:
-        """What lies at `place`: this very model, another one, or nothing that may not be replaced."""
+        """Return this model if it is at `place`, "another" for a different one, "none" if it may be replaced."""
         first = current(place)
         paths = parts(first)
         described = sidecar.read(first)
@@ -232,14 +234,14 @@ class Download:
             return "another"
         if described is None and is_sound(paths):
             described = self._adopt(paths)
-            if described is None and owner is None:  # put there by hand, and not what the source has
+            if described is None and owner is None:  # copied there by hand, and not the file of the source
                 return "another"
         if described is None or not self._is_same(described):
             return "none"
         return Published(place, paths, self._renew(first, described), fresh=False)
 
     def _adopt(self, paths: tuple[Path, ...]) -> Sidecar | None:
-        """A sidecar for files that were put there by hand, if they are what the source has."""
+        """Write a sidecar for files that were copied there by hand, if they are the files of the source."""
         stats = []
         for path, file in zip(paths, self._found.files, strict=True):
             with path.open("rb") as opened:
@@ -254,7 +256,7 @@ class Download:
         return described
 
     def _renew(self, first: Path, described: Sidecar) -> Sidecar:
-        """Note that the model is also what `revision` means now, so that `present` knows it without the network."""
+        """Record that the model is also the current one of `revision`, so that `present` needs no network."""
         reference = self._found.reference
         if not isinstance(reference, HuggingFace) or described.names(reference.revision):
             return described
@@ -276,21 +278,21 @@ class Download:
         self._progress(min(read_note(note)[1], self._found.size_bytes), self._found.size_bytes)
 
     def _explain(self, error: OSError) -> ModelUnavailable:
-        if error.errno in _NO_ROOM:
+        if error.errno in _NO_SPACE:
             return ModelUnavailable(
                 target.no_room(self._found.size_bytes, target.free_disk(self._root)), retry_after=None
             )
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return ModelUnavailable(
-                "MODELS_DIR cannot be written by this process; change its owner, or point it elsewhere.",
+                "MODELS_DIR cannot be written by this process. Change its owner, or set it to another folder.",
                 retry_after=None,
             )
         logger.error("writing the model failed", exc_info=error)
-        return ModelUnavailable("Writing the model into MODELS_DIR failed; the log has the reason.")
+        return ModelUnavailable("Writing the model into MODELS_DIR failed. The reason is in the log.")
 
 
 def check_pins(found: RemoteModel) -> None:
-    """Raise InvalidRequest if the source itself names another sha256 than the pinned one, before a byte is read."""
+    """Raise InvalidRequest if the source names another sha256 than the pinned one, before any byte is read."""
     for file, pinned in zip(found.files, found.reference.sha256, strict=False):
         if file.sha256 not in (None, pinned):
             raise _wrong_pin(file, file.sha256 or "", pinned)
@@ -301,16 +303,16 @@ def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:
 
 
 def _version(found: RemoteModel) -> str:
-    """What tells this model's bytes from any other's: the digests that the source names, else its other words for it.
+    """Return an id of the model's bytes: from the source's digests, or from commit and ETag where it names none.
 
-    Bytes without a digest cannot be judged later, and after a power cut the note of what has arrived may be ahead of
-    the data. So they are not resumed beyond a restart of the machine.
+    Bytes without a digest cannot be verified later, and after a power cut the recorded length may be ahead of the
+    data. So they are not resumed after a reboot.
     """
-    words = []
+    identities = []
     for file in found.files:
         identity = file.sha256 or f"{found.commit} {file.etag} {file.path} {_boot_id()}"
-        words.append(f"{identity} {file.size_bytes}")
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+        identities.append(f"{identity} {file.size_bytes}")
+    return hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
 
 
 def _boot_id() -> str:
@@ -321,7 +323,7 @@ def _boot_id() -> str:
 
 
 def is_sound(paths: tuple[Path, ...]) -> bool:
-    """Whether all are GGUF files with a good header."""
+    """Return whether all are GGUF files with a valid header."""
     try:
         for path in paths:
             gguf.read_header(path)
@@ -331,5 +333,5 @@ def is_sound(paths: tuple[Path, ...]) -> bool:
 
 
 def _write_quietly(path: Path, described: Sidecar) -> None:
-    with contextlib.suppress(OSError):  # read-only: the file is good all the same
+    with contextlib.suppress(OSError):  # read-only; the file itself is fine
         sidecar.write(path, described)

@@ -1,8 +1,8 @@
-"""GGUF: reads and judges the header of a model file, so that nothing malformed reaches llama.cpp.
+"""Read and check the header of a GGUF file, so that no malformed file reaches llama.cpp.
 
-Checks what llama.cpp's own reader checks (ggml/src/gguf.cpp), and what it does not survive: a duplicate token is a
-GGML_ASSERT there (llama-vocab.cpp), and so is tensor data that is not 32-byte aligned once mapped (ggml-backend.cpp).
-Knows nothing of what a model computes. Reads the header only: 1.8 MB of SmolLM2's 98, 6.5 MB of Gemma 3's 253.
+This checks what llama.cpp's own reader checks (ggml/src/gguf.cpp), and what ends its process: duplicate tokens
+(GGML_ASSERT in llama-vocab.cpp) and tensor data that is not 32-byte aligned (ggml-backend.cpp). Only the header is
+read: 1.8 MB of SmolLM2's 98, 6.5 MB of Gemma 3's 253.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """What is kept of an array in the metadata."""
+    """Type and length of an array in the metadata; its values are not kept."""
 
     type: int
     length: int
@@ -69,8 +69,8 @@ class Array:
 class Header:
     version: int
     alignment: int
-    data_offset: int  # where the tensors begin: all before it is metadata and vocabulary
-    size_bytes: int  # what the file must have at least
+    data_offset: int  # where the tensors begin, after metadata and vocabulary
+    size_bytes: int  # the least size of the file
     metadata: Mapping[str, Any]  # scalars and strings; an Array for each array
     tensors: tuple[Tensor, ...]
 
@@ -96,7 +96,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of the file at `path`. Raises MalformedGGUF, OSError."""
+    """Read and check the header of the file at `path`. Raise MalformedGGUF or OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
@@ -106,10 +106,10 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(pread: Callable[[int, int], bytes], size: int, *, checked: bool = False) -> Header:
-    """The header of a file of `size` bytes. `pread(offset, length)` may block until the bytes are there.
+    """Return the header of a file of `size` bytes. `pread(offset, length)` may block until the bytes arrive.
 
-    Raises MalformedGGUF with the reason: also if the tensors need more than `size` bytes. `checked`: these very bytes
-    (by sha256) have passed this before, so duplicate tokens are not looked for: 52 ms instead of 143 for Gemma 3.
+    Raise MalformedGGUF with the reason, also if the tensors need more than `size` bytes. With `checked`, the same bytes
+    (by sha256) have passed before, and the search for duplicate tokens is skipped: 52 ms instead of 143 for Gemma 3.
     """
     reader = _Reader(pread, size, unique_tokens=not checked)
     if reader.take(4) != MAGIC:
@@ -169,7 +169,7 @@ def _read_array(reader: _Reader, key: str) -> Array:
 
 
 def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[tuple[Tensor, ...], int]:
-    """The tensors, and where the last one ends in the data section."""
+    """Return the tensors, and where the last one ends in the data section."""
     tensors: dict[str, Tensor] = {}
     expected = end = 0
     for index in range(n_tensors):
@@ -207,7 +207,7 @@ def _tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 
 
 def _check_model(header: Header) -> None:
-    """What the first (or only) file of a model must say."""
+    """Check what the first (or only) file of a model must contain."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise MalformedGGUF("names no general.architecture: it is not a model")
@@ -222,9 +222,9 @@ def _check_model(header: Header) -> None:
 
 
 def _distinct(tokens: set[bytes], empty: bytearray) -> int:
-    """How many different tokens there are. `empty` has a 1 for each empty one.
+    """Return the number of different tokens. `empty` has a 1 for each empty one.
 
-    llama.cpp names an empty token after its index: so they differ, but one may meet a token of that name.
+    llama.cpp names an empty token after its index, so these differ, but one may equal a token of that name.
     """
     distinct = len(tokens) + empty.count(1)
     if 1 in empty:
@@ -233,7 +233,7 @@ def _distinct(tokens: set[bytes], empty: bytearray) -> int:
 
 
 class _Reader:
-    """A cursor over the header, which it reads in growing pieces."""
+    """A cursor over the header, which is read in growing pieces."""
 
     def __init__(self, pread: Callable[[int, int], bytes], size: int, *, unique_tokens: bool) -> None:
         self._pread = pread
@@ -245,7 +245,7 @@ class _Reader:
         self.position = 0
 
     def _need(self, end: int, what: str) -> None:
-        """Have the bytes up to `end` in the buffer."""
+        """Read until the buffer holds the bytes up to `end`."""
         if end > self._limit:
             if end > self._size:
                 raise MalformedGGUF(
@@ -275,7 +275,7 @@ class _Reader:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def text(self, longest: int, what: str, keep: int = 1 << 16) -> str:
-        """A string; cut to nothing over `keep` bytes. GGUF demands UTF-8, llama.cpp does not check: replaced here."""
+        """Return a string, or "" for one over `keep` bytes. Invalid UTF-8, which llama.cpp accepts, is replaced."""
         length = self.scalar("<Q")
         if length > longest:
             raise MalformedGGUF(f"has {what} with {length} bytes; at most {longest} can be right")
@@ -285,7 +285,7 @@ class _Reader:
         return self.take(length, what).decode("utf-8", "replace")
 
     def strings(self, count: int, key: str) -> None:
-        """Step over an array of strings: the vocabulary, its merges. One loop, since it is most of the header."""
+        """Skip an array of strings (vocabulary, merges). One loop, because these are most of the header."""
         unique = self._unique_tokens and key == "tokenizer.ggml.tokens"
         what = f"the array {key!r:.80}"
         if count * 8 > self._limit - self.position:

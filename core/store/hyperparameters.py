@@ -1,7 +1,7 @@
-"""Hyperparameters: what a GGUF's metadata says of the model's shape, held against what llama.cpp asserts of it.
+"""Check a model's hyperparameters against the assertions of llama.cpp.
 
-A value that llama.cpp throws on becomes an error at load. These here it asserts on (llama-model.cpp, load_hparams of
-llama-cpp-python 0.3.36), and an assertion ends the whole process.
+Most wrong values make llama.cpp throw, which becomes an error at load. The ones checked here fail an assertion
+(load_hparams in llama-model.cpp, llama-cpp-python 0.3.36), which ends the whole process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
 
 def find_fault(metadata: Mapping[str, Any], architecture: str) -> str | None:
-    """What is wrong, completing "<file> ...", or None. Keys that are absent, or arrays (one value a layer), pass."""
+    """Return the fault, completing "<file> ...", or None. Missing keys and arrays (one value per layer) pass."""
 
     def whole(name: str, default: int) -> int:
-        given = metadata.get(f"{architecture}.{name}", default)
-        return given if isinstance(given, int) else default
+        value = metadata.get(f"{architecture}.{name}", default)
+        return value if isinstance(value, int) else default
 
     layers = whole("block_count", 1)
     if not 1 <= layers <= MAX_LAYERS:
@@ -40,12 +40,12 @@ def find_fault(metadata: Mapping[str, Any], architecture: str) -> str | None:
     if (scaling := metadata.get(f"{architecture}.rope.scaling.type", "linear")) not in ROPE_SCALING:
         return f"has rope scaling {scaling!r:.40}; {', '.join(ROPE_SCALING)} are known"
     for name, most in BOUNDS.items():
-        if (given := whole(name, 0)) > most:
-            return f"has {architecture}.{name} = {given}; up to {most} can be right"
+        if (value := whole(name, 0)) > most:
+            return f"has {architecture}.{name} = {value}; up to {most} can be right"
     for name in EPSILONS:
-        given = metadata.get(f"{architecture}.{name}", 0.0)
-        if isinstance(given, float) and not 0 <= given <= 1:  # also NaN
-            return f"has {architecture}.{name} = {given:g}; 0 to 1 can be right"
+        epsilon = metadata.get(f"{architecture}.{name}", 0.0)
+        if isinstance(epsilon, float) and not 0 <= epsilon <= 1:  # also NaN
+            return f"has {architecture}.{name} = {epsilon:g}; 0 to 1 can be right"
     return _find_expert_fault(
         whole("expert_count", 0),
         metadata.get(f"{architecture}.expert_used_count", 0),

@@ -1,9 +1,9 @@
-"""Lock: one process at a time fills a file. A `flock` on `.<file>.lock`, whose text says how much has arrived.
+"""Let one process at a time download a file: a `flock` on `.<file>.lock`, whose text records the progress.
 
-The kernel releases it however its holder ends. Where the file system has no flock, a lock is held without being
-exclusive, and says so: its holders share no file then (`core.store.partial`). Where flock works within one host only
-(NFS with `nolock`), two holders may both believe to be alone. They share a partial file only if they write the same
-version into it, and none publishes a file that another one has replaced.
+The kernel releases the lock however its holder ends. On a file system without flock the lock is not exclusive, and
+its holders use separate partial files (`core.store.partial`). Where flock works within one host only (NFS with
+`nolock`), two hosts may hold it at once. They share a partial file only for the same version, and neither publishes a
+file that the other has replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def path_of(file: Path) -> Path:
 
 
 class Lock:
-    """Held. `note` survives the holder: the next one reads where to go on. Not `exclusive`: there is no flock here."""
+    """A lock that is held. `note` survives its holder: the next one resumes from it. Without flock, not `exclusive`."""
 
     def __init__(self, descriptor: int, path: Path, *, exclusive: bool) -> None:
         self._descriptor = descriptor
@@ -42,13 +42,13 @@ class Lock:
         os.pwrite(self._descriptor, text.ljust(120).encode() + b"\n", 0)
 
     def remove(self) -> None:
-        """Take the lock file away: nothing is left to resume. Others that wait for it see that and lock anew."""
+        """Remove the lock file, because nothing is left to resume. Waiting processes notice and create a new one."""
         self._path.unlink(missing_ok=True)
 
 
 @contextmanager
 def hold(file: Path, cancelled: Cancelled, waiting: Callable[[str], None]) -> Iterator[Lock]:
-    """Wait for the lock of `file`; `waiting(note)` is called meanwhile. Raises DownloadCancelled, OSError."""
+    """Wait for the lock of `file`, and call `waiting(note)` meanwhile. Raise DownloadCancelled or OSError."""
     path = path_of(file)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -66,7 +66,7 @@ def hold(file: Path, cancelled: Cancelled, waiting: Callable[[str], None]) -> It
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """True: locked. False: there are no locks here. None: another holds it."""
+    """Return True if locked, False if the file system has no locks, None if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -79,7 +79,7 @@ def _try_lock(descriptor: int) -> bool | None:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Whether the lock file is still there: its last holder may have removed it while we waited."""
+    """Return whether the lock file still exists: its last holder may have removed it."""
     try:
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""ModelFile: a model's bytes as llama.cpp opens them, perhaps with the tensors still on their way."""
+"""Define a model as llama.cpp opens it, perhaps while its tensors are still being downloaded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Protocol
 
 
 class Arrival(Protocol):
-    """The rest of a model that is still being downloaded."""
+    """The background download of a model's remaining bytes."""
 
     def wait(self) -> None:
-        """Block until every byte is there and verified. Raises ModelUnavailable if that failed."""
+        """Block until every byte is received and verified. Raise ModelUnavailable if that failed."""
 
     def progress(self) -> tuple[int, int]:
-        """(bytes arrived, bytes in all)."""
+        """Return (bytes received, bytes in total)."""
         ...
 
     def cancel(self) -> None:
-        """Give up; `wait` then raises."""
+        """Stop the download; `wait` then raises."""
 
 
 def _keep() -> None:
@@ -30,15 +30,14 @@ def _keep() -> None:
 class ModelFile:
     """`path` is what llama.cpp opens: a file (the first of a split model) or /proc/self/fd/N.
 
-    With `arrival` set, header and vocabulary are there and verified, the tensors may not be: load with repacking off
-    and call `arrival.wait()` before the first decode. `release()` gives back what holds the bytes (a memfd); call it
-    when the model is freed.
+    With `arrival` set, header and vocabulary are verified but tensors may be missing: load without repacking and call
+    `arrival.wait()` before the first decode. Call `release()` when the model is freed; it closes the memfd.
     """
 
     name: str  # what clients call the model: the file's name without .gguf
     path: Path
     size_bytes: int
-    reference: str  # as it was asked for
+    reference: str  # as requested
     source: str  # "file", "memory", "huggingface", "s3", "embedded"
     sha256: str | None = None
     commit: str | None = None
@@ -46,7 +45,7 @@ class ModelFile:
     release: Callable[[], None] = _keep
 
     def discard(self) -> None:
-        """Give back a file that will not be loaded."""
+        """Release a file that will not be loaded."""
         if self.arrival is not None:
             self.arrival.cancel()
         self.release()

@@ -1,4 +1,4 @@
-"""Partial: a model file on its way in, `.<file>.<version>.part` beside its target. Verified whole, then renamed."""
+"""Write a model file that is being downloaded: `.<file>.<version>.part` next to its target, renamed once verified."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 class PartialFile:
     """Implements `core.store.source.Partial`. Open it with the model's lock held.
 
-    The lock's note is "<version> <bytes>", the bytes counted through all files of the model: what arrived counts for a
-    later try of the same version only. `start` is where this file begins in that count. Without an exclusive lock
-    the file has a name of its own, and nothing is resumed.
+    The lock's note is "<version> <bytes>", counted over all files of the model. Only a later try of the same version
+    resumes. `start` is where this file begins in that count. Without an exclusive lock the file has a unique name and
+    is never resumed.
     """
 
     def __init__(self, target: Path, file: RemoteFile, version: str, lock: Lock, start: int = 0) -> None:
@@ -38,12 +38,12 @@ class PartialFile:
             self._remove_strays()
             self.done = self._arrived()
         if self.done == 0:
-            # A new inode: whoever still writes to the old one, or has verified it, does not meet this one.
+            # A new inode: a process that still writes to the old file, or has verified it, does not touch this one.
             self.path.unlink(missing_ok=True)
         self.fd = os.open(self.path, _FLAGS if self.done else _FLAGS | os.O_CREAT | os.O_EXCL, 0o644)
 
     def _remove_strays(self) -> None:
-        """What arrived of other versions is of no use."""
+        """Remove the partial files of other versions."""
         for stray in self.path.parent.glob(f".{glob.escape(self._target.name)}.*.part"):
             if stray != self.path:
                 stray.unlink(missing_ok=True)
@@ -63,26 +63,26 @@ class PartialFile:
             self._lock.note = f"{self._version} {self._start + offset}"
 
     def sha256(self, cancelled: Cancelled) -> str:
-        """Of what is on the disk. Raises DownloadCancelled."""
+        """Return the sha256 of the file on the disk. Raise DownloadCancelled."""
         return sha256_of(self.fd, cancelled)
 
     def check(self) -> gguf.Header:
-        """The GGUF header. Raises MalformedGGUF."""
+        """Return the GGUF header. Raise MalformedGGUF."""
         return gguf.parse_header(lambda offset, length: os.pread(self.fd, length, offset), os.fstat(self.fd).st_size)
 
     def check_size(self) -> None:
-        """Raises ModelUnavailable unless all bytes are there."""
-        found = os.fstat(self.fd).st_size
-        if found != self.size:
-            raise ModelUnavailable(f"{found} bytes of {self._target.name!r} arrived, expected {self.size}. Try again.")
+        """Raise ModelUnavailable unless the file has its full size."""
+        size = os.fstat(self.fd).st_size
+        if size != self.size:
+            raise ModelUnavailable(f"{size} bytes of {self._target.name!r} arrived, expected {self.size}. Try again.")
 
     def sync(self) -> os.stat_result:
-        """Have it on the disk; its time no longer changes after that."""
+        """Flush the file to the disk. Its modification time does not change afterwards."""
         os.fsync(self.fd)
         return os.fstat(self.fd)
 
     def publish(self) -> None:
-        """Give it its name, durably. Raises ModelUnavailable if the name no longer leads to what was verified."""
+        """Rename to the target, durably. Raise ModelUnavailable if the path no longer names the verified file."""
         try:
             named = self.path.lstat()
         except FileNotFoundError:
@@ -93,25 +93,25 @@ class PartialFile:
         sync_folder(self._target.parent)
 
     def discard(self) -> None:
-        """Nothing of it is of use; what arrived of the files before it is."""
+        """Remove this file. Files before it can still be resumed."""
         self.path.unlink(missing_ok=True)
         self.landed(0)
 
     def close(self) -> None:
-        """Ends the try. What has not begun to arrive, or cannot be resumed, leaves no file."""
+        """Close the file, and remove it if it is empty or cannot be resumed."""
         os.close(self.fd)
         if (self.done == 0 and self.size) or not self._lock.exclusive:
             self.path.unlink(missing_ok=True)
 
 
 def read_note(note: str) -> tuple[str, int]:
-    """(version, bytes that arrived) of a lock's note."""
+    """Return (version, bytes received) of a lock's note."""
     version, _, done = note.partition(" ")
     return (version, int(done)) if done.isascii() and done.isdigit() else ("", 0)
 
 
 def sha256_of(descriptor: int, cancelled: Cancelled) -> str:
-    """Of the whole open file, in lower-case hex; at most some MiB in memory. Raises DownloadCancelled."""
+    """Return the sha256 of an open file in lower-case hex, read in pieces of 4 MiB. Raise DownloadCancelled."""
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)

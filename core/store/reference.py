@@ -1,7 +1,7 @@
-"""References: how a model is named. A local file, `hf://org/repo/file.gguf@revision` or `s3://bucket/key`.
+"""Parse the names of models: a local file, `hf://org/repo/file.gguf@revision` or `s3://bucket/key`.
 
-The last two may end in `#sha256:<64 hex digits>` (comma-separated for the parts of a split model): a *pin*, which the
-bytes must hash to whatever a hub, a bucket or a manifest says.
+The last two may end in `#sha256:<64 hex digits>` (comma-separated for the parts of a split model). This is a *pin*: the
+bytes must have this sha256, whatever Hugging Face, a bucket or a manifest claims.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _PIN = re.compile(r"(?P<name>.*)#sha256:(?P<digests>[^#]*)", re.DOTALL)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can carry one, no file system can
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # valid in JSON, but in no file system
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A path as given; relative ones are looked up in MODELS_DIR, then in the working directory."""
+    """A path. A relative one is looked up in MODELS_DIR, then in the working directory."""
 
     path: str
     sha256: tuple[str, ...] = ()  # one for each file of the model, or none
@@ -62,7 +62,7 @@ R = TypeVar("R", bound=Reference)
 
 
 def parse(reference: str) -> Reference:
-    """Raises InvalidRequest if it is none of the three forms."""
+    """Return the reference. Raise InvalidRequest if it has none of the three forms."""
     if not reference or len(reference) > 1024 or _CONTROL.search(reference) or _SURROGATE.search(reference):
         raise InvalidRequest(f"A model is named by {FORMS}; got {_quote(reference)}.")
     scheme, separator, rest = reference.partition("://")
@@ -81,7 +81,7 @@ def parse(reference: str) -> Reference:
 
 
 def hugging_face(repo_id: str, filename: str, revision: str = "main") -> HuggingFace:
-    """A checked hub reference from its fields (those of /load). Raises InvalidRequest naming the field."""
+    """Return a valid Hugging Face reference from the fields of /load. Raise InvalidRequest naming the field."""
     organisation, slash, repo = repo_id.partition("/")
     if not slash or not _repo_part(organisation) or not _repo_part(repo):
         raise InvalidRequest(f"'repo_id' must be \"org/repo\", got {_quote(repo_id)}.", param="repo_id")
@@ -98,7 +98,7 @@ def hugging_face(repo_id: str, filename: str, revision: str = "main") -> Hugging
 
 
 def s3(bucket: str, key: str) -> S3:
-    """A checked S3 reference. Raises InvalidRequest."""
+    """Return a valid S3 reference. Raise InvalidRequest."""
     if not _BUCKET.fullmatch(bucket) or ".." in bucket or not _is_model_path(key):
         raise InvalidRequest(
             f"An S3 model is named s3://bucket/path/file.gguf, without '..', got {_quote(f's3://{bucket}/{key}')}."
@@ -107,9 +107,9 @@ def s3(bucket: str, key: str) -> S3:
 
 
 def pin(reference: R, sha256: tuple[str, ...]) -> R:
-    """`reference` with the digests that its files must have; none: unchanged.
+    """Return `reference` with the digests that its files must have. Without digests it is unchanged.
 
-    Raises InvalidRequest if they are no digests, not one for each file, or not those that it has already.
+    Raise InvalidRequest unless they are digests, one for each file, and equal to those it is pinned to already.
     """
     if not sha256 or sha256 == reference.sha256:
         return reference
@@ -136,12 +136,12 @@ def pin(reference: R, sha256: tuple[str, ...]) -> R:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether it is a whole git commit id, which always means the same."""
+    """Return whether it is a full git commit id, which never changes its meaning."""
     return _COMMIT.fullmatch(revision) is not None
 
 
 def split_part(filename: str) -> tuple[int, int] | None:
-    """(part, count) of a file named like `model-00001-of-00003.gguf`, None for any other name."""
+    """Return (part, count) of a name like `model-00001-of-00003.gguf`, or None for any other name."""
     match = _SPLIT.fullmatch(filename)
     if match is None:
         return None
@@ -150,22 +150,23 @@ def split_part(filename: str) -> tuple[int, int] | None:
 
 
 def split_files(filename: str) -> tuple[str, ...]:
-    """All files of the model that `filename` belongs to, in order; just itself unless it is one of a split model.
+    """Return all files of the model that `filename` belongs to, in order: just itself unless the model is split.
 
-    Raises InvalidRequest over 1000 parts: no such model exists, and a name is not to cost 99999 look-ups.
+    Raise InvalidRequest over 1000 parts: no such model exists, and a name must not cost 99999 look-ups.
     """
-    found = split_part(filename)
-    if found is None:
+    part_of = split_part(filename)
+    if part_of is None:
         return (filename,)
-    if found[1] > 1000:
-        raise InvalidRequest(f"{_quote(filename)} claims {found[1]} parts; at most 1000 are understood.")
+    count = part_of[1]
+    if count > 1000:
+        raise InvalidRequest(f"{_quote(filename)} claims {count} parts; at most 1000 are supported.")
     stem = filename[: -len("-00001-of-00001.gguf")]
     suffix = filename[-len(".gguf") :]
-    return tuple(f"{stem}-{part:05d}-of-{found[1]:05d}{suffix}" for part in range(1, found[1] + 1))
+    return tuple(f"{stem}-{part:05d}-of-{count:05d}{suffix}" for part in range(1, count + 1))
 
 
 def model_name(filename: str) -> str:
-    """What clients call the model in `filename`: no folders, no .gguf, no part number."""
+    """Return the model name for clients: without folders, .gguf and part number."""
     base = filename.rsplit("/", 1)[-1]
     match = _SPLIT.fullmatch(base)
     if match is not None and split_part(base) is not None:
@@ -190,13 +191,13 @@ def _repo_part(name: str) -> bool:
 
 
 def _is_model_path(path: str) -> bool:
-    """A relative path of plain segments that ends in .gguf; it becomes a path under MODELS_DIR and part of a URL."""
+    """Return whether it is a safe relative path to a .gguf file, usable under MODELS_DIR and in a URL."""
     if len(path) > 512 or "\\" in path or _CONTROL.search(path) or not path.lower().endswith(".gguf"):
         return False
-    if not path.isprintable():  # also lone surrogates, which no file system and no URL can carry
+    if not path.isprintable():  # also rejects lone surrogates
         return False
     segments = path.split("/")
-    # A leading dot would collide with the store's own files; 255 bytes is what file systems take, ours add a suffix.
+    # A leading dot would collide with the store's own files. File systems allow 255 bytes; the store adds suffixes.
     return all(segment and not segment.startswith(".") and len(segment.encode()) <= 200 for segment in segments)
 
 
@@ -204,5 +205,5 @@ def _fragment(sha256: tuple[str, ...]) -> str:
     return f"#sha256:{','.join(sha256)}" if sha256 else ""
 
 
-def _quote(given: str) -> str:
-    return repr(given if len(given) <= 200 else given[:200] + "...")
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + "...")

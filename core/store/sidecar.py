@@ -1,7 +1,7 @@
-"""Sidecar: `<file>.json` beside a model file, which says where the model came from and what its sha256 is.
+"""Record where a model came from, and its sha256, in `<file>.json` next to the model file.
 
-It speaks for the files only while their sizes and modification times are what they were at publishing: a sidecar whose
-file was replaced by hand is ignored, never believed. A split model has one, beside its first file, for all its files.
+A sidecar is valid only while sizes and modification times of the files are those at publishing. It is ignored once a
+file is replaced by hand. A split model has one sidecar, next to its first file, for all its files.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Sidecar:
     origin: str  # hf://org/repo/file.gguf or s3://bucket/key.gguf, without a revision; a split model's first file
-    source: str  # who delivered the bytes: "huggingface" or "s3"
+    source: str  # where the bytes were downloaded from: "huggingface" or "s3"
     sha256: str  # these three are of the first file
     size_bytes: int
     mtime_ns: int
     published: str  # UTC, ISO 8601
-    revision: str | None = None  # as asked
+    revision: str | None = None  # as requested
     commit: str | None = None
     parts: tuple[Part, ...] = ()  # the other files of a split model, in order
 
@@ -51,7 +51,7 @@ class Sidecar:
         return self.size_bytes + sum(part.size_bytes for part in self.parts)
 
     def names(self, revision: str) -> bool:
-        """Whether the file is what `revision` (a branch, tag, commit or the start of one) named when it was fetched."""
+        """Return whether `revision` (branch, tag, commit or its prefix) named this model when it was downloaded."""
         if revision == self.revision:
             return True
         return self.commit is not None and len(revision) >= 7 and self.commit.startswith(revision)
@@ -62,7 +62,7 @@ def path_of(file: Path) -> Path:
 
 
 def read(file: Path) -> Sidecar | None:
-    """The sidecar of a model by its first file; None if there is none, or if any file is another one than it says."""
+    """Return the sidecar of a model by its first file, or None if it is missing or a file has changed since."""
     described = peek(file)
     if described is None:
         return None
@@ -81,28 +81,28 @@ def read(file: Path) -> Sidecar | None:
 
 
 def peek(file: Path) -> Sidecar | None:
-    """The sidecar of `file` as it stands, true or not: says whose place this is after an end between two renames."""
+    """Return the sidecar even if the file has changed. After a crash it still records the place's owner."""
     try:
-        found = json.loads(path_of(file).read_bytes())
+        record = json.loads(path_of(file).read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         return None
     try:
-        parts = tuple(Part(**part) for part in found.get("parts", ()))
+        parts = tuple(Part(**part) for part in record.get("parts", ()))
     except TypeError:
         return None
-    known: dict[str, Any] = {field.name: found.get(field.name) for field in fields(Sidecar)} | {"parts": parts}
-    texts = [known[name] for name in ("origin", "source", "sha256", "published")] + [part.sha256 for part in parts]
-    numbers = [known["size_bytes"], known["mtime_ns"]]
+    values: dict[str, Any] = {field.name: record.get(field.name) for field in fields(Sidecar)} | {"parts": parts}
+    texts = [values[name] for name in ("origin", "source", "sha256", "published")] + [part.sha256 for part in parts]
+    numbers = [values["size_bytes"], values["mtime_ns"]]
     numbers += [number for part in parts for number in (part.size_bytes, part.mtime_ns)]
     if not all(isinstance(value, str) for value in texts) or not all(isinstance(value, int) for value in numbers):
         return None
-    return Sidecar(**known)
+    return Sidecar(**values)
 
 
 def write(file: Path, sidecar: Sidecar) -> None:
-    """Put it beside `file`, whole or not at all, and remove what killed writers left. Raises OSError."""
+    """Write it atomically next to `file`, and remove the leftovers of killed writers. Raise OSError."""
     path = path_of(file)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     text = (json.dumps(asdict(sidecar), indent=2) + "\n").encode()
@@ -123,7 +123,7 @@ def write(file: Path, sidecar: Sidecar) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A new file, on the disk. The name can be guessed: a link that lies in wait there is not followed."""
+    """Write a new file and flush it. Its name can be guessed, so a link in its place is not followed."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
@@ -134,6 +134,6 @@ def _write(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def _same_time(recorded: int, found: int) -> bool:
-    # Image layers and archives keep whole seconds only.
-    return recorded == found or (found % _SECOND == 0 and recorded // _SECOND == found // _SECOND)
+def _same_time(recorded: int, actual: int) -> bool:
+    # Image layers and archives store whole seconds only.
+    return recorded == actual or (actual % _SECOND == 0 and recorded // _SECOND == actual // _SECOND)

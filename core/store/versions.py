@@ -1,11 +1,11 @@
-"""Versions: the one of a model that is current under MODELS_DIR, and how another takes its place.
+"""Find the current version of a model in MODELS_DIR, and switch to another.
 
-A model of one file lies under its name. The files of a split model must be one version, and llama.cpp finds them by the
-name of the first, so each version that was downloaded has a folder, and one link says which version is current:
+A model of one file is at its own name. The files of a split model must be of one version, and llama.cpp finds them by
+the name of the first. So each downloaded version has a folder, and one link names the current version:
 
     big-00001-of-00003.gguf -> big-00001-of-00003.gguf.parts/<version>/big-00001-of-00003.gguf
 
-Split models that were put here by hand lie side by side as they are.
+Split models that were copied there by hand stay side by side.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from core.store import sidecar
 from core.store.reference import split_files
 
-PARTS = ".parts"  # what the folder of a split model's versions adds to the name of its first file
+PARTS = ".parts"  # suffix of the folder with a split model's versions
 
 
 def current(first: Path) -> Path:
-    """Where the first file of a model really lies: `first` itself, or what its link to a version names."""
+    """Return the actual first file of a model: `first`, or the target of its link to a version."""
     try:
         version = first.readlink()
     except OSError:
@@ -32,24 +32,24 @@ def current(first: Path) -> Path:
 
 
 def place_of(path: Path) -> Path:
-    """The name under which the model at `path` is current: undoes `current`, and is any file's own path else."""
+    """Return the place of the model at `path`: the inverse of `current`, and `path` itself for other files."""
     versions = path.parent.parent
     first = split_files(path.name)[0]
     return versions.parent / first if versions.name == first + PARTS else path
 
 
 def home(place: Path, version: str) -> Path:
-    """Where the first file of a version that is downloaded goes."""
+    """Return the path of the first file of a downloaded version."""
     return place if len(parts(place)) == 1 else place.with_name(place.name + PARTS) / version / place.name
 
 
 def holds(folder: str) -> bool:
-    """Whether a folder of this name is one of versions."""
+    """Return whether a folder of this name holds versions."""
     return folder.lower().endswith(".gguf" + PARTS)
 
 
 def parts(path: Path) -> tuple[Path, ...]:
-    """All files of the model that `path` belongs to, in order."""
+    """Return all files of the model that `path` belongs to, in order."""
     return tuple(path.with_name(name) for name in split_files(path.name))
 
 
@@ -66,22 +66,22 @@ def switch(place: Path, first: Path) -> None:
 
 
 def strays(place: Path, origin: str) -> list[Path]:
-    """What is not of the current version: what arrived of others, their folders, files that lay side by side.
+    """Return leftovers of other versions: partial files, folders, and files side by side with the first one.
 
-    The latter only if they came from `origin`: else somebody put them there.
+    The latter count only if they came from `origin`; otherwise they were copied there by hand.
     """
     first = current(place)
     names = "*" if first != place else glob.escape(place.name) + ".*"
-    found = list(first.parent.glob(f".{names}.part"))
+    leftovers = list(first.parent.glob(f".{names}.part"))
     if first == place:
-        return found
+        return leftovers
     if (link := _link_of(place)).is_symlink():
-        found.append(link)
-    found += [version for version in first.parent.parent.iterdir() if version != first.parent]
-    owner = sidecar.peek(place)  # of the first file that the link took the place of; removed last
+        leftovers.append(link)
+    leftovers += [version for version in first.parent.parent.iterdir() if version != first.parent]
+    owner = sidecar.peek(place)  # of the first file that the link replaced; removed last
     if owner is not None and owner.origin == origin:
-        found += [path for path in parts(place)[1:] if path.is_file()] + [sidecar.path_of(place)]
-    return found
+        leftovers += [path for path in parts(place)[1:] if path.is_file()] + [sidecar.path_of(place)]
+    return leftovers
 
 
 def tidy(place: Path, origin: str) -> None:
@@ -94,7 +94,7 @@ def tidy(place: Path, origin: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -103,5 +103,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def _link_of(place: Path) -> Path:
-    """The link to a new version before it takes the place."""
+    """Return the temporary name of the link to a new version."""
     return place.with_name(f".{place.name}.link")

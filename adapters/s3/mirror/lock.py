@@ -1,8 +1,8 @@
-"""UploadLock: an object in S3 that says who uploads a blob, so that fifty cold starts upload it once.
+"""Lock the upload of a blob with an object in S3, so that fifty cold starts upload it once.
 
-It saves work and guards nothing: blobs are immutable and pointers are written conditionally, so two holders at once do
-no harm. Times are S3's own (the object's Last-Modified against the answer's Date), so no two machines' clocks need
-agree. Conditional writes: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html.
+The lock only saves work: blobs are immutable and pointers are written conditionally, so two holders at once do no
+harm. Ages are measured by S3's own clock (Last-Modified against the response's Date), so clocks need not agree.
+Conditional writes: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-TTL_S = 600.0  # a holder that has not renewed for so long is gone
+TTL_S = 600.0  # after this long without a renewal the lock may be taken over
 
 
 class LockLost(Exception):
-    """Another process took the lock over: this one was silent for too long."""
+    """Another process took over the lock, because this one did not renew it in time."""
 
 
 def code(error: Any) -> str:
-    """The error code in a botocore ClientError; S3 gives a bare number for a HEAD."""
+    """Return the error code of a botocore ClientError. For a HEAD it is the bare status."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def refused(error: Any) -> bool:
-    """Whether a condition of a write did not hold."""
+    """Return whether the condition of a write failed."""
     return code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
@@ -40,13 +40,13 @@ def missing(error: Any) -> bool:
 
 
 def boot_time() -> float:
-    """Seconds that also count while the machine is suspended; on Linux `time.monotonic()` stands still then."""
+    """Return a monotonic time that includes suspension; on Linux `time.monotonic()` does not."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """The lock object as it is. Whatever cannot be read belongs to nobody and leaves no note."""
+class _Current:
+    """The lock object in S3. If it cannot be parsed, owner and note are empty."""
 
     etag: str
     owner: str
@@ -67,9 +67,9 @@ class UploadLock:
         self._written = 0.0
 
     def acquire(self) -> str | None:
-        """The note that the last holder left ("" if there was none); None: another process holds it.
+        """Take the lock. Return the last holder's note ("" if there is none), or None if another process holds it.
 
-        Raises botocore's ClientError and BotoCoreError for anything else.
+        Raise botocore's ClientError or BotoCoreError for anything else.
         """
         if self._write("", IfNoneMatch="*"):
             return ""
@@ -79,7 +79,7 @@ class UploadLock:
         return held.note if self._write("", IfMatch=held.etag) else None
 
     def renew(self, note: str, *, always: bool = False) -> None:
-        """Extend it, once a quarter of its time has gone, and leave a note for the next holder. Raises LockLost."""
+        """Renew the lock after a quarter of its time, with a note for the next holder. Raise LockLost."""
         if not always and self._clock() - self._written < self._ttl / 4:
             return
         if self._etag is None or not self._write(note, IfMatch=self._etag):
@@ -87,12 +87,12 @@ class UploadLock:
             raise LockLost
 
     def release(self) -> None:
-        """Give it back, if it is still this process's."""
+        """Delete the lock, if this process still holds it."""
         from botocore.exceptions import ClientError
 
         etag, self._etag = self._etag, None
         if etag is None or self._clock() - self._written > self._ttl / 2:
-            return  # it may be another's soon: an S3 that ignores the condition would delete theirs
+            return  # it may be taken over soon, and an S3 without conditional deletes would delete the new one
         try:
             self._client.delete_object(Bucket=self._bucket, Key=self._key, IfMatch=etag)
         except ClientError as error:
@@ -100,8 +100,11 @@ class UploadLock:
                 raise
 
     def _write(self, note: str, **condition: Any) -> bool:
-        """Whether the lock is now as written here. A refusal may be the answer to a repeated request whose first
-        answer was lost: then the object is this very write."""
+        """Write the lock. Return whether it is now as written here.
+
+        If botocore repeated a request whose response was lost, the repetition fails although the write succeeded.
+        Then the object in S3 is this one.
+        """
         from botocore.exceptions import ClientError
 
         self._serial += 1
@@ -120,7 +123,7 @@ class UploadLock:
         self._etag, self._written = etag, before
         return True
 
-    def _read(self) -> _Held | None:
+    def _read(self) -> _Current | None:
         from botocore.exceptions import ClientError
 
         try:
@@ -137,6 +140,6 @@ class UploadLock:
         try:
             now = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
             age = (now - reply["LastModified"]).total_seconds()
-        except (ValueError, KeyError, TypeError):  # no date: believed to be held
+        except (ValueError, KeyError, TypeError):  # without a date the lock counts as new
             age = 0.0
-        return _Held(reply["ETag"], owner, note, age)
+        return _Current(reply["ETag"], owner, note, age)

@@ -1,8 +1,8 @@
-"""S3Mirror: uploads to the bucket, once, what the hub delivered. Implements `core.store.source.Mirror`.
+"""Upload models from Hugging Face to the bucket, once. Implements `core.store.source.Mirror`.
 
-A server uploads in a thread of its own. On Lambda nothing runs between invocations, so the runtime's loop calls
-`run_pending` after an answer's last byte, before it asks for the next event; what is not finished then goes on after
-the next one. `adapters.s3.mirror.lock` sees to it that of fifty cold starts one uploads.
+A server uploads in a background thread. On Lambda nothing runs between invocations: the runtime loop calls
+`run_pending` after a response's last byte, before it requests the next event, and an unfinished upload continues after
+the next one. `adapters.s3.mirror.lock` ensures that of fifty cold starts only one uploads.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from core.store.source import RemoteFile, RemoteModel
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-TRIES = 3  # of a model, after failures that may pass
-RETRY_S = 30.0  # until a lock that another holds is looked at again
-START_S = 8.0  # time before a deadline under which nothing is begun: importing boto3 alone takes a second
+TRIES = 3  # per model, after transient failures
+RETRY_S = 30.0  # until a lock held by another process is tried again
+START_S = 8.0  # least time before a deadline to begin anything: importing boto3 alone takes a second
 
 logger = logging.getLogger("slm.mirror")
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One model to be mirrored; `files` are those still to do, each with its open descriptor."""
+    """One model to upload. `files` are the remaining ones, each with its open descriptor."""
 
     reference: HuggingFace
     commit: str
@@ -59,9 +59,9 @@ class _Job:
 
 
 class S3Mirror:
-    """`storage` reads the same bucket; `client` makes boto3's client, when there is something to upload.
+    """`storage` reads the same bucket. `client` makes boto3's client once there is something to upload.
 
-    `background`: a thread of its own does the work; else `run_pending` does.
+    With `background` a thread does the work, otherwise `run_pending` does.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class S3Mirror:
         self._client: S3Client | None = None
         self._background, self._lock_ttl_s = background, lock_ttl_s
         self._retry_s, self._start_s, self._clock = retry_s, start_s, clock
-        self._lock = threading.Lock()  # held by whoever works
+        self._lock = threading.Lock()  # held by the thread that uploads
         self._jobs: list[_Job] = []
         self._wake = threading.Condition()  # guards _jobs and _thread
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
     def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
-        """Upload once, later, and note what the branch in `reference` means. Returns at once, raises nothing."""
+        """Upload the model later, once, and record the commit of its branch. Return at once, never raise."""
         job = self._job(reference, found, paths)
         if job is None:
             return
@@ -107,19 +107,19 @@ class S3Mirror:
             self._wake.notify_all()
 
     def distrust(self, found: RemoteModel) -> None:
-        """An offer of the same model replaces these objects, if they are still the ones that were read."""
+        """Let the next offer of the same model replace these objects, unless they have changed since."""
         for file in found.files:
             if isinstance(file, S3File):
                 self._index.distrust(file.key, file.etag)
 
     def run_pending(self, deadline: float | None) -> bool:
-        """Work on what was offered until `deadline` (monotonic). True: nothing is left to do. Raises nothing."""
+        """Upload what was offered until `deadline` (monotonic clock). Return True if nothing is left. Never raise."""
         with self._wake:
             jobs = list(self._jobs)
         if not jobs:
             return True
         if not self._lock.acquire(blocking=False):
-            return False  # another thread is at it
+            return False  # another thread is uploading
         try:
             for job in jobs:
                 if job.not_before <= self._clock() and self._work(job, deadline):
@@ -138,7 +138,7 @@ class S3Mirror:
         paths: tuple[Path, ...],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Like `offer`, but now, to the end. Raises ModelUnavailable if it does not succeed."""
+        """Upload now and wait for the end. Raise ModelUnavailable if it fails."""
         job = self._job(reference, found, paths)
         if job is None:
             return
@@ -153,7 +153,7 @@ class S3Mirror:
             job.close()
 
     def close(self) -> None:
-        """End the thread and what it uploads; another process may go on at once."""
+        """Stop the thread and its upload, and release the lock, so that another process can continue at once."""
         with self._wake:
             self._closed.set()
             thread, self._thread = self._thread, None
@@ -168,7 +168,7 @@ class S3Mirror:
             job.close()
 
     def _job(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> _Job | None:
-        """None: there is nothing to do. The files are opened now, so that they cannot be replaced meanwhile."""
+        """Return a job, or None if there is nothing to do. Files are opened now, so they cannot be swapped later."""
         if found.commit is None or not is_commit(found.commit):
             return None
         mirrored = found.source == self._storage.name
@@ -199,42 +199,43 @@ class S3Mirror:
                     self._thread = None
 
     def _work(self, job: _Job, deadline: float | None) -> bool:
-        """One sitting. True: the job is over, done or given up. Raises nothing: it runs between two answers."""
+        """Continue a job. Return True once it is done or given up. Never raise: this runs between two responses."""
         try:
-            return self._sit(job, deadline)
+            return self._advance(job, deadline)
         except LockLost:
-            logger.info("%s: another process uploads it now", job.reference)
+            logger.info("%s: another process is uploading it", job.reference)
             self._drop_upload(job)
             job.not_before = self._clock() + self._retry_s
             return False
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the server
+        except Exception as error:  # noqa: BLE001 - no failure may end the server
             return self._give_up(job, error)
 
     def _give_up(self, job: _Job, error: Exception) -> bool:
-        """False: not yet, the failure may pass."""
+        """Return False if the failure is transient and the job is tried again, True if it is over."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        passing = False
+        transient = False
         if isinstance(error, ModelUnavailable):
             job.failure = error.message
         elif isinstance(error, UploadFailed):
             job.failure = str(error)
         else:
             job.failure = f"{type(error).__name__}: {error}"
-            known = isinstance(error, (ClientError, BotoCoreError, OSError))
-            if not known:
+            expected = isinstance(error, (ClientError, BotoCoreError, OSError))
+            if not expected:
                 logger.error("mirroring %s failed", job.reference, exc_info=error)
-            passing = known and not (isinstance(error, ClientError) and code(error) == "AccessDenied")
+            transient = expected and not (isinstance(error, ClientError) and code(error) == "AccessDenied")
         self._drop_upload(job)
         job.tries += 1
-        if passing and job.tries < TRIES:
-            logger.warning("mirroring %s failed and is tried again: %s", job.reference, job.failure)
+        if transient and job.tries < TRIES:
+            logger.warning("mirroring %s failed and will be retried: %s", job.reference, job.failure)
             job.failure, job.not_before = None, self._clock() + self._retry_s
             return False
         logger.warning("%s is not mirrored: %s", job.reference, job.failure)
         return True
 
-    def _sit(self, job: _Job, deadline: float | None) -> bool:
+    def _advance(self, job: _Job, deadline: float | None) -> bool:
+        """Upload the remaining files, then move the ref. Return False at the deadline."""
         while job.files:
             if job.upload is None and not self._begin(job, deadline):
                 return False
@@ -247,11 +248,11 @@ class S3Mirror:
         return self._note_ref(job, deadline)
 
     def _begin(self, job: _Job, deadline: float | None) -> bool:
-        """Have an upload for the first file of `job`, unless it is there already. False: not now."""
+        """Start the upload of the job's first file, unless the mirror has it. Return False if it must wait."""
         if deadline is not None and deadline - self._clock() < self._start_s:
             return False
         file, descriptor = job.files[0]
-        if file.sha256 is None:  # the hub's word for a file that is not in LFS is another
+        if file.sha256 is None:  # Hugging Face names no sha256 for files that are not in LFS
             file = replace(file, sha256=sha256_of(descriptor, self._closed.is_set))
         target = self._index.look(job.reference, job.commit, file)
         if target is None:
@@ -262,7 +263,7 @@ class S3Mirror:
         if left is None:
             job.not_before = self._clock() + self._retry_s
             return False
-        target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished meanwhile
+        target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished it
         if target is None:
             lock.release()
             return True
@@ -299,7 +300,7 @@ class S3Mirror:
 
 
 def boto3_client(endpoint_url: str | None) -> S3Client:
-    """boto3's S3 client, a second or so in the making. MinIO and its kind want path-style addresses."""
+    """Return boto3's S3 client, which takes about a second. MinIO and similar servers need path-style addresses."""
     import boto3
     from botocore.config import Config
 
@@ -309,6 +310,6 @@ def boto3_client(endpoint_url: str | None) -> S3Client:
         connect_timeout=5,
         read_timeout=30,
         max_pool_connections=8,
-        request_checksum_calculation="when_required",  # older MinIOs know no trailing checksums; ours is the sha256
+        request_checksum_calculation="when_required",  # older MinIOs do not support trailing checksums
     )
     return boto3.client("s3", endpoint_url=endpoint_url, config=config)

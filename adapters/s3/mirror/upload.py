@@ -1,8 +1,8 @@
-"""Upload: the bytes of one file into the mirror, in parts, in as many sittings as it takes. With boto3: nobody waits.
+"""Upload one file to the mirror in parts, over as many invocations as it takes. This uses boto3: no request waits.
 
-The file is read once: what goes up is what is hashed, and nothing is completed unless the whole sha256, which is the
-blob's name, is right. The completion is conditional, so a blob is written once; the manifest is written last and only
-over the one that was read before the blob was looked at, so it never names a version that it has not seen.
+The file is read once, so the uploaded bytes are the hashed ones, and the upload is completed only if their sha256 is
+the blob's name. The completion is conditional, so a blob is written once. The manifest is written last, and replaces
+only the one that was read before the blob, so it never names a version that its writer has not seen.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 PART_BYTES = 8 << 20  # S3 takes 5 MiB to 5 GiB; four in flight are 32 MiB
 MAX_PARTS = 9000  # S3 takes 10,000
 IN_FLIGHT = 4
-TRIES = 4  # of a part, on top of botocore's own
+TRIES = 4  # per part, on top of botocore's own
 MARGIN_S = 1.0  # before a deadline
 
 
 class UploadFailed(Exception):
-    """The upload cannot succeed as it is. The message is for the log."""
+    """The upload cannot succeed. The message is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a file goes in the mirror, and what is there."""
+    """Where a file goes in the mirror, and what is there already."""
 
     blob: str  # the key of its bytes
     sha256: str  # in hex; the blob's name
     manifest: str  # the key of its manifest
     origin: str
-    manifest_etag: str | None = None  # of the manifest to be replaced, read before the blob was looked at
-    etag: str | None = None  # of the blob, if it is there
-    whole: bool = False  # it has the right size, and no reader found it wrong: only the manifest is to be written
+    manifest_etag: str | None = None  # of the manifest to replace, read before the blob
+    etag: str | None = None  # of the existing blob
+    whole: bool = False  # the blob is complete and trusted: only the manifest is missing
 
 
 class Upload:
-    """`descriptor` is the open file; it stays the caller's. One thread uses it."""
+    """`descriptor` is the open file; the caller closes it. One thread uses an upload."""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class Upload:
         self._hash = hashlib.sha256()
         self._blocks: list[str] = []
         self._id: str | None = None
-        self._next = 0  # the first part that was not read yet
+        self._next = 0  # the first part that is not read yet
         self._tries: dict[int, int] = {}
         self._etags: dict[int, str] = {}
         self._flying: dict[Future[str], int] = {}
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="upload")
 
     def begin(self, left: str) -> None:
-        """Call with the lock in hand; `left` is the note in it: an upload that its last holder did not finish."""
+        """Call with the lock held. `left` is its last holder's note: an unfinished upload to abort."""
         from botocore.exceptions import ClientError
 
         if left:
@@ -94,9 +94,9 @@ class Upload:
         self._lock.renew(self._id, always=True)
 
     def advance(self, deadline: float | None) -> bool:
-        """Go on until it is complete (True), or `deadline` on the monotonic clock is near or `stopped()` (False).
+        """Upload until complete (return True), or until `deadline` is near or `stopped()` is true (return False).
 
-        Raises LockLost, UploadFailed, botocore's ClientError and BotoCoreError.
+        Raise LockLost, UploadFailed, or botocore's ClientError or BotoCoreError.
         """
         while len(self._etags) < self._count:
             if self._stopped() or self._short(deadline):
@@ -120,7 +120,7 @@ class Upload:
         return True
 
     def abandon(self) -> None:
-        """Leave nothing in S3 that costs money. Raises nothing."""
+        """Abort, so that nothing is left in S3 that costs money. Never raise."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         self.close()
@@ -152,7 +152,7 @@ class Upload:
 
     def _submit(self, part: int, data: bytes) -> None:
         def send() -> str:
-            # S3 refuses a part that arrives with another MD5. Every S3 knows this header; newer checksums not all do.
+            # S3 refuses a part with a wrong MD5. Every S3 server supports this header, but not newer checksums.
             md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
             return self._client.upload_part(
                 Bucket=self._bucket,
@@ -172,7 +172,7 @@ class Upload:
             self._etags[part] = future.result()
         except (ClientError, BotoCoreError) as error:
             if isinstance(error, ClientError) and code(error) == "NoSuchUpload":
-                raise LockLost from error  # who took the lock over ended our upload
+                raise LockLost from error  # the new holder of the lock has aborted it
             self._tries[part] = self._tries.get(part, 0) + 1
             if self._tries[part] >= TRIES:
                 raise
@@ -180,7 +180,7 @@ class Upload:
 
     def _finish(self) -> None:
         if (digest := self._hash.hexdigest()) != self._target.sha256:
-            raise UploadFailed(f"the file has sha256 {digest}, its source said {self._target.sha256}")
+            raise UploadFailed(f"the file has sha256 {digest}, expected {self._target.sha256}")
         try:
             header = gguf.parse_header(lambda offset, length: os.pread(self._descriptor, length, offset), self._size)
         except gguf.MalformedGGUF as error:
@@ -204,7 +204,7 @@ class Upload:
         self.close()
 
     def _complete(self) -> str:
-        """The ETag of the blob, which is there now: by this upload, or by another one's that was faster."""
+        """Complete the blob and return its ETag. Another uploader may have completed it first."""
         from botocore.exceptions import ClientError
 
         parts: Any = [{"PartNumber": part + 1, "ETag": self._etags[part]} for part in range(self._count)]
@@ -221,11 +221,11 @@ class Upload:
         except ClientError as error:
             if not refused(error) and code(error) != "NoSuchUpload":
                 raise
-            # Another was faster, or this is the answer to a repeated request. The same name means the same bytes.
+            # Another uploader was first, or botocore repeated the request. The same name means the same bytes.
             with suppress(ClientError):
-                there = self._client.head_object(Bucket=self._bucket, Key=self._key)
-                if there["ContentLength"] == self._size and there["ETag"] != replaced:
-                    return there["ETag"]
+                stored = self._client.head_object(Bucket=self._bucket, Key=self._key)
+                if stored["ContentLength"] == self._size and stored["ETag"] != replaced:
+                    return stored["ETag"]
             raise LockLost from error
         return done["ETag"]
 
@@ -244,5 +244,5 @@ class Upload:
             )
         except ClientError as error:
             if refused(error) or code(error) in ("NoSuchKey", "404"):
-                raise LockLost from error  # another wrote it meanwhile: what is there is looked at again
+                raise LockLost from error  # another uploader has written it: look it up again
             raise
