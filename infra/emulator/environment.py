@@ -1,4 +1,4 @@
-"""Execution environment: one runtime process and its Runtime API, started, frozen, thawed and killed as Lambda does.
+"""An execution environment: one runtime process and its Runtime API, started, frozen and killed as on Lambda.
 
 Emulated: init within 10 s or again inside the first invocation, one event at a time, SIGSTOP between events, the
 kill at the deadline, a fresh process after a crash. Not emulated: CPU shares, network, IAM, the memory limit.
@@ -25,7 +25,7 @@ _ERROR_TYPE = "lambda-runtime-function-error-type"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What CloudWatch's REPORT line would say, and the time to the first byte."""
+    """The values of CloudWatch's REPORT line, and the time to the first byte."""
 
     request_id: str
     init_ms: float | None  # only of the first invocation of a process
@@ -37,7 +37,7 @@ class Report:
 
     @property
     def billed_gb_s(self) -> float:
-        """Init is billed, too (since August 2025), and milliseconds are rounded up."""
+        """Billed GB-seconds. Init is billed too (since August 2025), and milliseconds are rounded up."""
         return ceil(self.duration_ms + (self.init_ms or 0)) / 1000 * self.memory_mb / 1024
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Report:
 
 
 class Environment:
-    """`await invoke(event)`, read the Exchange to its end, then `await settle(exchange)` for the Report."""
+    """Await `invoke(event)`, read the Exchange to its end, then await `settle(exchange)` for the Report."""
 
     def __init__(
         self,
@@ -77,12 +77,12 @@ class Environment:
         self._watch: asyncio.Task[None] | None = None
 
     async def invoke(self, event: Any) -> Exchange:
-        """Hand the event to the process, which is started or thawed before. The bytes come through `exchange.data`."""
+        """Start or thaw the process and send it the event. The answer arrives in `exchange.data`."""
         if self.process is None or self.process.returncode is not None:
             await self._start()
             if not await self._initialised():
                 await self.close()
-                await self._start()  # as Lambda does: once more, on the invocation's own time
+                await self._start()  # as on Lambda: again, within the invocation's time
         self._signal(signal.SIGCONT)
         assert self._server is not None
         exchange = self._server.invoke(event, timeout_s=self._timeout_s, keep=False)
@@ -90,7 +90,7 @@ class Environment:
         return exchange
 
     async def settle(self, exchange: Exchange, first_byte: float | None) -> Report:
-        """Wait until the process is ready for another event, freeze it, report. `first_byte` on monotonic's clock."""
+        """Wait until the process polls for another event, freeze it, and return a report. `first_byte` is monotonic."""
         assert self.process is not None
         assert self._server is not None
         assert self._watch is not None
@@ -145,7 +145,7 @@ class Environment:
         self.process = await asyncio.create_subprocess_exec(*self._command, env=environ)
 
     async def _initialised(self) -> bool:
-        """False if init took too long; a process that ended meanwhile is found by `_guard`."""
+        """Return False if init took too long. `_guard` handles a process that has exited."""
         assert self.process is not None
         assert self._server is not None
         exited = asyncio.create_task(self.process.wait())
@@ -157,7 +157,7 @@ class Environment:
         return bool(done)
 
     async def _guard(self, exchange: Exchange) -> None:
-        """The deadline, and the process's end."""
+        """Enforce the deadline and watch for the process's exit."""
         assert self.process is not None
         assert self._server is not None
         exited = asyncio.create_task(self.process.wait())

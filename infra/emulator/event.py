@@ -1,4 +1,4 @@
-"""An HTTP request as the event that a function URL makes of it (payload format 2.0), and the buffered answer back.
+"""Convert an HTTP request to a function URL event (payload format 2.0), and a buffered answer back.
 
 https://docs.aws.amazon.com/lambda/latest/dg/urls-invocation.html
 """
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-CALLER = "arn:aws:iam::000000000000:user/local"  # who calls where nobody signs and IAM_AUTH is on
+CALLER = "arn:aws:iam::000000000000:user/local"  # the caller's identity if IAM_AUTH is on
 DOMAIN = "local.lambda-url.eu-central-1.on.aws"
 
 _TEXT = ("text/", "application/json", "application/javascript", "application/xml", "application/x-www-form-urlencoded")
@@ -28,16 +28,16 @@ def to_event(
     domain: str = DOMAIN,
     caller: str | None = None,
 ) -> dict[str, Any]:
-    """`raw_path` and `query` are percent-encoded, as they were sent. `caller` is the ARN of an IAM identity."""
+    """Return the event. `raw_path` and `query` are percent-encoded. `caller` is the ARN of an IAM identity."""
     joined: dict[str, str] = {}
     cookies: list[str] = []
-    for given, value in headers:
-        name = given.lower()
+    for raw_name, value in headers:
+        name = raw_name.lower()
         if name == "cookie":
             cookies += [cookie.strip() for cookie in value.split(";")]
         else:
             joined[name] = f"{joined[name]},{value}" if name in joined else value
-    # The caller's Host does not reach a function; the URL's own does.
+    # A function receives the URL's own Host, not the caller's.
     joined |= {"host": domain, "x-forwarded-for": source_ip, "x-forwarded-proto": "https", "x-forwarded-port": "443"}
     now = time.time()
     event: dict[str, Any] = {
@@ -79,7 +79,7 @@ def to_event(
 
 
 def from_buffered(record: Any, raw: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-    """Status, headers and body of a buffered answer. What is no envelope is the body itself, as Lambda has it."""
+    """Return status, headers and body of a buffered answer. As on Lambda, an answer without statusCode is the body."""
     if not isinstance(record, dict) or "statusCode" not in record:
         return 200, [("content-type", "application/json")], raw
     headers = [(name, str(value)) for name, value in (record.get("headers") or {}).items()]

@@ -1,4 +1,4 @@
-"""One event on its way through the Runtime API, and how the server is to misbehave with it."""
+"""One event and its answer, and the faults that the Runtime API double injects into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What goes wrong with one invocation, on purpose."""
+    """The faults of one invocation."""
 
     next_status: int = 200  # of /next, instead of the event
     segment: int = 0  # bytes in each TCP segment of /next's reply; 0: all at once
@@ -28,7 +28,7 @@ class Behaviour:
 
 @dataclass(eq=False)
 class Exchange:
-    """One event and all that became of it. `kind` is None until the answer begins."""
+    """One event and its answer. `kind` is None until the answer begins."""
 
     id: str
     event: bytes
@@ -55,7 +55,7 @@ class Exchange:
         return int(record["statusCode"])
 
     def fail(self, kind: str, message: str) -> None:
-        """End it without the runtime: its process is gone, or its time is up."""
+        """End the exchange without the runtime: its process has exited, or its time is up."""
         if not self.finished.is_set():
             self.error = {"errorType": kind, "errorMessage": message}
             if self.kind is None:

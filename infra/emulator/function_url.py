@@ -1,11 +1,11 @@
-"""A function URL on this machine: `make url`.
+"""Serve a Lambda function URL on this machine: `make url`.
 
-`python -m infra.emulator.function_url [--port 9000] [-- command ...]` serves another command.
+`python -m infra.emulator.function_url [--port 9000] [-- command ...]` runs another runtime.
 
-SAM CLI has none, and its API buffers. This HTTP server turns requests into function URL events (version 2.0), drives
-the runtime as a subprocess over the Runtime API, passes the stream on as it comes, and prints a line for each
-invocation. Limits as on Lambda: 6 MB in, 200 MB out (6 MB buffered), the deadline, one event at a time for each
-process, a frozen process between events.
+SAM CLI emulates no function URL, and its API buffers. This HTTP server turns requests into function URL events (version
+2.0), runs the runtime as a subprocess, forwards the stream as it arrives, and prints a report for each invocation. The
+limits are Lambda's: 6 MB in, 200 MB out (6 MB buffered), the deadline, one event at a time for each process, and a
+frozen process between events.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class FunctionURL:
-    """The ASGI application. Requests that find every environment busy wait (on Lambda more would be started)."""
+    """The ASGI application. A request waits while every environment is busy. Lambda would start another one."""
 
     def __init__(
         self, environments: list[Environment], report: Callable[[str], None], *, caller: str | None = None
@@ -71,8 +71,8 @@ class FunctionURL:
         environment = await self._free.get()
         try:
             exchange = await environment.invoke(event)
-            # Lambda does not stop when a client goes: the invocation is read to its end in any case.
-            first_byte = await asyncio.shield(asyncio.ensure_future(_pass_on(exchange, scope["method"], send)))
+            # Lambda does not stop when a client disconnects. The invocation is read to its end.
+            first_byte = await asyncio.shield(asyncio.ensure_future(_forward(exchange, scope["method"], send)))
             report = await environment.settle(exchange, first_byte)
             self._report(str(report))
             for violation in environment.violations:
@@ -83,7 +83,7 @@ class FunctionURL:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """None if it is larger than any event may be."""
+    """Return the body, or None if it is larger than an event may be."""
     body = bytearray()
     while True:
         message = await receive()
@@ -107,8 +107,8 @@ def _event(scope: Any, body: bytes, caller: str | None) -> dict[str, Any]:
     )
 
 
-async def _pass_on(exchange: Exchange, method: str, send: Send) -> float | None:
-    """Send the answer on; when the first byte came, on time.monotonic()'s clock. A client that has gone is ignored."""
+async def _forward(exchange: Exchange, method: str, send: Send) -> float | None:
+    """Forward the answer and return when its first byte came (monotonic). A disconnected client is ignored."""
     await exchange.begun.wait()
     began = None if exchange.kind == "error" else time.monotonic()
     if exchange.kind != "stream":
@@ -155,12 +155,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
-    parser.add_argument("--memory", type=int, default=3008, help="MB, for the bill only (default: %(default)s)")
+    parser.add_argument("--memory", type=int, default=3008, help="MB, used for the report only (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one invocation (default: %(default)s)")
     parser.add_argument("--environments", type=int, default=1, help="processes at most (default: %(default)s)")
     parser.add_argument("--no-freeze", action="store_true", help="let processes run between invocations")
     parser.add_argument("command", nargs="*", help="the runtime (default: python -m adapters.aws_lambda)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     import uvicorn
     from dotenv import dotenv_values
@@ -169,21 +169,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     environ = {**{name: value for name, value in dotenv_values(".env").items() if value}, **os.environ}
     if not any(environ.get(name) for name in ("API_KEYS", "API_KEYS_SECRET", "IAM_AUTH")):
-        environ["IAM_AUTH"] = "true"  # each request then carries CALLER's identity; loopback guards the address
+        environ["IAM_AUTH"] = "true"  # each request then has CALLER's identity; the address is on loopback
     environments = [
         Environment(
-            given.command or [sys.executable, "-m", "adapters.aws_lambda"],
+            options.command or [sys.executable, "-m", "adapters.aws_lambda"],
             environ,
-            memory_mb=given.memory,
-            timeout_s=given.timeout,
-            freeze=not given.no_freeze,
+            memory_mb=options.memory,
+            timeout_s=options.timeout,
+            freeze=not options.no_freeze,
         )
-        for _ in range(given.environments)
+        for _ in range(options.environments)
     ]
-    print(f"function URL: http://{given.host}:{given.port}/", flush=True)
+    print(f"function URL: http://{options.host}:{options.port}/", flush=True)
     caller = CALLER if Settings.from_env(environ).iam_auth else None
     app = FunctionURL(environments, lambda line: print(line, flush=True), caller=caller)
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", access_log=False)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
 
 
 if __name__ == "__main__":

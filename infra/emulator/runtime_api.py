@@ -1,8 +1,7 @@
-"""The Lambda Runtime API as a local server: strict, and able to misbehave on purpose.
+"""A local server for the Lambda Runtime API: strict, and able to inject faults.
 
-The tests' double and the local function URL (`infra.emulator.function_url`) share it.
-It checks all that a runtime sends
-(`infra.emulator.checks`) and keeps what is wrong in `violations`; the tests fail if there is any.
+The tests and the local function URL (`infra.emulator.function_url`) use it. It checks everything that a runtime sends
+(`infra.emulator.checks`) and collects what is wrong in `violations`. The tests fail if there are any.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _CHUNKED_OVER = 2048  # as the real one: Go's net/http writes larger bodies chun
 
 
 class RuntimeAPIServer:
-    """Serves one runtime process. `async with RuntimeAPIServer() as server`, then `server.address`."""
+    """Serve one runtime process. `async with RuntimeAPIServer() as server`, then `server.address`."""
 
     def __init__(self, *, concurrency: int = 1) -> None:
         self.violations: list[str] = []
@@ -64,7 +63,7 @@ class RuntimeAPIServer:
         behaviour: Behaviour | None = None,
         keep: bool = True,
     ) -> Exchange:
-        """Queue an event (bytes as they are, anything else as JSON)."""
+        """Queue an event: bytes unchanged, anything else as JSON."""
         body = event if isinstance(event, bytes) else json.dumps(event).encode()
         deadline = time.monotonic() + timeout_s
         exchange = Exchange(
@@ -84,7 +83,7 @@ class RuntimeAPIServer:
         return exchange
 
     def unanswered(self) -> list[Exchange]:
-        """Events that were handed out and have had no answer."""
+        """Return the events that were handed out and not answered."""
         return [exchange for exchange in self._open.values() if not exchange.finished.is_set()]
 
     async def close_resting(self) -> None:
@@ -122,7 +121,7 @@ class RuntimeAPIServer:
             writer.transport.abort()
 
     async def _request(self, raw: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Serve the request with head `raw`; False when the connection is over."""
+        """Serve the request with head `raw` and return whether the connection stays open."""
         first, *lines = raw[:-4].decode("latin-1").split("\r\n")
         method, path, version = [*first.split(" "), "", ""][:3]
         headers: dict[str, str] = {}
@@ -267,7 +266,7 @@ class RuntimeAPIServer:
         return await self._finish(exchange, writer)
 
     def _opening(self, exchange: Exchange, first: bytes) -> bytes:
-        """Take the prelude off the first chunk; what is left is body."""
+        """Remove the prelude from the first chunk and return the rest, which is body."""
         raw, separator, rest = first.partition(checks.SEPARATOR)
         if not separator:
             self._blame(["the first chunk does not hold the whole prelude"], "response")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as the Runtime API's server reads and writes it: strictly, and in pieces when a test wants it so."""
+"""Read and write HTTP/1.1 for the Runtime API double: strictly, and in segments of any size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _REASON = {200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 410
 
 
 class Malformed(ConnectionError):
-    """Bytes that are not HTTP/1.1; nothing after them can be read."""
+    """The bytes are not HTTP/1.1. Nothing after them can be read."""
 
 
 async def read_chunk(reader: asyncio.StreamReader) -> bytes:
-    """The next chunk, b"" for the last one. Raises Malformed."""
+    """Return the next chunk, b"" for the last one. Raises Malformed."""
     line = await reader.readuntil(b"\r\n")
     try:
         size = int(line[:-2], 16)
@@ -28,16 +28,16 @@ async def read_chunk(reader: asyncio.StreamReader) -> bytes:
 
 
 async def read_trailers(reader: asyncio.StreamReader) -> dict[str, str]:
-    """What follows the last chunk, by lower-case name."""
-    found: dict[str, str] = {}
+    """Return the trailers by lower-case name."""
+    trailers: dict[str, str] = {}
     while (line := (await reader.readuntil(b"\r\n"))[:-2].decode("latin-1")) != "":
         name, _, value = line.partition(":")
-        found[name.lower()] = value.strip()
-    return found
+        trailers[name.lower()] = value.strip()
+    return trailers
 
 
 async def discard(headers: Mapping[str, str], reader: asyncio.StreamReader) -> None:
-    """Read a body that nobody wants."""
+    """Read a body and drop it."""
     if "content-length" in headers:
         await reader.readexactly(int(headers["content-length"]))
         return
@@ -49,7 +49,7 @@ async def discard(headers: Mapping[str, str], reader: asyncio.StreamReader) -> N
 async def reply(
     writer: asyncio.StreamWriter, status: int, body: bytes, *, close: bool = False, segment: int = 0
 ) -> bool:
-    """Answer; whether the connection is kept."""
+    """Send a reply and return whether the connection stays open."""
     head = f"HTTP/1.1 {status} {_REASON.get(status, 'Status')}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n" + ("Connection: close\r\n" if close else "") + "\r\n"
     await write(writer, head.encode() + body, segment)
@@ -57,7 +57,7 @@ async def reply(
 
 
 async def write(writer: asyncio.StreamWriter, data: bytes, segment: int = 0) -> None:
-    """Write at once, or in segments of so many bytes."""
+    """Write at once, or in segments of `segment` bytes."""
     if not segment:
         writer.write(data)
     for start in range(0, len(data) if segment else 0, segment or 1):
