@@ -30,6 +30,7 @@ from core.store.source import DownloadCancelled, RemoteFile, RemoteModel
 from core.store.store import Store
 from tests import gguf_files
 from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
+from tests.integration.memory import is_open
 from tests.integration.s3_double import BUCKET, ENVIRON, bucket, clean_environ, moto_server, s3_client
 
 COMMIT = "d" * 40
@@ -134,8 +135,9 @@ def test_plain_object_into_memory(memory_store):
 
     assert model.arrival is None
     assert model.path.read_bytes() == MODEL
+    memory = model.path.stat()
     model.release()
-    assert not model.path.exists()
+    assert not is_open(model.path, memory)
     model.release()
 
 
@@ -143,11 +145,12 @@ def test_release_while_arriving(memory_store, proxy):
     """Giving a model up while it arrives ends the download and closes the memory."""
     proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=6291456-")
     model = memory_store.open(REFERENCE)
+    memory = model.path.stat()
     model.release()
 
     with pytest.raises(ModelUnavailable, match="cancelled"):
         model.arrival.wait()
-    assert not model.path.exists()
+    assert not is_open(model.path, memory)
 
 
 FAULTS = [

@@ -29,6 +29,7 @@ from core.store.source import DownloadCancelled, Partial, Progress, RemoteFile, 
 from core.store.store import Store
 from core.store.versions import parts as parts_of
 from tests import gguf_files as files
+from tests.integration.memory import is_open
 
 REPO = "org/repo"
 NAME = "model.gguf"
@@ -632,9 +633,10 @@ def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
     assert not folder.exists()
     assert mirror.offered == [(REFERENCE, "c" * 40, (model.path,))]
     assert {given for host, given in hub.authorizations if host == "cdn"} == {None}
+    memory = model.path.stat()
     model.release()
     model.release()
-    assert not model.path.exists()
+    assert not is_open(model.path, memory)
 
 
 @pytest.mark.parametrize(
