@@ -214,7 +214,12 @@ def tiny_service(
     folder = tmp_path_factory.mktemp("models")
     service = build(
         Settings(
-            models_dir=folder, model_path=str(tiny("llama-49k")), model_aliases=(MODEL,), n_ctx=1024, local_admin=True
+            models_dir=folder,
+            model_path=str(tiny("llama-49k")),
+            model_aliases=(MODEL,),
+            n_ctx=1024,
+            n_threads=1,  # a second thread gains a tiny model nothing, and waits at barriers on a busy machine
+            local_admin=True,
         )
     )
     state = runner.run(service.host.wait_ready(60))
