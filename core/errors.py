@@ -1,6 +1,6 @@
-"""What can go wrong, as a client is told of it.
+"""The errors that clients see.
 
-    ApiError                        500 server_error             (fixed text; the reason goes to the log)
+    ApiError                        500 server_error             (generic message; the cause is logged)
     ├── InvalidRequest              400 invalid_request_error
     │   ├── ContextOverflow         400 context_length_exceeded
     │   ├── TooLarge                413 request_too_large
@@ -14,8 +14,8 @@
     ├── ModelUnavailable            503 model_unavailable        (+ Retry-After)
     └── DeadlineExceeded            504 timeout
 
-A class is a promise: its status, type and code are part of the API. Messages are written here or where the error is
-raised, never copied from a foreign exception, and say what was given, what is allowed and what to do.
+The status, type and code of each class are part of the API. Messages say what was given, what is allowed and what to
+do. They are never copied from the exceptions of a library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 
 class ApiError(Exception):
-    """Anything unforeseen. Its message is for the log; the client is told a fixed sentence and the request id."""
+    """An internal error. Its message is logged; the client gets a generic message with the request id."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -44,7 +44,7 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The client sent something it can mend. `param` names the field."""
+    """The request is invalid and the client can fix it. `param` names the field."""
 
     status = 400
     type = "invalid_request_error"
@@ -58,7 +58,7 @@ class ContextOverflow(InvalidRequest):
 
     def __init__(self, prompt_tokens: int, n_ctx: int, remedy: str, *, param: str | None = "messages") -> None:
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, and at least one is for the answer. "
+            f"The prompt has {prompt_tokens} tokens; the context holds {n_ctx}, including at least one for the answer. "
             f"{remedy}",
             param=param,
         )
@@ -82,7 +82,7 @@ class NotFound(InvalidRequest):
 
 
 class ModelNotFound(NotFound):
-    """A model name that is not served here. There is never a fallback to another model."""
+    """The model in the request is not served here. There is no fallback to another model."""
 
     code = "model_not_found"
 
@@ -107,7 +107,7 @@ class Forbidden(InvalidRequest):
 
 
 class Busy(ApiError):
-    """The queue is full. Nothing was done; the same request may be sent again."""
+    """The queue is full. The request had no effect and may be sent again."""
 
     status = 429
     type = "rate_limit_error"
@@ -119,7 +119,7 @@ class Busy(ApiError):
 
 
 class ModelUnavailable(ApiError):
-    """No model can answer now: still loading, failed to load, or none configured."""
+    """No model can answer: it is loading, failed to load, or is not configured."""
 
     status = 503
     code = "model_unavailable"
@@ -130,7 +130,7 @@ class ModelUnavailable(ApiError):
 
 
 class DeadlineExceeded(ApiError):
-    """The time was up before the first token. An answer that has begun ends with finish_reason "length" instead."""
+    """The deadline passed before the first token. A started answer ends with finish_reason "length" instead."""
 
     status = 504
     code = "timeout"

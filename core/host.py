@@ -1,7 +1,7 @@
-"""Host: the served model's life. Loads it, swaps it, lends it out; knows no HTTP and no sources.
+"""Host: load, swap and lend the served model.
 
-States: `unloaded` (nothing to serve) -> `available` (a model is on this machine, not in memory) -> `ready`.
-`loading` and `error` are reported beside the state, never instead of it.
+States: `unloaded` (no local model) -> `available` (a local model that is not in memory) -> `ready`.
+`loading` and `error` are reported in addition to the state.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ from core.store.store import Store
 from core.store.target import free_memory, megabytes
 from core.timeline import Timeline
 
-log = logging.getLogger("slm.host")
+logger = logging.getLogger("slm.host")
 
 Status = Literal["unloaded", "available", "ready"]
 
-MOST_SWAPS = 4  # one at a time, the others wait
-KV_BYTES_PER_TOKEN = 64 << 10  # between SmolLM2's 23 KiB and Llama 3 8B's 128 KiB; only to guess what a swap needs
+MOST_SWAPS = 4  # running and waiting; only one runs at a time
+KV_BYTES_PER_TOKEN = (
+    64 << 10
+)  # between SmolLM2's 23 KiB and Llama 3 8B's 128 KiB; estimates the memory that a swap needs
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """A snapshot. `model` is the name served, or the one that a first request would load; None if there is none."""
+    """A snapshot. `model` is the served model or the one that the first request would load, None without one."""
 
     status: Status
     model: str | None
     loading: Loading | None
-    error: str | None  # of the last load or engine that failed, in our words
+    error: str | None  # of the last load or engine that failed
     engine: Engine | None
-    path: str | None = None  # of `model`, where it is on this machine
-    leases: int = 0  # requests that hold an engine now, a swapped-out one included
+    path: str | None = None  # of `model`, if it is a local file
+    leases: int = 0  # outstanding leases, including those of swapped-out engines
 
 
 def config_of(settings: Settings) -> EngineConfig:
-    """How the settings say a model is loaded."""
+    """Return the engine configuration of the settings."""
     return EngineConfig(
         n_ctx=settings.n_ctx,
         n_batch=settings.n_batch,
@@ -65,7 +67,7 @@ def config_of(settings: Settings) -> EngineConfig:
 
 
 class Host:
-    """Thread-safe. The async methods may be called on any loop; loads run in threads of the host's own."""
+    """Thread-safe. The async methods may run on any event loop; loads run in the host's own threads."""
 
     def __init__(self, settings: Settings, store: Store, timeline: Timeline, load: LoadEngine = load_llama) -> None:
         self._settings = settings
@@ -79,7 +81,7 @@ class Host:
 
     @property
     def boot(self) -> dict[str, str | None]:
-        """What the settings led to: chosen_by, reason, reference, path."""
+        """What the settings selected: chosen_by, reason, reference, path."""
         return self._chosen().report()
 
     def state(self) -> HostState:
@@ -96,18 +98,18 @@ class Host:
         return HostState(status, selection.name, loading, error or selection.error, None, selection.path, served.lent)
 
     def start(self, *, load: bool | None = None) -> None:
-        """Begin what the settings ask for, in a thread: download what is missing, and load if AUTO_PRELOAD (or `load`).
+        """Start a thread that downloads a missing model and, with AUTO_PRELOAD or `load`, loads it.
 
-        Needs no event loop; returns once llama.cpp is imported. Does nothing if something is under way or loaded.
+        Needs no event loop. Returns once llama.cpp is imported. Does nothing while a model is loading or loaded.
         """
         selection = self._chosen()
         load = self._settings.auto_preload if load is None else load
         if selection.reference is None:
             if selection.error is not None:
-                log.error("%s", selection.error)
+                logger.error("%s", selection.error)
             return
         if not selection.is_local and self._settings.model_target == "memory":
-            load = True  # what is downloaded into memory is there only as a loaded model
+            load = True  # a download into memory exists only as a loaded model
         if load:
             if not self._begin(lambda: self._load(selection, config_of(self._settings))):
                 return
@@ -118,32 +120,32 @@ class Host:
             self._begin(lambda: self._download(selection))
 
     async def lease(self, deadline: float | None = None) -> Lease:
-        """The engine, loading it first if need be. Waits at most until `deadline` (monotonic).
+        """Return a lease of the engine, loading the model first if necessary. Waits no longer than `deadline`.
 
-        Raises ModelUnavailable: nothing configured, the load failed (the reason in our words), or no time left (with
-        Retry-After); Busy if as many requests wait for the load as the engine would take. A load that failed is tried
-        again by a later call, not by every call.
+        Raises ModelUnavailable if no model is configured, the load failed, or the deadline passed, and Busy if as many
+        requests already wait as the engine would accept. A failed load is retried by calls after RETRY_S.
         """
         return await self._lease(deadline, most=self._settings.n_parallel + self._settings.max_queue)
 
     async def wait_ready(self, seconds: float) -> HostState:
-        """Start the load if there is something to load, and return when it is ready, failed or the time is up."""
+        """Start the load if a model is configured, and return when it is ready, has failed, or after `seconds`."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(ApiError):
             (await self._lease(deadline)).release()
-        # Tensors may still be arriving, or a swap be under way: there is no one future for both.
+        # Tensors may still be downloading or a swap may be running; no single future covers both.
         while self.state().loading is not None and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         return self.state()
 
     async def swap(self, reference: Reference | None, config: EngineConfig) -> HostState:
-        """Load `reference`, or with None the model served now anew, and serve it; running answers finish on the old
-        engine. Raises what the store or the engine say of the new model; the old one then still serves. Raises Busy if
-        MOST_SWAPS are under way or wait for their turn.
+        """Load and serve `reference` (None: the served model again). Running requests finish on the old engine.
+
+        If the new model fails, raises what the store or the engine raised, and the old model stays. Raises Busy if
+        MOST_SWAPS are running or waiting.
         """
         with self._lock:
             if len(self._swaps) >= MOST_SWAPS:
-                raise Busy(f"{MOST_SWAPS} reloads are under way already; try again later.", retry_after=10)
+                raise Busy(f"{MOST_SWAPS} reloads are already running or waiting. Try again later.", retry_after=10)
             swap = background.start("swap", lambda: self._swap(reference, config))
             self._swaps.add(swap)
         swap.add_done_callback(self._swaps.discard)
@@ -151,7 +153,7 @@ class Host:
         return self.state()
 
     async def close(self, grace: float) -> None:
-        """No new leases; wait up to `grace` seconds for the running ones, then cancel and free."""
+        """Stop lending, wait up to `grace` seconds for running requests, then cancel them and free the engine."""
         self._loader.cancel()
         await asyncio.wrap_future(background.start("close", lambda: self._served.close(grace)))
 
@@ -165,7 +167,7 @@ class Host:
             return self._selection
 
     def _wanted(self) -> tuple[Selection, EngineConfig]:
-        """What the next request would be served by, if nothing is loaded."""
+        """Return what the next request would load."""
         return self._served.last or (self._chosen(), config_of(self._settings))
 
     async def _lease(self, deadline: float | None, most: int | None = None) -> Lease:
@@ -183,17 +185,17 @@ class Host:
     def _still_loading(self) -> ModelUnavailable:
         loading = self._loader.progress()
         share = "" if loading is None or loading.percent is None else f" ({loading.percent} %)"
-        return ModelUnavailable(f"The model is still loading{share}; try again.", retry_after=2)
+        return ModelUnavailable(f"The model is still loading{share}. Try again later.", retry_after=2)
 
     def _begin(self, work: Callable[[], None]) -> bool:
-        """Run `work` in a thread of its own, unless there is nothing to do for it."""
+        """Run `work` in a new thread. Return False if a model is served or already being loaded."""
         if not self._served.begin():
             return False
 
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - a foreign library's surprise, too: nobody may wait for ever
+            except Exception as error:  # noqa: BLE001 - any exception must end the wait of requests
                 self._served.fail(error)
             finally:
                 self._loader.announce(None)
@@ -205,10 +207,10 @@ class Host:
     def _download(self, selection: Selection) -> None:
         self._loader.download(selection)
         with self._lock:
-            self._selection = None  # to be looked up again: it is here now
+            self._selection = None  # select again: the model is local now
 
     def _load(self, selection: Selection, config: EngineConfig) -> None:
-        """Load a model where none is served. Raises what the loader raises."""
+        """Load a model while none is served. Raises what the loader raises."""
         assert selection.reference is not None
         file = self._loader.open(selection)
         held = self._loader.load(file, selection.reference, config)
@@ -216,7 +218,7 @@ class Host:
         if selection.chosen_by != "/reload":
             with self._lock:
                 self._selection = selection
-        lease = self._served.hold(held)  # it must not be freed while it warms up
+        lease = self._served.hold(held)  # keeps it from being freed while it warms up
         try:
             self._served.publish(held, selection)
             if not self._served.awaited:
@@ -226,7 +228,7 @@ class Host:
         self._await_tensors(held)
 
     def _await_tensors(self, held: Loaded) -> None:
-        """Block until a published model's tensors are there; give the model up and raise if they do not come."""
+        """Block until the tensors of a published model are downloaded. If that fails, stop serving it and raise."""
         try:
             self._loader.wait_arrival()
         except Exception as error:
@@ -236,17 +238,17 @@ class Host:
     # Swapping
 
     def _swap(self, reference: Reference | None, config: EngineConfig) -> None:
-        """One swap at a time; a load under way is waited for."""
+        """Run one swap at a time, after a running load."""
         with self._swapping:
             old = self._served.wait_idle()
             reference = reference or self._wanted()[0].reference
             if reference is None:
                 raise ModelUnavailable(_NOTHING, retry_after=None)
             file = self._store.open(reference)
-            selection = Selection("/reload", "it was asked for", reference, is_local=True, path=str(file.path))
+            selection = Selection("/reload", "requested by POST /reload", reference, is_local=True, path=str(file.path))
             try:
                 if old is None or self._room_for(file, config):
-                    # The old one serves meanwhile.
+                    # The old model serves requests in the meantime.
                     self._publish(self._loader.load(file, reference, config), selection)
                 else:
                     self._swap_in_place(old, file, selection, config)
@@ -257,31 +259,36 @@ class Host:
         need = int(file.size_bytes * 1.1) + config.n_ctx * KV_BYTES_PER_TOKEN
         free = free_memory()
         if free and need > free:
-            log.info("no room for two models (%s needed, %s free)", megabytes(need), megabytes(free))
+            logger.info("no room for two models (%s needed, %s free)", megabytes(need), megabytes(free))
             return False
         return True
 
     def _publish(self, held: Loaded, selection: Selection) -> None:
-        """Change over to a loaded model."""
+        """Switch to a loaded model."""
         self._served.publish(held, selection)
         self._await_tensors(held)
 
     def _swap_in_place(self, old: Loaded, file: ModelFile, selection: Selection, config: EngineConfig) -> None:
-        """Free the old model first: new requests wait, running answers get RELOAD_GRACE_S. If the new model fails, the
-        old one returns; if that fails, too, the next request tries it again."""
+        """Free the old model before loading the new one: both do not fit into memory.
+
+        New requests wait; running ones get RELOAD_GRACE_S. If the new model fails, the old one is loaded again; if that
+        fails too, the next request retries it.
+        """
         assert selection.reference is not None
         self._loader.announce(Loading("swap", file.name))
         self._served.withdraw()
         try:
             if not self._served.wait_freed(old, self._settings.reload_grace_s):
                 file.discard()
-                error = ModelUnavailable("The model served before is still in use; its memory could not be freed.")
+                error = ModelUnavailable(
+                    "The old model is still in use, so its memory could not be freed. Try again later."
+                )
                 self._served.fail(error)
                 raise error
             try:
                 held = self._loader.load(file, selection.reference, config)
             except Exception:
-                log.warning("the new model failed; loading the old one again")
+                logger.warning("the new model failed; loading the old one again")
                 self._restore()
                 raise
             self._publish(held, selection)
@@ -289,14 +296,14 @@ class Host:
             self._served.settle()
 
     def _restore(self) -> None:
-        """Load the model that was served last; what goes wrong is the state's to tell."""
+        """Load the last served model again. An error becomes part of the state."""
         try:
             self._load(*self._wanted())
-        except Exception as error:  # noqa: BLE001 - the swap's own error is the caller's
+        except Exception as error:  # noqa: BLE001 - the caller gets the swap's error
             self._served.fail(error)
 
 
 _NOTHING = (
-    "No model is configured: set MODEL_PATH, or AUTO_REPO_ID and AUTO_FILENAME; "
-    "or POST /load to download one, then POST /reload with its path."
+    "No model is configured. Set MODEL_PATH, or AUTO_REPO_ID and AUTO_FILENAME; "
+    "or POST /load to download a model, then POST /reload with its path."
 )

@@ -1,4 +1,4 @@
-"""Boot: which model the settings mean, before anything is loaded."""
+"""Selection: the model that the settings name. Looks at the disk, loads nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Selection:
 
     @property
     def name(self) -> str | None:
-        """What clients would call the model."""
+        """The name that clients use for the model."""
         match self.reference:
             case None:
                 return None
@@ -69,8 +69,8 @@ def select(settings: Settings, store: Store) -> Selection:
         return Selection(
             "MODEL_PATH",
             "MODEL_PATH is not there",
-            error=f"MODEL_PATH={settings.model_path}: there is no such file. Mend the path (in a container: the path "
-            "inside it), or set AUTO_REPO_ID and AUTO_FILENAME.",
+            error=f"MODEL_PATH={settings.model_path}: there is no such file. Fix the path (in a container, the path "
+            "inside the container), or set AUTO_REPO_ID and AUTO_FILENAME.",
         )
     if auto is not None:
         return auto
@@ -88,7 +88,9 @@ def _auto(settings: Settings, store: Store) -> Selection | None:
     if settings.auto_repo_id is None or settings.auto_filename is None:
         missing = "AUTO_REPO_ID" if settings.auto_repo_id is None else "AUTO_FILENAME"
         return Selection(
-            "AUTO_REPO_ID", f"{missing} is missing", error=f"{missing} is not set; the two belong together."
+            "AUTO_REPO_ID",
+            f"{missing} is missing",
+            error=f"{missing} is not set; AUTO_REPO_ID and AUTO_FILENAME must be set together.",
         )
     try:
         reference = pin(parse(f"hf://{settings.auto_repo_id}/{settings.auto_filename}"), settings.model_sha256)
@@ -101,6 +103,6 @@ def _auto(settings: Settings, store: Store) -> Selection | None:
         return Selection(
             "AUTO_REPO_ID",
             "it is not here, and AUTO_IF_MISSING=false",
-            error=f"{settings.auto_filename} is not in MODELS_DIR, and AUTO_IF_MISSING=false forbids to download it.",
+            error=f"{settings.auto_filename} is not in MODELS_DIR, and AUTO_IF_MISSING=false forbids the download.",
         )
     return Selection("AUTO_REPO_ID", "it is not here yet", reference)

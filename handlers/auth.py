@@ -1,4 +1,4 @@
-"""Auth: who is asking, and may they. Knows keys, peers and Host headers; no route and no body.
+"""Auth: check API keys, the peer and the Host header.
 
 Three levels: a *stranger* may see that the service is up, a *user* may use the model, an *admin* may change it.
 Keys are compared as digests in constant time and never logged.
@@ -20,7 +20,7 @@ Access = Literal["open", "user", "admin"]
 Level = Literal["stranger", "user", "admin"]
 
 _PROXIES = frozenset(("forwarded", "via", "x-real-ip", "cf-connecting-ip", "true-client-ip"))
-_ADMIN_KEY = "an admin key: one of ADMIN_API_KEYS, or the one that the server printed at its start"
+_ADMIN_KEY = "an admin key: one of ADMIN_API_KEYS, or the one that the server printed when it started"
 
 
 def authorize(service: Service, request: Request, access: Access) -> None:
@@ -110,24 +110,24 @@ def _not_an_admin(settings: Settings, request: Request, digest: str | None) -> U
     if settings.admin_api_keys:
         if digest is None:
             return Unauthorized(f"{_key_problem(request)} {path} needs {_ADMIN_KEY}.")
-        return Forbidden(f"{path} needs {_ADMIN_KEY}; the key given is for use only.")
+        return Forbidden(f"{path} needs {_ADMIN_KEY}; this key is not an admin key.")
     if settings.local_admin and not _guarded(settings):
         return Forbidden(
-            f"{path} without keys is for this machine only (LOCAL_ADMIN): call it from loopback, through no proxy and "
-            "from no other site's page, or set ADMIN_API_KEYS."
+            f"{path} without keys is only allowed from this machine (LOCAL_ADMIN): call it from loopback, without a "
+            "proxy and not from another site's page, or set ADMIN_API_KEYS."
         )
-    return Forbidden(f"{path} is closed: set ADMIN_API_KEYS on the server and send one of them.")
+    return Forbidden(f"{path} needs an admin key: set ADMIN_API_KEYS on the server and send one of them.")
 
 
 def _keys_given(request: Request) -> list[str]:
-    """`x-api-key` and a Bearer token; an IAM signature lies in `authorization` too and is none of ours."""
+    """Return the keys of `x-api-key` and of a Bearer token. `authorization` may hold an IAM signature instead."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = [request.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
     return [key for key in given if key]
 
 
 def _known_digest(settings: Settings, request: Request) -> str | None:
-    """The digest of a given key if it is one of ours. Every key is compared, whatever matched before."""
+    """Return the digest of a valid key, or None. Every key is compared, even after a match: constant time."""
     found = None
     for key in _keys_given(request):
         digest = sha256(key.encode()).hexdigest()
@@ -140,7 +140,7 @@ def _known_digest(settings: Settings, request: Request) -> str | None:
 def _key_problem(request: Request) -> str:
     if not _keys_given(request):
         return "No API key given: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
-    return "The API key given is not known here."
+    return "The API key is not valid."
 
 
 def _check_host(settings: Settings, request: Request) -> None:
@@ -150,7 +150,7 @@ def _check_host(settings: Settings, request: Request) -> None:
     if host is None or _host_known(settings, host):
         return
     raise Forbidden(
-        f"The Host {host[:80]!r} is not known here: use localhost or an IP address, add the name to ALLOWED_HOSTS, "
+        f"The Host {host[:80]!r} is not allowed: use localhost or an IP address, add the name to ALLOWED_HOSTS, "
         "or set API_KEYS.",
         code="unknown_host",
     )

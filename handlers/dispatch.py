@@ -1,7 +1,7 @@
-"""Dispatch: the one way in and the one way out. Request -> route, access, handler -> Response.
+"""Dispatch: from a Request to its route, access check and handler, and back to a Response.
 
-Every error ends here as OpenAI's envelope: an ApiError as it says of itself, anything else as a fixed sentence with the
-reason in the log. Errors after the first byte of a stream are the stream's own to tell.
+All errors become OpenAI error responses here: an ApiError with its own message, anything else as a generic 500 whose
+cause is logged. Errors after the first byte of a stream become events of the stream (`handlers.sse`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
 
 
 async def dispatch(service: Service, request: Request) -> Response:
-    """Answer a request. Never raises but for cancellation; the caller closes the Response."""
+    """Answer a request. Raises nothing but CancelledError. The caller closes the Response."""
     request_id.set(request.id)
     try:
         response = await _answer(service, request)
-    except Exception as error:  # noqa: BLE001 - the one place where the unforeseen ends: logged whole, told as fixed text
+    except Exception as error:  # noqa: BLE001 - logged and returned as a generic 500
         response = refusal(error)
     return finished(service, request, response)
 
@@ -45,16 +45,16 @@ def admit(service: Service, request: Request) -> None:
 
 
 def refusal(error: Exception) -> Response:
-    """An error as an answer; for adapters that must refuse before there is a request to dispatch, too."""
-    known = to_api_error(error)
+    """Return an error as a Response. Adapters use it for errors before there is a request to dispatch."""
+    api_error = to_api_error(error)
     headers: Headers = ()
-    if known.retry_after is not None:
-        headers = (("retry-after", str(known.retry_after)),)
-    elif isinstance(known, MethodNotAllowed):
-        headers = (("allow", ", ".join((*known.allowed, "OPTIONS"))),)
-    elif isinstance(known, Unauthorized):
+    if api_error.retry_after is not None:
+        headers = (("retry-after", str(api_error.retry_after)),)
+    elif isinstance(api_error, MethodNotAllowed):
+        headers = (("allow", ", ".join((*api_error.allowed, "OPTIONS"))),)
+    elif isinstance(api_error, Unauthorized):
         headers = (("www-authenticate", "Bearer"),)
-    return json_response(known.body(), known.status, headers)
+    return json_response(api_error.body(), api_error.status, headers)
 
 
 def to_api_error(error: Exception) -> ApiError:

@@ -1,4 +1,4 @@
-"""Routes: the whole HTTP surface as data. A handler is imported when it is first asked for."""
+"""Routes: the HTTP API as data. A handler is imported on its first request."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ ROUTES = (
 
 def find(method: str, path: str) -> Route:
     """The route, a GET one for HEAD. Raises NotFound or MethodNotAllowed, both naming what exists."""
-    here = [route for route in ROUTES if _matches(route.path, path)]
-    if not here:
-        known = ", ".join(f"{route.method} {route.path}" for route in ROUTES if not route.path.endswith("/"))
-        raise NotFound(f"There is no {path[:200]!r} here. Routes: {known}.")
-    wanted = "GET" if method == "HEAD" else method
-    for route in here:
-        if route.method == wanted:
+    matches = [route for route in ROUTES if _matches(route.path, path)]
+    if not matches:
+        routes = ", ".join(f"{route.method} {route.path}" for route in ROUTES if not route.path.endswith("/"))
+        raise NotFound(f"There is no route {path[:200]!r}. Routes: {routes}.")
+    effective = "GET" if method == "HEAD" else method
+    for route in matches:
+        if route.method == effective:
             return route
     raise MethodNotAllowed(method[:20], path[:200], allowed(path))
 
