@@ -1,4 +1,4 @@
-"""llama.cpp's C functions, loaded once, late and light. The only module that imports llama_cpp."""
+"""Load llama.cpp's C functions, once and cheaply. The only module that imports llama_cpp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from core.engine.variants import best, cpu_flags
 if TYPE_CHECKING:
     from core.engine.bindings import Bindings, Context
 
-log = logging.getLogger("slm.llama")
+logger = logging.getLogger("slm.llama")
 
 SPIN_COUNT = "1000"
 LOG_LEVEL_ERROR = 4  # ggml.h's GGML_LOG_LEVEL_ERROR; the bindings have no name for it
@@ -34,7 +34,7 @@ _verbose = False
 
 
 class _Capture(threading.local):
-    """Per thread: a model is loaded in one while another decodes."""
+    """One list for each thread: one may load a model while another decodes."""
 
     lines: list[str] | None = None
 
@@ -43,21 +43,22 @@ _capture = _Capture()
 
 
 def bindings() -> Bindings:
-    """`llama_cpp.llama_cpp`, imported at the first call with its backends ready. Thread-safe.
+    """Return `llama_cpp.llama_cpp`. The first call imports it and loads its backends. Thread-safe.
 
     The package's own `__init__` imports numpy, jinja2 and diskcache for the high-level class, which is not used here:
-    0.75 s and 44 MB. An empty package put in its place first leaves 0.12 s and 23 MB (measured with llama-cpp-python
-    0.3.36; a test in tests/conventions watches over it).
+    0.75 s and 44 MB. With an empty package in its place the import takes 0.12 s and 23 MB (llama-cpp-python 0.3.36;
+    tested in tests/conventions).
     """
     global _bindings
     with _lock:
         if _bindings is None:
-            # ggml meets at an OpenMP barrier after every node of the graph. By default libgomp's threads spin there for
-            # about a millisecond before they sleep; when a neighbour has the CPU that the other thread needs (another
-            # container, a quota, our own event loop) a token then takes a second and more. Measured with 2 threads on
-            # 2 CPUs, ms a token, alone and beside 14 busy processes: default 11 / 1200-2500, 3000: 10 / 210,
-            # 1000: 10 / 130, 300: 12 / 80, 0: 20 / 55. Read by libgomp when it is loaded.
+            # 1) ggml's threads meet at an OpenMP barrier after each node of the graph. By default libgomp's threads
+            # spin there for about a millisecond before they sleep. If another process has the CPU that one of them
+            # needs (another container, a quota, the event loop), a token takes a second and more. Measured with 2
+            # threads on 2 CPUs, in ms a token, idle / with 14 busy processes: default 11 / 1200-2500, 3000: 10 / 210,
+            # 1000: 10 / 130, 300: 12 / 80, 0: 20 / 55. libgomp reads the variable when it is loaded.
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+            # 2) An empty package in place of llama_cpp's `__init__`.
             if "llama_cpp" not in sys.modules:
                 spec = importlib.util.find_spec("llama_cpp")
                 if spec is None or spec.submodule_search_locations is None:
@@ -66,6 +67,7 @@ def bindings() -> Bindings:
                 package.__path__ = list(spec.submodule_search_locations)
                 package.__spec__ = spec
                 sys.modules["llama_cpp"] = package
+            # 3) The functions, their log and their backends.
             module: Any = importlib.import_module("llama_cpp.llama_cpp")
             _route_log(module)
             _load_backends(module)
@@ -77,10 +79,10 @@ def bindings() -> Bindings:
 def _load_backends(module: types.ModuleType) -> None:
     """Load the CPU backend of a `GGML_BACKEND_DL` build: the best variant for this CPU.
 
-    Only that one is opened where it is certain which it is; else ggml opens all and chooses. The variants lie in
-    site-packages/bin (or beside libllama). The call must go to the very libggml that libllama has loaded: its registry
-    is a static variable, and a twin under another name (libggml.so beside libggml.so.0) has its own. An ordinary build
-    has its backend linked in and nothing to load.
+    If it is certain which variant that is, only that one is opened. Otherwise ggml opens all of them and chooses. The
+    variants are in site-packages/bin, or next to libllama. The call must go to the libggml that libllama has loaded:
+    its registry is a static variable, and a copy under another name (libggml.so instead of libggml.so.0) has its own.
+    An ordinary build has its backend linked in, so there is nothing to load.
     """
     package = Path(str(module.__file__)).parent
     folders = (package / "lib", package.parent / "bin", package.parent / "lib")
@@ -89,7 +91,7 @@ def _load_backends(module: types.ModuleType) -> None:
         return
     loaded = _mapped_library("libggml.so")
     if loaded is None:
-        raise RuntimeError(f"libggml is not among the loaded libraries; cannot load the backends in {variants}")
+        raise RuntimeError(f"libggml is not loaded; cannot load the backends in {variants}")
     ggml = ctypes.CDLL(loaded)
     if not _load_best(ggml, variants):
         load_all = ggml.ggml_backend_load_all_from_path
@@ -98,12 +100,12 @@ def _load_backends(module: types.ModuleType) -> None:
 
 
 def _load_best(ggml: Any, folder: Path) -> bool:
-    """Open the one variant that suits this CPU. False if that is not certain, or ggml refuses it."""
+    """Open the best variant for this CPU. Return False if that is not certain, or ggml cannot open it."""
     files = sorted(path.name for path in folder.glob("libggml-*.so"))
     others = {"libggml-base.so", "libggml-cpu.so"}
     variants = [name for name in files if name not in others]
     if not all(name.startswith("libggml-cpu-") for name in variants):
-        return False  # other backends (CUDA, Vulkan) are there to be found, too
+        return False  # there are other backends (CUDA, Vulkan), which ggml must find
     try:
         flags = cpu_flags(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
     except OSError:
@@ -117,7 +119,7 @@ def _load_best(ggml: Any, folder: Path) -> bool:
 
 
 def _mapped_library(name: str) -> str | None:
-    """Path under which a library whose file name starts with `name` is mapped into this process."""
+    """Return the path of a library that is mapped into this process and whose file name starts with `name`."""
     with Path("/proc/self/maps").open() as maps:
         for line in maps:
             path = line.rstrip("\n").partition("/")[2]
@@ -127,7 +129,7 @@ def _mapped_library(name: str) -> str | None:
 
 
 def _route_log(module: Bindings) -> None:
-    """Send llama.cpp's log lines to logging: errors as errors, unless `captured_errors` collects them."""
+    """Send llama.cpp's log lines to `logging`: errors as errors, unless `captured_errors` collects them."""
     global _log_callback
 
     def write(level: int, text: bytes, _data: object) -> None:
@@ -138,23 +140,23 @@ def _route_log(module: Bindings) -> None:
         if level == LOG_LEVEL_ERROR and lines is not None and len(lines) < MOST_CAPTURED:
             lines.append(line)
         if level == LOG_LEVEL_ERROR and lines is None:
-            log.error("%s", line)
+            logger.error("%s", line)
         else:
-            log.log(logging.INFO if _verbose else logging.DEBUG, "%s", line)
+            logger.log(logging.INFO if _verbose else logging.DEBUG, "%s", line)
 
     _log_callback = module.llama_log_callback(write)
     module.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
 def set_verbose(verbose: bool) -> None:
-    """Whether llama.cpp's own lines appear in the log at level info, or only at debug."""
+    """Log llama.cpp's own lines at level info instead of debug."""
     global _verbose
     _verbose = verbose
 
 
 @contextlib.contextmanager
 def captured_errors() -> Iterator[list[str]]:
-    """Collect the error lines that llama.cpp writes in this thread. For the log only: they hold paths."""
+    """Collect the error lines that llama.cpp writes in this thread. For the log only: they contain paths."""
     outer, _capture.lines = _capture.lines, []
     try:
         yield _capture.lines
@@ -163,28 +165,28 @@ def captured_errors() -> Iterator[list[str]]:
 
 
 class Ending(Protocol):
-    """A stream; `ended` turns true once, when nobody wants more of it."""
+    """A stream. `ended` becomes True once, when the stream needs no more deltas."""
 
     @property
     def ended(self) -> bool: ...
 
 
 class Abort:
-    """A flag that llama.cpp polls between the nodes of a graph, without Python or its lock.
+    """Aborts the current decode call: a flag that llama.cpp polls between the nodes of a graph.
 
-    llama.cpp wants a C function that takes a pointer and returns whether to stop. libc's strlen is one: over a buffer
-    that begins with a zero byte it returns 0, over one that begins with 1 it returns 1. A Python callback would take
-    the interpreter lock some hundred times a token.
+    llama.cpp takes a C function that gets a pointer and returns whether to stop. libc's strlen is such a function: for
+    a buffer that begins with a zero byte it returns 0, for one that begins with 1 and a zero byte it returns 1. A
+    Python callback would take the interpreter lock hundreds of times a token.
 
-    A decode call is aborted only when all streams in its batch have ended. To abort it for one of them would throw the
-    others' work away, and where the state of a sequence cannot be cut back (recurrent and hybrid models) all they have
-    read.
+    A decode call is aborted only when all streams in its batch have ended. Aborting it for one of them would discard
+    the others' work. With recurrent and hybrid models it would even discard their whole prefill, because their state
+    cannot be truncated.
     """
 
     def __init__(self, bindings: Bindings, context: Context) -> None:
         self._flag = ctypes.create_string_buffer(2)
         self._lock = threading.Lock()
-        self._streams: tuple[Ending, ...] = ()  # of the decode call under way
+        self._streams: tuple[Ending, ...] = ()  # of the current decode call
         self._stopped = False
         strlen = ctypes.cast(ctypes.CDLL(None).strlen, bindings.ggml_abort_callback)
         self._callback = strlen  # must outlive the context
@@ -192,28 +194,28 @@ class Abort:
 
     @property
     def raised(self) -> bool:
-        """Whether a decode call that is under way stops."""
+        """Whether llama.cpp should stop the current decode call."""
         return self._flag[0] != b"\x00"
 
     def begin(self, streams: Iterable[Ending]) -> None:
-        """A decode call begins, for `streams`. None of them: only `stop` aborts it."""
+        """Begin a decode call for `streams`. Without streams only `stop` aborts it."""
         with self._lock:
             self._streams = tuple(streams)
             self._look()
 
     def end(self) -> None:
-        """The decode call has returned: what ends from now on does not touch the next one."""
+        """End the decode call. A stream that ends from now on does not abort the next one."""
         with self._lock:
             self._streams = ()
             self._look()
 
     def look(self) -> None:
-        """A stream has ended. From any thread."""
+        """Check the streams, after one of them has ended. Any thread may call this."""
         with self._lock:
             self._look()
 
     def stop(self) -> None:
-        """Abort this decode call and all later ones. From any thread."""
+        """Abort this decode call and all later ones. Any thread may call this."""
         with self._lock:
             self._stopped = True
             self._look()

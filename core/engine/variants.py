@@ -1,8 +1,8 @@
-"""Which build of ggml's CPU backend suits this machine, by file name and /proc/cpuinfo: pure data and one decision.
+"""Choose the build of ggml's CPU backend for this machine, by file names and /proc/cpuinfo.
 
-ggml itself opens each of the fourteen shared objects to ask for its score. From an image whose blocks are fetched when
-they are first read, as Lambda's are, that is at least a round trip each. Twelve variants on a file system that takes
-4 ms a read: 43 ms for the best alone, 294 ms for all; in the page cache 13 and 27 ms.
+ggml itself opens each of the fourteen shared objects to ask for its score. In a Lambda image, whose blocks are fetched
+when they are first read, that is at least one round trip each. Measured with twelve variants on a file system that
+takes 4 ms a read: 43 ms for the best one, 294 ms for all; from the page cache 13 and 27 ms.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ X86: dict[str, tuple[str, ...]] = {
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The flags of the first processor in /proc/cpuinfo's text; empty where the line has another name (arm)."""
+    """Return the flags of the first processor in /proc/cpuinfo's text, none where the line has another name (arm)."""
     line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
 
 
 def best(files: Iterable[str], flags: frozenset[str]) -> str | None:
-    """The file name of the best variant; None if a file is unknown here or no flags are: let ggml choose then."""
+    """Return the file name of the best variant. None means to let ggml choose: a file is unknown, or no flags are."""
     variants = {name.removeprefix("libggml-cpu-").removesuffix(".so"): name for name in files}
     if not flags or not variants.keys() <= X86.keys():
         return None

@@ -282,7 +282,7 @@ def test_a_closed_engine_takes_no_more() -> None:
 
 
 def test_when_cells_run_out_the_youngest_waits() -> None:
-    """Four answers that together need more than the context all end well: some are paused and computed again."""
+    """Four answers that together need more than the context all end well: some are preempted and computed again."""
     engine = load(n_ctx=256, n_parallel=4)
     prompts = [chat(engine, f"Topic {i}: " + "word " * 60) for i in range(4)]
     alone = [

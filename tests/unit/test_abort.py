@@ -73,7 +73,7 @@ def test_a_late_look_does_not_stop_the_next_decode() -> None:
 
 
 def test_a_batch_of_nobodys_is_stopped_by_stop_only() -> None:
-    """The template's opening is read for no stream. After `stop` every decode call is aborted."""
+    """The template's prefix belongs to no stream. After `stop` every decode call is aborted."""
     abort, _ = make()
     abort.begin([])
     abort.look()

@@ -134,7 +134,7 @@ def test_an_answer_that_a_recursion_checks_without_end_is_not_validated() -> Non
         deep = {"next": deep, "kind": 3}
     began = time.monotonic()
 
-    data, errors = extract._judge(json.dumps(deep), schema, "stop")
+    data, errors = extract._validate(json.dumps(deep), schema, "stop")
 
     assert [error.code for error in errors] == ["unchecked"]
     assert str(MAX_CHECKS) in errors[0].message
@@ -153,5 +153,5 @@ def test_an_ordinary_recursion_is_validated() -> None:
     for value in range(100):
         linked = {"v": value, "next": linked}
 
-    assert extract._judge(json.dumps(linked), schema, "stop")[1] == []
-    assert [error.code for error in extract._judge(json.dumps({"v": "x"}), schema, "stop")[1]] == ["schema"]
+    assert extract._validate(json.dumps(linked), schema, "stop")[1] == []
+    assert [error.code for error in extract._validate(json.dumps({"v": "x"}), schema, "stop")[1]] == ["schema"]

@@ -116,13 +116,13 @@ def test_without_cells_there_is_no_limit() -> None:
     assert admit([Waiting(10_000, growth=1000)], [DECODING], used=10_000, cells=None) == 0
 
 
-def test_a_paused_sequence_does_not_come_back_at_once() -> None:
+def test_a_preempted_sequence_does_not_come_back_at_once() -> None:
     """The cells that its pause has freed are those the others need; it fits when one of them has ended."""
-    paused = Waiting(cells=CELLS // 3, growth=1000)
+    preempted = Waiting(cells=CELLS // 3, growth=1000)
     others = [DECODING, DECODING]
 
-    assert admit([paused], others, used=CELLS - CELLS // 3, cells=CELLS) is None
-    assert admit([paused], others[:1], used=CELLS // 3, cells=CELLS) == 0
+    assert admit([preempted], others, used=CELLS - CELLS // 3, cells=CELLS) is None
+    assert admit([preempted], others[:1], used=CELLS // 3, cells=CELLS) == 0
 
 
 def test_admission_looks_no_further_than_it_must() -> None:

@@ -224,7 +224,7 @@ def test_a_stopped_engine_has_not_failed(tiny_engine: Load) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2"])
-def test_a_paused_sequence_comes_back_within_the_prefill_budget(
+def test_a_preempted_sequence_comes_back_within_the_prefill_budget(
     kind: str, tiny_engine: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tokens are read in slices beside those who decode, and its answer is what it would have been."""

@@ -1,8 +1,8 @@
-"""Expansion: how much work a JSON Schema makes once its references are followed.
+"""Compute how large a JSON Schema is once its references are followed.
 
-A schema of 2 kB can stand for 2^40 subschemas: each definition refers twice to the next. A validator visits them one by
-one, without end and without letting other threads run. Here each subschema is weighed once, so the sum is known in
-time that is linear in the schema's text.
+A schema of 2 kB can have 2^40 subschemas, if each definition refers twice to the next one. A validator would visit them
+one by one and never end, without letting other threads run. Here each subschema is weighed once, so the time is linear
+in the length of the schema's text.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ Item = TypeVar("Item")
 
 
 class Unresolvable(ValueError):
-    """A reference that cannot be followed here. The message says which and why."""
+    """A reference that cannot be followed. The message says which one and why."""
 
 
 class Expansion:
-    """One schema. `subschemas` is its size with every reference replaced by what it refers to; a reference back to a
-    subschema that holds it counts as one, and makes the schema `recursive`. Raises Unresolvable."""
+    """The size of one schema. Raises Unresolvable.
+
+    `subschemas` is their number with every reference replaced by its target. A reference back to a subschema that
+    contains it counts as one, and makes the schema `recursive`.
+    """
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self._schema = schema
@@ -37,9 +40,9 @@ class Expansion:
         self.subschemas, self.recursive = _weigh(schema, id, self._parts)
 
     def checks(self, data: Any) -> int:
-        """At most how often a validator that remembers nothing applies a subschema to a value in `data`.
+        """Return an upper bound of how often a validator without memory applies a subschema to a value in `data`.
 
-        A recursion that tries two ways at each level has few subschemas and doubles with each level of the data.
+        A recursive schema with two alternatives has few subschemas, but its checks double with each level of `data`.
         """
         if not self.recursive and self.subschemas * _values(data) <= MAX_CHECKS:
             return self.subschemas * _values(data)
@@ -62,7 +65,7 @@ class Expansion:
         return [inner for inner, _ in self._inside(schema)]
 
     def _inside(self, schema: Any) -> Iterator[tuple[Any, str]]:
-        """The subschemas of one schema, each with the keyword that applies it; references are followed."""
+        """Yield the subschemas of one schema, each with the keyword that applies it. Follows references."""
         if not isinstance(schema, dict):
             return
         if schema is not self._schema and _is_resource(schema):
@@ -78,8 +81,10 @@ class Expansion:
                 yield value, keyword
 
     def _applied(self, schema: Any, data: Any) -> Iterator[tuple[Any, Any]]:
-        """What `schema` applies to `data` and to its members. Every member meets every subschema for members but
-        `properties`, which is more than a validator does."""
+        """Yield the pairs of subschema and value that `schema` applies to `data` and its members.
+
+        Except for `properties`, every subschema for members is paired with every member. A validator does less.
+        """
         for inner, keyword in self._inside(schema):
             if keyword == "$ref" or keyword in _IN_PLACE:
                 yield inner, data
@@ -96,10 +101,10 @@ class Expansion:
     def _resolve(self, reference: str) -> Any:
         fragment = unquote(reference[1:])
         if fragment and not fragment.startswith("/"):
-            found = self._anchors.get(fragment, [])
-            if len(found) != 1:
-                raise Unresolvable(f"$ref to {reference[:100]}, of which the schema has {len(found)}")
-            return found[0]
+            targets = self._anchors.get(fragment, [])
+            if len(targets) != 1:
+                raise Unresolvable(f"$ref to {reference[:100]}, of which the schema has {len(targets)}")
+            return targets[0]
         place: Any = self._schema
         for step in fragment.split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
@@ -115,12 +120,12 @@ class Expansion:
 
 
 def _is_resource(schema: Any) -> bool:
-    """Whether references below mean places in `schema`; `properties` may have a member of that name."""
+    """Return whether references below are relative to `schema`. In `properties`, "$id" may be a member's name."""
     return isinstance(schema, dict) and any(isinstance(schema.get(name), str) for name in ("$id", "id"))
 
 
 def _anchors(schema: dict[str, Any]) -> dict[str, list[Any]]:
-    """Every object with an `$anchor`, wherever it is."""
+    """Return all objects with an `$anchor`, by its name."""
     anchors: dict[str, list[Any]] = {}
     for value in _walk(schema):
         if isinstance(value, dict) and isinstance(name := value.get("$anchor"), str):
@@ -135,17 +140,20 @@ def _values(data: Any) -> int:
 def _walk(value: Any) -> Iterator[Any]:
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        yield one
-        if isinstance(one, dict):
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
+        inner = waiting.pop()
+        yield inner
+        if isinstance(inner, dict):
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner
 
 
 def _weigh(start: Item, key: Callable[[Item], Hashable], below: Callable[[Item], list[Item]]) -> tuple[int, bool]:
-    """One for `start` and the weight of everything below it, counted as often as it is reached, and whether anything is
-    below itself. Without recursion of its own: a chain of references may have 1,000 links."""
+    """Return the weight of `start`, and whether any item is below itself.
+
+    The weight is one plus the weights of all items below, each counted as often as it is reached. The walk uses a stack
+    of its own, because a chain of references may have 1,000 links.
+    """
     weights: dict[Hashable, int] = {}
     expanded: dict[Hashable, list[Item]] = {}
     cyclic = False
@@ -156,11 +164,11 @@ def _weigh(start: Item, key: Callable[[Item], Hashable], below: Callable[[Item],
         if name in weights:
             stack.pop()
         elif name not in expanded:
-            # 1) The first visit: everything below goes first, but what is being weighed already.
+            # 1) The first visit: weigh everything below first, except for what is being weighed already.
             expanded[name] = below(item)
             stack += [inner for inner in expanded[name] if key(inner) not in weights and key(inner) not in expanded]
         else:
-            # 2) The second visit: all below is weighed, or it is a reference back to what holds this item.
+            # 2) The second visit: everything below is weighed, or refers back to an item that contains this one.
             names = [key(inner) for inner in expanded[name]]
             cyclic = cyclic or any(inner not in weights for inner in names)
             weights[name] = 1 + sum(weights.get(inner, 1) for inner in names)

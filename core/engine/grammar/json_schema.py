@@ -1,7 +1,7 @@
-"""Constraints: JSON Schema to llguidance grammars. Nothing is dropped silently: what cannot be enforced is refused.
+"""Compile JSON Schemas to llguidance grammars. A keyword that cannot be enforced is an error, never ignored.
 
-Separators are fixed (", " and ": ", no other white space), so that more of an answer is forced by the grammar and needs
-no sampling, and an object ends with its brace.
+Separators are fixed (", " and ": ", no other white space). So the grammar forces more of an answer, which then needs no
+sampling, and an object ends with its brace.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from core.engine.grammar.expansion import MAX_SUBSCHEMAS, Expansion, Unresolvabl
 from core.errors import InvalidRequest
 
 MAX_BYTES = 1 << 16
-MAX_DEPTH = 64  # nested arrays and objects in the schema's JSON; llguidance's parser ends at 128
+MAX_DEPTH = 64  # nested arrays and objects in the schema's JSON; llguidance's parser allows 128
 
-# What llguidance compiles (docs/json_schema.md of llguidance 1.9), and what says nothing about the value.
+# Keywords that llguidance compiles (docs/json_schema.md of llguidance 1.9), and those that do not restrict the value.
 _SUPPORTED = frozenset(
     (
         *("$ref", "$defs", "definitions", "type", "enum", "const", "allOf", "anyOf", "oneOf"),
@@ -40,11 +40,12 @@ _SINGLE = frozenset(("additionalProperties", "items", "additionalItems"))
 
 
 def grammar(schema: dict[str, Any], field: str) -> str:
-    """The grammar that lets through exactly what `schema` allows, properties in the schema's order.
+    """Return the grammar that accepts exactly what `schema` allows, with properties in the schema's order.
 
-    Blocks, for large schemas up to a second; the last 64 are kept. Raises InvalidRequest, `param` being `field`, for a
-    schema that is too large, wrong, unsatisfiable, or uses what cannot be enforced, which it names.
+    Blocks, up to a second for a large schema. The last 64 grammars are cached. Raises InvalidRequest with `field` as
+    its `param` for a schema that is too large, invalid, unsatisfiable, or has a keyword that cannot be enforced.
     """
+    # 1) Size and depth, before anything walks the schema.
     if _depth_beyond(schema, MAX_DEPTH):
         raise InvalidRequest(f"'{field}': the schema may be nested at most {MAX_DEPTH} deep.", param=field)
     text = msgspec.json.encode(schema)
@@ -52,13 +53,16 @@ def grammar(schema: dict[str, Any], field: str) -> str:
         raise InvalidRequest(
             f"'{field}': the schema has {len(text)} bytes as JSON; at most {MAX_BYTES} are allowed.", param=field
         )
-    for keyword, where in _foreign(schema):
+    # 2) Keywords that llguidance would ignore.
+    for keyword, where in _unsupported(schema):
         raise InvalidRequest(
             f"'{field}': the JSON Schema keyword {keyword[:60]!r} at {where[:200]} is not supported and would not be "
-            "enforced; leave it out.",
+            "enforced. Remove it.",
             param=field,
         )
+    # 3) References that multiply.
     _check_size(schema, field)
+    # 4) llguidance's own checks.
     problem, compiled = _compile(text.decode())
     if problem is not None:
         raise InvalidRequest(f"'{field}': the schema cannot be enforced: {problem}", param=field)
@@ -66,7 +70,7 @@ def grammar(schema: dict[str, Any], field: str) -> str:
 
 
 def _check_size(schema: dict[str, Any], field: str) -> None:
-    """Refuse a schema whose references multiply: neither its compilation nor the validation would end."""
+    """Refuse a schema whose references multiply: neither compiling it nor validating with it would end."""
     try:
         subschemas = Expansion(schema).subschemas
     except Unresolvable as error:
@@ -82,7 +86,7 @@ def _check_size(schema: dict[str, Any], field: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _compile(schema: str) -> tuple[str | None, str]:
-    """(what is wrong, the grammar). llguidance words its findings for the schema's author: a line is passed on."""
+    """Return (problem or None, grammar). llguidance writes its messages for the schema's author: pass one line on."""
     from llguidance import LLMatcher
 
     options = {
@@ -96,24 +100,24 @@ def _compile(schema: str) -> tuple[str | None, str]:
         compiled: str = LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError:
         return "it is not a JSON Schema.", ""
-    wrong, findings = LLMatcher.validate_grammar_with_warnings(compiled)
-    if wrong:
-        lines = [line.strip() for line in str(findings[0]).splitlines() if line.strip()]
+    failed, messages = LLMatcher.validate_grammar_with_warnings(compiled)
+    if failed:
+        lines = [line.strip() for line in str(messages[0]).splitlines() if line.strip()]
         return (lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}")[:300], ""
     return None, compiled
 
 
-def _foreign(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keywords that are neither enforced nor mere annotations, with the JSON pointer of their place.
+def _unsupported(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield keywords that are neither enforced nor annotations, each with the JSON pointer of its schema.
 
-    Also words JSON Schema does not know: "minLenght" or OpenAPI's "nullable" would be ignored as annotations.
+    This includes words that JSON Schema does not define: "minLenght" or OpenAPI's "nullable" would be ignored.
     """
     waiting: list[tuple[Any, str]] = [(schema, "#")]
     while waiting:
-        one, where = waiting.pop()
-        if not isinstance(one, dict):
-            continue  # true, false, or wrong: the compiler says so
-        for keyword, value in one.items():
+        subschema, where = waiting.pop()
+        if not isinstance(subschema, dict):
+            continue  # true, false, or invalid, which the compiler reports
+        for keyword, value in subschema.items():
             place = f"{where}/{keyword}"
             waiting += [(inner, f"{place}/{name}" if name else place) for name, inner in _inside(keyword, value)]
             if keyword == "$ref" and not str(value).startswith("#"):
@@ -123,7 +127,7 @@ def _foreign(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _inside(keyword: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The schemas under a keyword, each with its name in the JSON pointer. What is misplaced the compiler refuses."""
+    """Yield the schemas under a keyword, each with its name in the JSON pointer. The compiler checks their places."""
     if keyword in _MAPS and isinstance(value, dict):
         yield from value.items()
     elif isinstance(value, list) and (keyword in _LISTS or keyword == "items"):
@@ -133,7 +137,7 @@ def _inside(keyword: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_extension(keyword: str) -> bool:
-    """OpenAPI's "x-" annotations; llguidance's own would change how it compiles."""
+    """Return whether this is an "x-" annotation, as in OpenAPI. llguidance's own would change how it compiles."""
     return keyword.startswith("x-") and keyword != "x-guidance"
 
 
