@@ -51,15 +51,15 @@ def test_forty_requests_survive_four_reloads(tmp_path: Path) -> None:
         finally:
             await response.aclose()
 
-    async def ask() -> None:
+    async def ask(max_tokens: int) -> None:
         """Send one request after another until the last reload is over and 40 are answered."""
         while swapping or len(answers) < 40:
-            body = await post("/v1/chat/completions", messages=QUESTION, max_tokens=2)
+            body = await post("/v1/chat/completions", messages=QUESTION, max_tokens=max_tokens)
             answers.append((body["model"], body["usage"]["prompt_tokens"]))
 
     async def main() -> None:
         nonlocal swapping
-        clients = [asyncio.create_task(ask()) for _ in range(3)]
+        clients = [asyncio.create_task(ask(length)) for length in (1, 4, 32)]  # the long ones end after a swap
         for name in ("gemma", "smollm2", "gemma", "smollm2"):
             assert (await post("/reload", model_path=f"{name}.gguf"))["model"] == name
         swapping = False
