@@ -1,4 +1,4 @@
-"""Small GGUF files in the real format, for tests that need models and not their weights."""
+"""Make small GGUF files for tests that need a model file but no trained weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def metadata(entries: Mapping[str, Typed]) -> bytes:
 def gguf(
     entries: Mapping[str, Typed], tensors: Sequence[Tensor] = (), *, alignment: int = 32, version: int = 3
 ) -> bytes:
-    """The bytes of a GGUF file with f32 tensors."""
+    """Return the bytes of a GGUF file with f32 tensors."""
     infos, data = b"", b""
     for name, shape, content in tensors:
         infos += string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}q", *shape)
@@ -49,7 +49,7 @@ def gguf(
 
 
 def vocabulary(size: int = 300) -> dict[str, Typed]:
-    """A SentencePiece vocabulary that llama.cpp loads: three special tokens, the bytes, and words."""
+    """Return a SentencePiece vocabulary that llama.cpp loads: three special tokens, the bytes and words."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += [f"word{index}" for index in range(size - len(tokens))]
     kinds = [2, 3, 3] + [6] * 256 + [1] * (size - 259)
@@ -82,7 +82,7 @@ def llama_metadata(name: str = "tiny", n_vocab: int = 300) -> dict[str, Typed]:
 
 
 def llama_tensors(seed: int = 0, n_vocab: int = 300) -> list[Tensor]:
-    """The tensors of a llama of one layer; its text is noise, its file is complete."""
+    """Return the tensors of a Llama with one layer and random weights."""
     shapes = {
         "token_embd.weight": (32, n_vocab),
         "output_norm.weight": (32,),
@@ -106,18 +106,18 @@ def llama_tensors(seed: int = 0, n_vocab: int = 300) -> list[Tensor]:
 
 
 def tiny_model(seed: int = 0) -> bytes:
-    """A whole llama of about 130 kB that llama.cpp loads and runs; another `seed`, other weights."""
+    """Return a Llama of about 130 kB that llama.cpp loads and runs. `seed` chooses the weights."""
     return gguf(llama_metadata(f"tiny-{seed}"), llama_tensors(seed))
 
 
 def padded_model(size: int, seed: int = 0) -> bytes:
-    """A valid GGUF of `size` bytes and its header, that holds noise: for downloads, not for loading."""
+    """Return a valid GGUF with `size` bytes of noise, for downloads. llama.cpp cannot load it."""
     noise = random.Random(seed).randbytes(size // 4 * 4)
     return gguf({**llama_metadata(f"noise-{seed}", 260)}, [("noise", (len(noise) // 4,), noise)])
 
 
 def split_model(name: str, count: int, size: int = 10_000) -> dict[str, bytes]:
-    """The files of a split model, by name."""
+    """Return the files of a split model by name."""
     files = {}
     for index in range(count):
         split: dict[str, Typed] = {

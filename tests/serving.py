@@ -1,4 +1,4 @@
-"""A real uvicorn on a real socket, over whatever Service a test has."""
+"""Serve a test's Service with uvicorn on a real socket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.service import Service
 
 @contextmanager
 def serving(service: Service, limits: Limits | None = None) -> Iterator[str]:
-    """Serve in a thread; gives the address, e.g. "http://127.0.0.1:40123". Runs and stops as `adapters.local` does."""
+    """Serve in a thread, as `adapters.local` does, and yield the address, e.g. "http://127.0.0.1:40123"."""
     server = Server(service, limits)
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

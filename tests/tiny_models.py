@@ -161,7 +161,7 @@ def gemma(path: Path) -> None:
 
 
 def lfm2(path: Path) -> None:
-    """Hybrid: short convolutions, whose state cannot be cut back, and attention by turns."""
+    """Hybrid: layers of short convolutions, whose state cannot be truncated, alternate with attention."""
     layers = 4
     writer = Writer(path, "lfm2", layers=layers)
     n_vocab = bytes_only(writer)
@@ -242,7 +242,7 @@ def bert(path: Path) -> None:
 
 
 def t5(path: Path) -> None:
-    """Encoder and decoder: a prompt goes through another network than the answer."""
+    """Encoder and decoder: one network reads the prompt, another writes the answer."""
     writer = Writer(path, "t5", layers=1, context=512)
     n_vocab = bytes_only(writer)
     _heads(writer)
@@ -285,7 +285,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 def make(kind: str, folder: Path) -> Path:
-    """Write `<kind>.gguf` into `folder`. Returns its path."""
+    """Write `<kind>.gguf` into `folder` and return its path."""
     path = folder / f"{kind}.gguf"
     KINDS[kind](path)
     return path

@@ -1,4 +1,4 @@
-"""The real server on the embedded model: once as a process of its own, once inside this one."""
+"""Run the real server on the embedded model, as a process and inside this one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READY_S = 180  # the machine may be busy; nothing here is timed
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `python -m adapters.local` with nothing configured, its model loaded."""
+    """Start `python -m adapters.local` without configuration, wait for its model and yield its address."""
     folder = tmp_path_factory.mktemp("server")
     environ = {
         name: os.environ[name]
@@ -64,21 +64,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def client(server: str) -> Iterator[OpenAI]:
-    """The stock client, which never tries twice."""
+    """Yield OpenAI's own client, without retries."""
     with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=READY_S) as openai:
         yield openai
 
 
 @pytest.fixture(scope="session")
 def runner() -> Iterator[asyncio.Runner]:
-    """One event loop for everything in this process."""
+    """Share one event loop among all tests in this process."""
     with asyncio.Runner() as runner:
         yield runner
 
 
 @pytest.fixture(scope="session")
 def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service as it is wired for production, in this process, its model loaded."""
+    """Wire the service as in production, inside this process, and wait for its model."""
     service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=1024))
     state = runner.run(service.host.wait_ready(READY_S))
     assert state.status == "ready", state

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     kind: str  # "good", "bad" or "any"
 
     def __repr__(self) -> str:
-        """A short one: hypothesis warns, and so the test would fail, where a batch's own is over 30,000 letters."""
+        """Keep it short: hypothesis warns above 30,000 characters per batch, which fails the test."""
         return f"<{self.kind} {self.method} {self.path} {self.body[:200]!r}>"
 
 
@@ -210,7 +210,7 @@ REFUSED = {400, 404, 405, 415}
 def tiny_service(
     tiny: Callable[[str], Path], runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    """The service as it is wired for production, on a tiny model."""
+    """Wire the service as in production, with a tiny model."""
     folder = tmp_path_factory.mktemp("models")
     service = build(
         Settings(
@@ -259,7 +259,7 @@ def judge(case: Case, status: int, body: bytes) -> None:
 def test_every_request_is_answered_as_documented(
     tiny_service: Service, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At least 2,000 requests, a quarter of them valid: none is a 500, none keeps a slot, and a chat works."""
+    """At least 2,000 requests, a quarter of them valid: none is a 500, none keeps its slot, and a chat works."""
     service, counts = tiny_service, Counter[str]()
 
     async def send(batch: list[Case]) -> list[tuple[int, bytes]]:
@@ -300,7 +300,7 @@ def test_every_request_is_answered_as_documented(
 
 
 def test_every_request_is_answered_over_the_socket(server: str) -> None:
-    """The same over HTTP, where headers, framing and connections have their own say."""
+    """The same holds over HTTP, with real headers, framing and connections."""
     count = 0
 
     with httpx.Client(base_url=server, timeout=180) as client:

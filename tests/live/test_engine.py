@@ -1,4 +1,4 @@
-"""The engine on a real model, without HTTP: batching, prefixes, limits, grammars, and room that runs out."""
+"""Test the engine on a real model without HTTP: batching, prefixes, limits, grammars and a full KV cache."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ask(engine: Llama, question: str, **fields: Any) -> Answer:
 
 
 def test_it_answers(engine: Llama) -> None:
-    """The model speaks and ends its turn by itself."""
+    """The model answers and ends its turn."""
     answer = ask(engine, "What is the capital of France?")
 
     assert "Paris" in answer.texts[0]
@@ -77,7 +77,7 @@ def test_it_answers(engine: Llama) -> None:
 
 
 def test_n_answers_share_one_prompt(engine: Llama) -> None:
-    """The prompt is read once; each answer has its own seed; usage counts all of them."""
+    """The prompt is prefilled once. Each answer has its own seed, and usage counts all of them."""
     before = engine.stats()["prompt_tokens"]
     answer = ask(engine, "Write a long story.", n=3, sampling=Sampling(seed=1), max_tokens=6)
 
@@ -105,7 +105,7 @@ def test_concurrent_requests_share_decode_calls(engine: Llama) -> None:
 
 
 def test_seed_and_prefix(engine: Llama) -> None:
-    """One seed, one text, whether the prompt is cold or cached; another seed, another text."""
+    """The same seed gives the same text, with a cold or a cached prompt. Another seed gives another text."""
     texts = [ask(engine, "Tell me a story.", sampling=Sampling(seed=7), max_tokens=24) for _ in range(4)]
     other = ask(engine, "Tell me a story.", sampling=Sampling(seed=8), max_tokens=24)
 
@@ -115,7 +115,7 @@ def test_seed_and_prefix(engine: Llama) -> None:
 
 
 def test_greedy_logprobs_are_the_same_cold_and_cached(engine: Llama) -> None:
-    """Not only the same words: the same floats, so that no near tie can fall the other way."""
+    """Logprobs are equal to the last bit, so that no near tie can fall the other way."""
     first, second = (ask(engine, "Name a colour of the sky.", top_logprobs=0, tenant="greedy") for _ in range(2))
 
     assert first.cached < second.cached
@@ -130,7 +130,7 @@ def test_tenants_do_not_share_prefixes(engine: Llama) -> None:
 
 
 def test_limits_end_with_length(engine: Llama) -> None:
-    """max_tokens is exact, and a prompt that leaves room for two tokens gets two."""
+    """max_tokens is exact. A prompt that leaves room for two tokens gets two."""
     assert ((a := ask(engine, "Count to fifty.", max_tokens=5)).tokens, a.finishes) == (5, ["length"])
 
     request = GenerationRequest(tuple([*chat(engine, "Go on: ")] * 200)[: engine.card.n_ctx - 2], GREEDY)
@@ -139,7 +139,7 @@ def test_limits_end_with_length(engine: Llama) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused(engine: Llama) -> None:
-    """With both numbers, before anything runs."""
+    """The error has both numbers, and nothing is decoded."""
     with pytest.raises(ContextOverflow) as caught:
         asyncio.run(collect(engine, GenerationRequest((5,) * 1029)))
 
@@ -147,7 +147,7 @@ def test_a_prompt_that_is_too_long_is_refused(engine: Llama) -> None:
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(engine: Llama) -> None:
-    """One that fills the context exactly, too."""
+    """A prompt that fills the context exactly is refused."""
     with pytest.raises(ContextOverflow) as caught:
         asyncio.run(collect(engine, GenerationRequest((5,) * 1024)))
 
@@ -226,13 +226,13 @@ def test_forced_tokens_need_fewer_decode_calls(engine: Llama) -> None:
 
 
 def test_a_grammar_that_makes_no_sense_is_the_clients_mistake(engine: Llama) -> None:
-    """It is refused before anything runs, and says so."""
+    """It is a 400 that names the grammar, and nothing is decoded."""
     with pytest.raises(InvalidRequest, match="grammar"):
         engine.check_grammar('start: "a" ( "b"')
 
 
 def test_cancel_frees_the_slot_in_the_middle_of_a_prompt(engine: Llama) -> None:
-    """A long prefill is aborted, and what it left in the cache does no harm to the next answer."""
+    """A long prefill is aborted. The next answer is correct."""
 
     async def main() -> None:
         stream = engine.generate(GenerationRequest(chat(engine, "many words " * 400), GREEDY))
@@ -263,7 +263,7 @@ def test_the_deadline_ends_a_running_answer(engine: Llama) -> None:
 
 
 def test_a_closed_engine_takes_no_more() -> None:
-    """Running answers fail with a 503, and so do later ones; closing twice is harmless."""
+    """Running answers fail with a 503, and so do later requests. `close` is idempotent."""
     engine = load(n_ctx=256)
 
     async def main() -> None:
@@ -326,7 +326,7 @@ def test_a_full_queue_says_busy() -> None:
 
 
 class NeverArrives:
-    """Tensors that stay away until they are given up."""
+    """Tensors that never arrive until the download is cancelled."""
 
     def __init__(self) -> None:
         self.given_up = threading.Event()
@@ -343,7 +343,7 @@ class NeverArrives:
 
 
 def test_a_deadline_holds_while_tensors_arrive() -> None:
-    """A request that waits for the weights is told before its time is up, and a cancelled one leaves the queue."""
+    """A request that waits for weights fails before its deadline, and a cancelled one leaves the queue."""
     arrival = NeverArrives()
     engine = load(n_ctx=256, arrival=arrival)
 
@@ -367,7 +367,7 @@ def test_a_deadline_holds_while_tensors_arrive() -> None:
 
 
 def test_tensors_that_never_come_fail_what_waits_for_them() -> None:
-    """With the reason, for requests queued before and after."""
+    """Requests queued before and after the failure get its reason."""
     arrival = NeverArrives()
     engine = load(n_ctx=256, arrival=arrival)
 

@@ -1,4 +1,4 @@
-"""The image's entry point with the real model, a process of its own on the Runtime API double."""
+"""Run the image's entry point with the real model against the Runtime API emulator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Process:
         return self.post("/v1/chat/completions", body, timeout_s=timeout_s)
 
     async def finished(self, exchange: Exchange) -> Exchange:
-        """The exchange once it is answered; fails with the process's log if it never is."""
+        """Wait for the answer. Fail with the process's log if none comes."""
         answered = asyncio.ensure_future(exchange.finished.wait())
         ended = asyncio.ensure_future(self.process.wait())
         await asyncio.wait({answered, ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -54,7 +54,7 @@ class Process:
 
 @asynccontextmanager
 async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> AsyncIterator[Process]:
-    """The entry point, started; what it sends is checked to the letter."""
+    """Start the entry point, and check that it keeps the Runtime API's contract."""
     log = folder / "log"
     async with RuntimeAPIServer(concurrency=concurrency) as server:
         given = {
@@ -82,13 +82,13 @@ async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> Asyn
 
 
 def deltas(exchange: Exchange) -> list[dict[str, Any]]:
-    """The chunks of a streamed chat, [DONE] and comments left out."""
+    """Return the chunks of a streamed chat without [DONE] and comments."""
     frames = bytes(exchange.body).decode().split("\n\n")
     return [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
 
 
 def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
-    """Every token leaves by itself, as whole SSE events; the cold start is one log line."""
+    """Each token is sent on its own, as whole SSE events. The cold start is one log line."""
 
     async def go() -> None:
         async with running(tmp_path) as process:
@@ -105,7 +105,7 @@ def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
 
 
 def test_a_load_survives_the_freezer(tmp_path: Path) -> None:
-    """A process that is stopped while its model loads goes on where it was when it is woken."""
+    """A process that is frozen while its model loads continues when it is thawed."""
 
     async def go() -> None:
         async with running(tmp_path) as process:
@@ -153,7 +153,7 @@ def test_generation_ends_before_the_deadline(tmp_path: Path) -> None:
 
 
 def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
-    """The model has decoded before the snapshot; the restored process answers, its keys renewed."""
+    """The model decodes before the snapshot. The restored process renews its keys and answers."""
 
     async def go() -> None:
         async with running(tmp_path, AWS_LAMBDA_INITIALIZATION_TYPE="snap-start") as process:

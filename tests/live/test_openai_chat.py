@@ -24,7 +24,7 @@ def engine(server: str) -> dict[str, Any]:
 
 
 def idle(server: str) -> dict[str, Any]:
-    """The engine's counters once nothing runs any more."""
+    """Wait until nothing runs, and return the engine's counters."""
     for _ in range(600):
         stats = engine(server)
         if stats["sequences"]["running"] == 0 and stats["queued"] == 0:
@@ -56,7 +56,7 @@ def test_chat(client: OpenAI) -> None:
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
-    """Deltas add up to the answer given at once; usage comes last."""
+    """The deltas add up to the whole answer. Usage comes last."""
     whole = ask(client, "Name a colour.")
     chunks = list(ask(client, "Name a colour.", stream=True, stream_options={"include_usage": True}))
 
@@ -132,7 +132,7 @@ def test_choices_logprobs_and_stop(client: OpenAI) -> None:
 def test_errors_are_the_clients_own_classes(
     client: OpenAI, fields: dict[str, Any], error: type[openai.APIStatusError], code: str | None, stream: bool
 ) -> None:
-    """What is wrong with a request is the SDK's exception for it, with message, param and code; streamed or not."""
+    """An invalid request raises the SDK's exception for it, with message, param and code, streamed or not."""
     request: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
 
     with pytest.raises(error) as caught:
@@ -180,7 +180,7 @@ EMOJI = {"type": "string", "pattern": "^[😀-🙏一-龥]{10,12}$"}
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_delta_has_whole_characters(client: OpenAI, seed: int) -> None:
-    """Emoji and CJK, of which this model's tokens are parts, arrive whole."""
+    """Emoji and CJK characters arrive whole, although a token of this model is only a part of one."""
     schema = {"type": "json_schema", "json_schema": {"name": "emoji", "schema": EMOJI}}
     stream = ask(
         client, "Answer in emoji.", stream=True, response_format=schema, temperature=1.5, seed=seed, max_tokens=100
@@ -196,7 +196,7 @@ def test_every_delta_has_whole_characters(client: OpenAI, seed: int) -> None:
 
 def test_a_seed_repeats(client: OpenAI) -> None:
     """The same seed gives the same text five times, the first time cold, then from the cache; another seed another."""
-    question = f"Tell me a story about {time.time_ns()}."  # nobody asked that before
+    question = f"Tell me a story about {time.time_ns()}."  # not in the cache yet
     answers = [ask(client, question, temperature=1, seed=7, max_tokens=16) for _ in range(5)]
     other = ask(client, question, temperature=1, seed=8, max_tokens=16)
 
@@ -251,7 +251,7 @@ INVOICE = {
 
 
 def test_extract_fills_a_schema(server: str) -> None:
-    """A document becomes valid JSON of the schema."""
+    """A document becomes JSON that is valid for the schema."""
     body = {"text": "Invoice for Ann Smith: 31.50 EUR, paid.", "schema": INVOICE, "max_tokens": 100}
     answer = httpx.post(f"{server}/v1/extract", json=body, timeout=180).json()
 
@@ -280,7 +280,7 @@ def test_a_clients_words_do_not_end_its_turn(client: OpenAI) -> None:
 
 
 def test_a_hostile_body_is_the_clients_fault(server: str) -> None:
-    """A long run of one character, digits or white space, which some tokenizers choke on, is an answer or a 400."""
+    """A long run of one character, of digits or of white space gets an answer or a 400."""
     for content in (
         "a" * 300_000,
         "1" * 300_000,
