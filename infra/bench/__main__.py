@@ -1,4 +1,4 @@
-"""`python -m infra.bench [NAME] [options]`: one command for every benchmark; without a name, the server's."""
+"""Run a benchmark: `python -m infra.bench [NAME] [options]`. Without a name it runs `server`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ PARTS = frozenset({"bucket", "client", "contender", "model", "peer", "process", 
 
 
 def names() -> list[str]:
-    """The modules of this folder that are benchmarks: each has `main(argv) -> int`."""
-    found = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
-    return sorted(found - PARTS)
+    """Return the modules of this folder that are benchmarks. Each has `main(argv) -> int`."""
+    modules = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    return sorted(modules - PARTS)
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\n\nbenchmarks: {', '.join(names())} (each has --help)")
+        print(f"{__doc__}\n\nBenchmarks: {', '.join(names())}. Each has --help.")
         return 0
     if argv and not argv[0].startswith("-"):
         if argv[0] not in names():
-            print(f"no benchmark {argv[0]!r}; there are {', '.join(names())}", file=sys.stderr)
+            print(f"There is no benchmark {argv[0]!r}. Choose one of {', '.join(names())}.", file=sys.stderr)
             return 2
         name, argv = argv[0], argv[1:]
     else:

@@ -1,4 +1,4 @@
-"""Contender: how one server is started and how it is asked; the rest of the benchmark treats all alike."""
+"""How a benchmark starts a server and formats its requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What every server is given, where it can be set."""
+    """The model and the engine settings that all servers get where they can be set."""
 
     model: Path
     n_ctx: int
@@ -27,7 +27,7 @@ class Load:
 
 
 class Contender(Protocol):
-    """A server that can be measured. It is started in ROOT."""
+    """A server that can be measured. Its command runs in ROOT."""
 
     @property
     def name(self) -> str: ...
@@ -37,18 +37,18 @@ class Contender(Protocol):
     def environment(self, port: int) -> Mapping[str, str]: ...
 
     def response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """`response_format` as this server wants it for JSON of `schema`."""
+        """Return this server's `response_format` for JSON that matches `schema`."""
         ...
 
 
 def json_schema_format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's shape. `strict` false: the schemas here use bounds that OpenAI's strict subset leaves out."""
+    """Return OpenAI's format. `strict` is false, because OpenAI's strict subset lacks the bounds that are used here."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": False}}
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """This project's server, as `make run` starts it, with the model loaded at the start."""
+    """This project's server as `make run` starts it, with the model loaded at start."""
 
     load: Load
     name: str = OURS
@@ -57,7 +57,7 @@ class Ours:
         return [sys.executable, "-m", "adapters.local"]
 
     def environment(self, port: int) -> dict[str, str]:
-        # Every setting is named, empty where not ours to set: a developer's .env must not change what is measured.
+        # Name every setting, most of them empty, so that a developer's .env does not change the result.
         values = {field.metadata["name"]: "" for field in dataclasses.fields(Settings)}
         return values | {
             "HOST": "127.0.0.1",

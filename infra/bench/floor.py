@@ -1,9 +1,9 @@
-"""Floor: llama.cpp alone, driven by the shortest loop there is: no HTTP, no scheduler, no text. What a server can at
-best reach on this machine with this build; a server's distance from it is the server's own cost.
+"""Measure the raw llama.cpp loop: decode calls without HTTP, scheduler and text.
 
     python -m infra.bench floor --model FILE
 
-prints one JSON line. Greedy sampling by llama.cpp's own sampler, as the servers do at temperature 0.
+The result, one JSON line, is the limit of this machine with this build; the difference to a server is the server's
+cost. Sampling is greedy with llama.cpp's sampler, as in the servers at temperature 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from infra.bench.contender import Load
 from infra.bench.model import add_arguments, load_from
 from infra.bench.workload import CLIENT_TOKENS, CLIENTS, DECODE_TOKENS, PROMPT_TOKENS
 
-SHORT_PROMPT = 56  # tokens; about what the servers' decode prompts have
+SHORT_PROMPT = 56  # tokens; similar to the prompts of the decode measurements
 
 
 class Loop:
@@ -47,7 +47,7 @@ class Loop:
         self.batch = self.lib.llama_batch_init(load.n_batch, 0, 1)
 
     def decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One decode call over rows of (token, position, sequence, wants logits)."""
+        """Run one decode call. Each row is (token, position, sequence, whether to compute logits)."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for k, (token, position, sequence, logits) in enumerate(rows):
@@ -60,7 +60,7 @@ class Loop:
         return int(self.lib.llama_sampler_sample(self.sampler, self.context, row))
 
     def prefill(self, tokens: Sequence[int], sequence: int = 0) -> int:
-        """Read `tokens` in slices of n_batch; returns the first new token."""
+        """Prefill `tokens` in slices of n_batch. Return the first new token."""
         row = 0
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
@@ -80,12 +80,12 @@ class Loop:
 
 
 def prompt(length: int) -> list[int]:
-    """Ordinary tokens, no two prompts alike matters not: no cache is asked here."""
+    """Return arbitrary tokens. Prompts may repeat, because there is no prefix cache."""
     return [300 + k * 7 % 1000 for k in range(length)]
 
 
 def decode_rate(loop: Loop, sequences: int, tokens: int) -> float:
-    """Tokens a second, all sequences together, after their prompts have been read."""
+    """Return decode tokens/s of all sequences together, without prefill."""
     loop.clear()
     latest = [loop.prefill(prompt(SHORT_PROMPT), sequence) for sequence in range(sequences)]
     begun = time.monotonic()
@@ -96,7 +96,7 @@ def decode_rate(loop: Loop, sequences: int, tokens: int) -> float:
 
 
 def measure(load: Load) -> dict[str, float]:
-    """The floor of start, decode for one and several sequences, and a 1,000-token prompt's first token."""
+    """Measure start, decode for one and several sequences, and prefill of a 1,000-token prompt."""
     started = process_started()
     loop = Loop(load)
     try:

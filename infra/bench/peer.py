@@ -1,4 +1,4 @@
-"""Peer: other OpenAI-compatible servers over llama.cpp, measured beside ours on the same model."""
+"""The baseline servers: other OpenAI-compatible servers that run llama.cpp, measured with the same model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ ENVIRONMENT = ROOT / "build" / "bench-peer"
 
 
 def peer_python() -> Path:
-    """The interpreter of an environment that can run `python -m llama_cpp.server`; made at the first call, in 10-20 s.
+    """Return the interpreter of an environment with `llama_cpp.server`. The first call creates it in 10-20 s.
 
-    Only the server's web packages are installed into it. llama-cpp-python itself comes from our own environment by a
-    .pth line: nothing is compiled twice, and both servers run the very same libllama.
-    Raises subprocess.CalledProcessError if pip cannot install them.
+    Only the server's web packages are installed there. A .pth file adds llama-cpp-python from our environment, so that
+    nothing is compiled twice and both servers run the same libllama.
+    Raise subprocess.CalledProcessError if pip fails.
     """
     python = ENVIRONMENT / "bin" / "python"
     done = ENVIRONMENT / f"llama-cpp-python-{version('llama-cpp-python')}"
     if not done.exists():
-        print(f"making {ENVIRONMENT.relative_to(ROOT)} for python -m llama_cpp.server", file=sys.stderr)
+        print(f"creating {ENVIRONMENT.relative_to(ROOT)} for python -m llama_cpp.server", file=sys.stderr)
         venv.create(ENVIRONMENT, clear=True, with_pip=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(ENVIRONMENT)}))
         (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        wanted = f"llama-cpp-python[server]=={version('llama-cpp-python')}"
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wanted]
+        requirement = f"llama-cpp-python[server]=={version('llama-cpp-python')}"
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement]
         subprocess.run(pip, check=True, stdout=sys.stderr)
         done.touch()
     return python
@@ -41,11 +41,11 @@ def peer_python() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppServer:
-    """`python -m llama_cpp.server`, the usual way to serve a GGUF from Python.
+    """`python -m llama_cpp.server`, the usual way to serve a GGUF file from Python.
 
-    Tuned: our context, batch and threads, and the three switches its own defaults leave on the slow side: no logits of
-    prompt tokens (`logits_all`), no timing report for each answer (`verbose`), and a second request no longer cuts off
-    a running stream (`interrupt_requests`). Not tuned: its defaults, whatever they are (1 thread on 2 cores).
+    If `tuned`, it has our context, batch and threads, and three options whose defaults are slow: no logits of prompt
+    tokens (`logits_all`), no timing report per answer (`verbose`), and a second request does not interrupt a running
+    stream (`interrupt_requests`). Otherwise it has its defaults, such as 1 thread on 2 cores.
     """
 
     load: Load
@@ -69,12 +69,12 @@ class LlamaCppServer:
         return {}
 
     def response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        return {"type": "json_object", "schema": schema}  # its name for it; compiled to GBNF
+        return {"type": "json_object", "schema": schema}  # its own format; it compiles the schema to GBNF
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaServer:
-    """llama.cpp's own C++ `llama-server`, built by whoever runs the benchmark."""
+    """llama.cpp's C++ `llama-server`. The user of the benchmark builds it."""
 
     load: Load
     binary: Path
@@ -94,6 +94,8 @@ class LlamaServer:
 
 
 def check_llama_server(binary: Path) -> None:
-    """Raises FileNotFoundError with what to do if `binary` is not there."""
+    """Raise FileNotFoundError with advice if `binary` does not exist."""
     if not binary.is_file():
-        raise FileNotFoundError(f"no llama-server at {binary}: build llama.cpp's target llama-server and name it")
+        raise FileNotFoundError(
+            f"There is no llama-server at {binary}. Build llama.cpp's target llama-server, then pass its path."
+        )

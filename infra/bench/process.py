@@ -1,4 +1,4 @@
-"""Process: a server under measurement: started, timed until it answers, its memory read, ended with certainty."""
+"""Start a server, time its first token, read its peak memory and stop it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 class StartFailed(RuntimeError):
-    """A server ended, or did not answer in time; the message holds the end of what it wrote."""
+    """A server exited or did not answer in time. The message has its last output."""
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """A clean environment, the same for all: what is set in the caller's shell must not tune one server alone."""
-    kept = {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("OMP_")}
-    return kept | dict(extra)
+    """Return a minimal environment, so that variables of the caller's shell do not affect one server only."""
+    inherited = {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("OMP_")}
+    return inherited | dict(extra)
 
 
 class Process:
-    """A running server. Use as a context manager; the exit ends it: SIGTERM, and SIGKILL after 15 s."""
+    """A server process. As a context manager, it stops the server with SIGTERM, and with SIGKILL after 15 s."""
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
@@ -47,9 +47,9 @@ class Process:
         return self
 
     def start(self, body: Mapping[str, object]) -> tuple[float, Answer]:
-        """Spawn it and ask `body` at once: seconds from the spawn to the first delta with content, and the answer.
+        """Start the server and request `body`. Return the seconds until the first delta with content, and the answer.
 
-        The port is tried every 2 ms, then the request waits in the server. Raises StartFailed.
+        The request is tried every 2 ms until the server accepts it. Raise StartFailed.
         """
         begun = time.monotonic()
         self._popen = subprocess.Popen(
@@ -60,12 +60,12 @@ class Process:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        reason = "it does not listen"
+        reason = "it is not listening"
         while True:
             if self._popen.poll() is not None:
-                raise StartFailed(f"{self.contender.name} ended with status {self._popen.returncode}:\n{self.log()}")
+                raise StartFailed(f"{self.contender.name} exited with status {self._popen.returncode}:\n{self.log()}")
             if time.monotonic() - begun > START_LIMIT_S:
-                raise StartFailed(f"{self.contender.name} has no answer after {START_LIMIT_S:g} s: {reason}")
+                raise StartFailed(f"{self.contender.name} did not answer within {START_LIMIT_S:g} s: {reason}")
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 answer = stream(self.port, body)
@@ -78,15 +78,15 @@ class Process:
                 return answer.begun + answer.first - begun, answer
 
     def peak_memory_mib(self) -> float:
-        """The kernel's high-water mark of resident memory (VmHWM), the mapped model file included."""
+        """Return the peak resident memory (VmHWM) in MiB, including the mapped model file."""
         assert self._popen is not None
         for line in Path(f"/proc/{self._popen.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
-        raise OSError("no VmHWM in /proc/PID/status: peak memory is measured on Linux only")
+        raise OSError("/proc/PID/status has no VmHWM: peak memory can be measured on Linux only")
 
     def log(self) -> str:
-        """The last lines the server wrote."""
+        """Return the last 25 lines of the server's output."""
         self._log.seek(0)
         return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-25:])
 
@@ -105,6 +105,6 @@ class Process:
         try:
             self._popen.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
-            print(f"{self.contender.name} ignored SIGTERM for {STOP_LIMIT_S:g} s: killed", file=sys.stderr)
+            print(f"{self.contender.name} ignored SIGTERM for {STOP_LIMIT_S:g} s and was killed", file=sys.stderr)
             self._popen.kill()
             self._popen.wait()

@@ -1,4 +1,4 @@
-"""Report: medians with their spread, ratios round by round, and the goals they are held against."""
+"""Summarize benchmark rounds: medians with their spread, ratios within rounds, and targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a number must reach."""
+    """A target for the median of a metric."""
 
     kind: Literal["most", "least"]
     value: float
@@ -23,7 +23,7 @@ class Goal:
         return f"{'<=' if self.kind == 'most' else '>='} {self.value:g}"
 
 
-# Ours against `python -m llama_cpp.server` (tuned), and ours against itself.
+# This server against the baseline server (with our settings), and with a schema against without.
 RATIO_GOALS = {
     "start_s": Goal("most", 0.35),
     "decode_1_tok_s": Goal("least", 1.1),
@@ -43,25 +43,25 @@ def _short(value: float) -> float:
 
 
 def summary(rounds: Rounds) -> dict[str, dict[str, float]]:
-    """Median, min and max of each metric that any round has."""
-    names = dict.fromkeys(name for one in rounds for name in one)
-    return {name: spread([one[name] for one in rounds if name in one]) for name in names}
+    """Return median, minimum and maximum of each metric."""
+    names = dict.fromkeys(name for metrics in rounds for name in metrics)
+    return {name: spread([metrics[name] for metrics in rounds if name in metrics]) for name in names}
 
 
 def ratios(ours: Rounds, theirs: Rounds) -> dict[str, dict[str, float]]:
-    """Ours / theirs, formed within each round and only then summed up: what slowed a round slowed both halves."""
+    """Return ours / theirs per metric. Ratios are computed within a round, so that a slow round affects both sides."""
     pairs = list(zip(ours, theirs, strict=True))
-    names = [name for name in dict.fromkeys(name for one in ours for name in one) if not name.endswith("_x")]
-    found = {}
+    names = [name for name in dict.fromkeys(name for metrics in ours for name in metrics) if not name.endswith("_x")]
+    spreads = {}
     for name in names:
         values = [a[name] / b[name] for a, b in pairs if name in a and b.get(name)]
         if values:
-            found[name] = spread(values)
-    return found
+            spreads[name] = spread(values)
+    return spreads
 
 
 def judged(numbers: Mapping[str, Mapping[str, float]], goals: Mapping[str, Goal]) -> dict[str, dict[str, Any]]:
-    """Each number that has a goal, with the goal and whether its median meets it."""
+    """Return the metrics that have a target, with the target and whether the median meets it."""
     return {
         name: {**numbers[name], "goal": str(goal), "met": goal.met(numbers[name]["median"])}
         for name, goal in goals.items()
@@ -70,12 +70,12 @@ def judged(numbers: Mapping[str, Mapping[str, float]], goals: Mapping[str, Goal]
 
 
 def line(values: Mapping[str, Any]) -> None:
-    """One JSON line on standard output."""
+    """Print one JSON line on standard output."""
     print(json.dumps(values), flush=True)
 
 
 def table(title: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Medians with (min-max), a row a metric, a column a server: for people."""
+    """Return a text table of medians with (min-max): one row per metric, one column per server."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [[title, *columns]]
     for name in names:

@@ -1,15 +1,15 @@
-"""Server: ours beside `python -m llama_cpp.server` over HTTP, on one model, in one run.
+"""Compare this server with a baseline server, `python -m llama_cpp.server`, over HTTP and with the same model.
 
-Every round starts each server anew, then puts the same work to one after the other (the order turns from round to
-round), so that whatever else the machine does falls on all of them; ratios are formed within a round. Standard output
-gets one JSON line per server and one per comparison, standard error a table. A round takes about 40 s on 2 idle cores,
-many times that on busy ones: two compute threads wait for each other some hundred times a token. No round begins that
-would not end within --seconds, and one that runs over is given up.
+Each round starts every server and then runs each measurement on one server after the other. The order rotates, so that
+other load on the machine affects all of them, and ratios are computed within a round. Standard output has one JSON line
+per server and per comparison; standard error has a table. A round takes about 40 s on 2 idle cores and much longer on
+busy ones, because the compute threads synchronize several hundred times per token. A round starts only if it can finish
+within --seconds, and is aborted if it does not.
 
-Measured: process start to first token over HTTP; decode tokens/s for one client (after its first token) and for four
-(all their tokens over the whole time, prompts included); time to first token of a 1,000-token prompt, new and
-repeated; seconds for one schema-bound extraction; milliseconds a token with a schema against without (same prompt,
-cached); the peak of resident memory (VmHWM). The floor is llama.cpp's decode loop alone (`infra.bench.floor`).
+Measured are: the time from process start to the first token; decode tokens/s for one client (after its first token)
+and for four clients (all tokens over the total time, prefill included); the time to the first token of a 1,000-token prompt,
+new and repeated; the time of one extraction with a schema; the time per token with and without a schema (same cached
+prompt); and peak resident memory (VmHWM). The raw llama.cpp loop (`infra.bench.floor`) shows the limit of the machine.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ FLOOR = "floor"
 
 
 class OutOfTime(Exception):
-    """--seconds are over."""
+    """The time limit of --seconds was reached."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when everything was measured (goals missed or not), 1 when a server could not be."""
+    """Return 0 if all servers were measured, whether they met the targets or not, else 1."""
     options = _options(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `with` blocks end the servers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that `with` blocks stop the servers
     load = load_from(options)
     try:
         contenders = _contenders(options, load)
         measured = run(contenders, load, options.rounds, options.seconds, with_floor=options.floor)
     except (StartFailed, RequestFailed, FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"benchmark stopped: {error}", file=sys.stderr)
+        print(f"The benchmark failed: {error}", file=sys.stderr)
         return 1
     if not all(measured.values()):
-        print("nothing was measured: no round came to its end", file=sys.stderr)
+        print("Nothing was measured, because no round finished. Increase --seconds.", file=sys.stderr)
         return 1
-    _tell(contenders, load, measured)
+    _report(contenders, load, measured)
     return 0
 
 
@@ -67,21 +67,22 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--servers",
         nargs="+",
-        choices=("ours", "peer", "peer-defaults"),
-        default=["ours", "peer"],
-        help=f"which to measure (default: ours peer); peer is {PEER}, peer-defaults the same without our settings",
+        choices=("ours", "baseline", "baseline-defaults"),
+        default=["ours", "baseline"],
+        help=f"servers to measure (default: ours baseline); baseline is {PEER} with our settings, or with its defaults",
     )
-    parser.add_argument("--llama-server", type=Path, metavar="BINARY", help="measure llama.cpp's C++ server too")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=270, help="time for all rounds (default %(default)s)")
-    parser.add_argument("--no-floor", dest="floor", action="store_false", help="leave out the bare decode loop")
+    parser.add_argument("--llama-server", type=Path, metavar="BINARY", help="also measure llama.cpp's C++ server")
+    parser.add_argument("--rounds", type=int, default=5, help="maximum number of rounds (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=270, help="time limit for all rounds (default %(default)s)")
+    parser.add_argument("--no-floor", dest="floor", action="store_false", help="do not measure the raw llama.cpp loop")
     return parser.parse_args(argv)
 
 
 def _contenders(options: argparse.Namespace, load: Load) -> list[Contender]:
     names = dict.fromkeys(options.servers)
     contenders: list[Contender] = [
-        Ours(load) if name == "ours" else LlamaCppServer(load, peer_python(), tuned=name == "peer") for name in names
+        Ours(load) if name == "ours" else LlamaCppServer(load, peer_python(), tuned=name == "baseline")
+        for name in names
     ]
     if options.llama_server is not None:
         check_llama_server(options.llama_server)
@@ -92,7 +93,7 @@ def _contenders(options: argparse.Namespace, load: Load) -> list[Contender]:
 def run(
     contenders: Sequence[Contender], load: Load, rounds: int, seconds: float, *, with_floor: bool
 ) -> dict[str, list[dict[str, float]]]:
-    """Measured rounds by server name (and FLOOR). Raises StartFailed, RequestFailed."""
+    """Return the rounds by server name, and by FLOOR. Raise StartFailed or RequestFailed."""
     workload = Workload()
     measured: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
     if with_floor:
@@ -101,7 +102,7 @@ def run(
     for number in range(rounds):
         round_begun = time.monotonic()
         if number and round_begun - begun + longest > seconds:
-            print(f"stopped after {number} rounds: no time for another within {seconds:g} s", file=sys.stderr)
+            print(f"Stopped after {number} rounds: another would exceed {seconds:g} s.", file=sys.stderr)
             break
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
         turn = number % len(contenders)
@@ -111,17 +112,17 @@ def run(
                 if with_floor:
                     values[FLOOR] = _floor(load)
         except OutOfTime:
-            print(f"round {number + 1} was given up: {seconds:g} s are over; is the machine busy?", file=sys.stderr)
+            print(f"Round {number + 1} was aborted after {seconds:g} s in total. Is the machine busy?", file=sys.stderr)
             break
-        for name, one in values.items():
-            measured[name].append(one)
+        for name, metrics in values.items():
+            measured[name].append(metrics)
         longest = max(longest, time.monotonic() - round_begun)
     return measured
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block when it runs longer."""
+    """Raise OutOfTime in the block when it takes longer."""
 
     def over(number: int, frame: object) -> NoReturn:
         raise OutOfTime
@@ -135,7 +136,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def one_round(order: Sequence[Contender], workload: Workload, number: int) -> dict[str, dict[str, float]]:
-    """Start each server, put every measurement to one after the other, end them."""
+    """Start all servers, run each measurement on one after the other, stop them."""
     values: dict[str, dict[str, float]] = {contender.name: {} for contender in order}
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(Process(contender)) for contender in order]
@@ -156,14 +157,14 @@ def one_round(order: Sequence[Contender], workload: Workload, number: int) -> di
 
 
 def _floor(load: Load) -> dict[str, float]:
-    """The floor in a process of its own: its memory and threads must not stay beside the servers."""
+    """Run the raw loop in its own process, so that its memory and threads are gone when servers are measured."""
     command = [sys.executable, "-m", "infra.bench.floor", "--model", str(load.model), "--n-ctx", str(load.n_ctx)]
     command += ["--n-batch", str(load.n_batch), "--n-threads", str(load.n_threads)]
     done = subprocess.run(command, cwd=ROOT, env=environment({}), stdout=subprocess.PIPE, check=True, timeout=120)
     return {name: float(value) for name, value in json.loads(done.stdout).items()}
 
 
-def _tell(contenders: Sequence[Contender], load: Load, measured: dict[str, list[dict[str, float]]]) -> None:
+def _report(contenders: Sequence[Contender], load: Load, measured: dict[str, list[dict[str, float]]]) -> None:
     machine = {"cpu": _cpu_name(), "cpus": load.n_threads, "python": platform.python_version()}
     summaries = {name: report.summary(rounds) for name, rounds in measured.items()}
     for name, rounds in measured.items():

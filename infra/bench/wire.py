@@ -1,7 +1,7 @@
-"""Wire: what half-open requests cost the local server, and what a well-behaved client notices of them.
+"""Measure what half-open requests cost the local server and another client.
 
-Connections that never complete a head, and bodies that drip, are opened at once. Measured: when the last is closed, how
-much memory the server needs for them, and the latency of `GET /health` meanwhile.
+The benchmark opens many connections that never complete a head, or send a body byte by byte. It measures when the last
+one is closed, the memory they use, and the latency of `GET /health` during the attack.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BODY = (
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """`closed_s` has one time for each connection that the server closed; `statuses` what it said before."""
+    """The result. `closed_s` and `statuses` have one entry for each connection that the server closed."""
 
     closed_s: tuple[float, ...]
     statuses: tuple[bytes, ...]
@@ -42,8 +42,10 @@ class Attack:
 
 
 async def attack(address: str, heads: int, bodies: int, *, drip_s: float = 1.0, limit_s: float = 60.0) -> Attack:
-    """Open `heads` and `bodies` incomplete requests that send a byte every `drip_s` until the server closes them, at
-    most for `limit_s`; a healthy client asks meanwhile, over one connection and over new ones in turn."""
+    """Open incomplete requests that send a byte every `drip_s` until the server closes them, for at most `limit_s`.
+
+    A healthy client sends requests at the same time, alternately over a reused and over a new connection.
+    """
     url = urlsplit(address)
     assert url.hostname
     assert url.port
@@ -60,7 +62,7 @@ async def attack(address: str, heads: int, bodies: int, *, drip_s: float = 1.0, 
 async def _half_open(
     place: tuple[str, int], opening: bytes, drip_s: float, limit_s: float
 ) -> tuple[float, bytes] | None:
-    """When the server closed the connection, and the first line that it sent; None if it never did."""
+    """Return when the server closed the connection, and its status line. None if it did not."""
     reader, writer = await asyncio.open_connection(*place)
     began = time.monotonic()
     writer.write(opening)
@@ -86,37 +88,37 @@ async def _drip(writer: asyncio.StreamWriter, drip_s: float) -> None:
 
 async def _healthy(place: tuple[str, int], over: asyncio.Event) -> list[float]:
     taken: list[float] = []
-    kept: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+    reused: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     while not over.is_set():
         began = time.monotonic()
-        connection = kept or await asyncio.open_connection(*place)
+        connection = reused or await asyncio.open_connection(*place)
         reader, writer = connection
         writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         head = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in head.partition(b"\r\n")[0]:
-            raise ConnectionError(f"a healthy request was refused: {head!r}")
+            raise ConnectionError(f"The healthy client was refused: {head!r}")
         length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         await reader.readexactly(int(length.partition(b":")[2]))
         taken.append(time.monotonic() - began)
-        if kept is None:
-            kept = connection
+        if reused is None:
+            reused = connection
         else:
             writer.close()
-            kept = None
+            reused = None
         await asyncio.sleep(0.01)
-    if kept is not None:
-        kept[1].close()
+    if reused is not None:
+        reused[1].close()
     return taken
 
 
 def _resident(pid: int) -> float:
-    """MiB."""
+    """Return the resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 async def measure(heads: int, bodies: int) -> int:
-    """Attack a server process of its own and print the figures. 1 if an aim is missed."""
+    """Start a server, attack it and print the results. Return 1 if a target is not met."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory(prefix="wire-") as folder:
@@ -141,11 +143,11 @@ async def measure(heads: int, bodies: int) -> int:
             server.terminate()
             await server.wait()
     count = heads + bodies
-    print(f"closed: {len(result.closed_s)} of {count}, the last after {max(result.closed_s):.1f} s (aim: all in 15 s)")
-    print(f"memory: {grown:+.1f} MiB from {before:.0f} (aim: at most 50)")
+    print(f"closed: {len(result.closed_s)} of {count}, the last after {max(result.closed_s):.1f} s (target: 15 s)")
+    print(f"memory: {grown:+.1f} MiB from {before:.0f} (target: at most 50)")
     print(
         f"healthy client: {len(result.healthy_s)} requests, median {statistics.median(result.healthy_s) * 1e3:.1f} ms, "
-        f"p99 {result.p99() * 1e3:.1f} ms, longest {max(result.healthy_s) * 1e3:.1f} ms (aim: p99 under 200)"
+        f"p99 {result.p99() * 1e3:.1f} ms, longest {max(result.healthy_s) * 1e3:.1f} ms (target: p99 below 200)"
     )
     return int(len(result.closed_s) < count or max(result.closed_s) > 15 or grown > 50 or result.p99() > 0.2)
 
