@@ -7,9 +7,10 @@ busy ones, because the compute threads synchronize several hundred times per tok
 within --seconds, and is aborted if it does not.
 
 Measured are: the time from process start to the first token; decode tokens/s for one client (after its first token)
-and for four clients (all tokens over the total time, prefill included); the time to the first token of a 1,000-token prompt,
-new and repeated; the time of one extraction with a schema; the time per token with and without a schema (same cached
-prompt); and peak resident memory (VmHWM). The raw llama.cpp loop (`infra.bench.floor`) shows the limit of the machine.
+and for four clients (all tokens over the total time, prefill included); the time to the first token of a 1,000-token
+prompt, new and repeated; the time of one extraction with a schema; the time per token with and without a schema
+(same cached prompt); and peak resident memory (VmHWM). The raw llama.cpp loop
+(`infra.bench.floor`) shows the limit of the machine.
 """
 
 from __future__ import annotations

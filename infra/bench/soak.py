@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -276,7 +277,7 @@ def prepare(folder: Path) -> None:
     (folder / "broken.gguf").write_bytes(whole.replace(b"output_norm.weight", b"output_norm.wrongs", 1))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m infra.bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -286,7 +287,7 @@ def main() -> int:
     parser.add_argument("--fail-every", type=int, default=10, help="reloads (default: every %(default)sth)")
     parser.add_argument("--seed", type=int, default=1, help="of the clients' choices (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="file for the server's output (default: none is kept)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         prepare(folder)

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -162,13 +163,13 @@ async def _peak(pid: int) -> list[float]:
         return seen
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.bench.wire", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--heads", type=int, default=500, help="half-open heads (default: %(default)s)")
     parser.add_argument("--bodies", type=int, default=500, help="dripping bodies (default: %(default)s)")
-    given = parser.parse_args()
-    sys.exit(asyncio.run(measure(given.heads, given.bodies)))
+    options = parser.parse_args(argv)
+    return asyncio.run(measure(options.heads, options.bodies))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
