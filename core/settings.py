@@ -439,3 +439,12 @@ def weak_keys(environ: Mapping[str, str]) -> list[str]:
         for name in ("API_KEYS", "ADMIN_API_KEYS")
         if any(len(key) < LEAST_KEY_LENGTH for key in names(environ.get(name, "")) if not key.startswith("sha256:"))
     ]
+
+
+def weak_key_warnings(environ: Mapping[str, str]) -> list[str]:
+    """Return a sentence for the log about each variable that contains a weak key. It does not repeat the key."""
+    return [
+        f"{name} contains a key shorter than {LEAST_KEY_LENGTH} characters, which can be guessed. "
+        "Generate one with: openssl rand -hex 32"
+        for name in weak_keys(environ)
+    ]

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
-from core.settings import Settings, SettingsError
+from core.settings import Settings, SettingsError, weak_key_warnings
 from core.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -69,7 +69,14 @@ class Start:
         wait([self._service])
 
     def service(self) -> Service:
-        """Return the service with all its keys. Its model may still be loading. Raises SettingsError."""
+        """Return the service with all its keys. Its model may still be loading. Raises SettingsError.
+
+        Configure the logs first: a weak key in the environment is logged here.
+        """
+        import logging
+
+        for warning in weak_key_warnings(self._environ):
+            logging.getLogger("slm.lambda").warning("%s", warning)
         return self.with_keys(self._keys.result())
 
     def with_keys(self, secret: frozenset[str]) -> Service:

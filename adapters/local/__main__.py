@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from adapters.local.admin_key import admin_key
-from core.settings import LEAST_KEY_LENGTH, Settings, SettingsError, keys, weak_keys
+from core.settings import Settings, SettingsError, keys, weak_key_warnings
 from core.timeline import Timeline
 from core.version import VERSION
 
@@ -35,12 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"slm-api-server: {error}", file=sys.stderr)  # noqa: T201 - logging is not set up without settings
         return 2
-    for name in weak_keys(environ):
-        print(  # noqa: T201 - as above
-            f"slm-api-server: warning: {name} contains a key shorter than {LEAST_KEY_LENGTH} characters, which can be "
-            "guessed. Generate one with: openssl rand -hex 32",
-            file=sys.stderr,
-        )
+    for warning in weak_key_warnings(environ):
+        print(f"slm-api-server: warning: {warning}", file=sys.stderr)  # noqa: T201 - as above
     return serve(settings, timeline)
 
 

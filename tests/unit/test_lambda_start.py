@@ -115,6 +115,20 @@ def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> Non
     assert [phase.name for phase in service.timeline.phases()] == ["wiring"]
 
 
+def test_weak_keys_are_logged(wiring: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    """The service is returned after the logs are configured, so the warning has their format. It repeats no key."""
+    started = Start({"API_KEYS": "hunter2", "ADMIN_API_KEYS": "0123456789abcdef"})
+    assert not caplog.records
+    started.service()
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "API_KEYS contains a key shorter than 16 characters" in record.getMessage()
+    assert "hunter2" not in caplog.text
+    started.with_keys(frozenset())  # a restored snapshot reads the secret again
+    assert len(caplog.records) == 1
+
+
 def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """The secret is read beside the load; its keys count like those in API_KEYS, and can be renewed."""
     from adapters.aws import secrets as secret
