@@ -24,9 +24,9 @@ _ADMIN_KEY = "an admin key: one of ADMIN_API_KEYS, or the one that the server pr
 
 
 def authorize(service: Service, request: Request, access: Access) -> None:
-    """Let the request pass or raise Unauthorized (no or wrong key) or Forbidden (not with this key, not from here)."""
+    """Return if the request may pass. Raise Unauthorized without a valid key, Forbidden if another rule forbids it."""
     settings = service.settings
-    digest = _known_digest(settings, request)
+    digest = _valid_digest(settings, request)
     if digest is None and not request.direct and not settings.api_keys and not settings.iam_auth:
         _check_host(settings, request)
     if access == "open":
@@ -45,12 +45,14 @@ def authorize(service: Service, request: Request, access: Access) -> None:
 
 
 def level(service: Service, request: Request) -> Level:
-    """What the request may do. Without API_KEYS everyone is a user; nobody is an admin without a key, unless
-    LOCAL_ADMIN or DIRECT_ADMIN says so."""
+    """Return what the request may do.
+
+    Without API_KEYS every request has the level "user". "admin" needs an admin key, LOCAL_ADMIN or DIRECT_ADMIN.
+    """
     settings = service.settings
     if _lacks_identity(settings, request):
         return "stranger"
-    digest = _known_digest(settings, request)
+    digest = _valid_digest(settings, request)
     if digest is not None and digest in settings.admin_api_keys:
         return "admin"
     if request.direct:
@@ -61,20 +63,22 @@ def level(service: Service, request: Request) -> Level:
 
 
 def tenant(service: Service, request: Request) -> str:
-    """Whose prefix cache this request may share: the IAM identity's ARN, else the digest of the key; "" for all who
-    have neither."""
+    """Return the tenant whose cached prefixes this request may reuse.
+
+    It is the IAM identity's ARN or the digest of the key. Requests with neither share the tenant "".
+    """
     if request.direct:
         return "direct"
-    return request.principal or _known_digest(service.settings, request) or ""
+    return request.principal or _valid_digest(service.settings, request) or ""
 
 
 def check_site(service: Service, request: Request) -> None:
-    """Raise Forbidden if a page of another site sent this by itself: an image's address is fetched without asking.
+    """Raise Forbidden if a page of another site caused this request. Browsers load an `<img src>` without a preflight.
 
-    A key or an IAM signature is given on purpose, and CORS_ORIGINS names the sites that may call.
+    A key or an IAM signature shows that the request is deliberate. Sites in CORS_ORIGINS may always call.
     """
     settings = service.settings
-    deliberate = request.direct or request.principal is not None or _known_digest(settings, request) is not None
+    deliberate = request.direct or request.principal is not None or _valid_digest(settings, request) is not None
     if not deliberate and cross_site(request) and request.headers.get("origin") not in settings.cors_origins:
         raise Forbidden(
             f"A page of another site may not call {request.path} with these parameters: send an API key, or add the "
@@ -84,14 +88,14 @@ def check_site(service: Service, request: Request) -> None:
 
 
 def cross_site(request: Request) -> bool:
-    """Whether a browser says that a page of another origin made this request."""
+    """Return whether a browser's headers say that a page of another origin made this request."""
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return True
     origin = request.headers.get("origin")
     if origin is None:
         return False
-    scheme, _, place = origin.lower().partition("://")
-    return scheme not in ("http", "https") or place != request.headers.get("host", "").lower()
+    scheme, _, host = origin.lower().partition("://")
+    return scheme not in ("http", "https") or host != request.headers.get("host", "").lower()
 
 
 def _guarded(settings: Settings) -> bool:
@@ -99,7 +103,7 @@ def _guarded(settings: Settings) -> bool:
 
 
 def _lacks_identity(settings: Settings, request: Request) -> bool:
-    """IAM_AUTH=true means that IAM stands before the URL. Where no identity comes with the event, it does not."""
+    """Return whether IAM_AUTH=true but the platform sent no identity, so that IAM does not guard this URL."""
     return settings.iam_auth and not request.direct and request.principal is None
 
 
@@ -119,35 +123,38 @@ def _not_an_admin(settings: Settings, request: Request, digest: str | None) -> U
     return Forbidden(f"{path} needs an admin key: set ADMIN_API_KEYS on the server and send one of them.")
 
 
-def _keys_given(request: Request) -> list[str]:
+def _request_keys(request: Request) -> list[str]:
     """Return the keys of `x-api-key` and of a Bearer token. `authorization` may hold an IAM signature instead."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = [request.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
-    return [key for key in given if key]
+    keys = [request.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+    return [key for key in keys if key]
 
 
-def _known_digest(settings: Settings, request: Request) -> str | None:
+def _valid_digest(settings: Settings, request: Request) -> str | None:
     """Return the digest of a valid key, or None. Every key is compared, even after a match: constant time."""
-    found = None
-    for key in _keys_given(request):
+    valid = None
+    for key in _request_keys(request):
         digest = sha256(key.encode()).hexdigest()
-        for known in settings.api_keys | settings.admin_api_keys:
-            if compare_digest(digest, known):
-                found = found or digest
-    return found
+        for accepted in settings.api_keys | settings.admin_api_keys:
+            if compare_digest(digest, accepted):
+                valid = valid or digest
+    return valid
 
 
 def _key_problem(request: Request) -> str:
-    if not _keys_given(request):
+    if not _request_keys(request):
         return "No API key given: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
     return "The API key is not valid."
 
 
 def _check_host(settings: Settings, request: Request) -> None:
-    """Without keys a page on another site could reach us under a name of its own that resolves to this machine (DNS
-    rebinding); its name stands in Host. An IP address cannot be rebound, and every browser sends Host."""
+    """Raise Forbidden if the Host header is a name that is not allowed.
+
+    Without keys, another site's page could reach this server through a name of its own that resolves to this machine
+    (DNS rebinding). Its Host is then that name. An IP address cannot be rebound, and every browser sends Host.
+    """
     host = request.headers.get("host")
-    if host is None or _host_known(settings, host):
+    if host is None or _is_host_allowed(settings, host):
         return
     raise Forbidden(
         f"The Host {host[:80]!r} is not allowed: use localhost or an IP address, add the name to ALLOWED_HOSTS, "
@@ -156,7 +163,7 @@ def _check_host(settings: Settings, request: Request) -> None:
     )
 
 
-def _host_known(settings: Settings, host: str) -> bool:
+def _is_host_allowed(settings: Settings, host: str) -> bool:
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     name = name.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -171,8 +178,11 @@ def _host_known(settings: Settings, host: str) -> bool:
 
 
 def _is_local(request: Request) -> bool:
-    """From this machine, by its own user. A proxy on this machine and a page in the user's browser have its address,
-    too: most proxies add a header of their own or speak HTTP/1.0, and a browser names the page's site."""
+    """Return whether the request comes from this machine and neither from a proxy nor from another site's page.
+
+    A local proxy and a browser also connect from a loopback address. Most proxies add a header or speak HTTP/1.0, and
+    browsers send the page's origin.
+    """
     if request.client is None or _is_proxied(request) or cross_site(request):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Bodies: bytes to typed values and back. Knows JSON and the messages for what is wrong with it, no route."""
+"""Decode JSON request bodies into typed values, explain errors in them, and encode JSON responses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|(\[\.\.\.\])")
 
 
 def decode(request: Request, kind: type[T]) -> T:
-    """The body as `kind` (a msgspec Struct), strictly: no "5" for 5. Fields that it does not know are ignored, or
-    refused if it was declared with `forbid_unknown_fields`.
+    """Return the body as `kind`, a msgspec Struct. Decoding is strict: "5" is not accepted as 5.
 
-    Raises InvalidRequest whose message says what was given and what is allowed; `param` is the path of the field.
+    Unknown fields are ignored unless `kind` has `forbid_unknown_fields`. Raises InvalidRequest. Its message says what
+    was given and what is allowed, and its `param` is the path of the field.
     """
     if not request.body.strip():
         raise InvalidRequest("The body is empty; send a JSON object.")
@@ -38,18 +38,21 @@ def decode(request: Request, kind: type[T]) -> T:
 
 
 def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
-    """`value` (structs, dicts, lists) as a JSON answer."""
+    """Return a response with `value` (structs, dicts, lists) as JSON."""
     return Response(status, (("content-type", "application/json"), *headers), msgspec.json.encode(value))
 
 
 def _syntax(message: str) -> str:
-    """msgspec's own words for what is wrong with the syntax: fixed texts and byte offsets, nothing foreign."""
+    """Return msgspec's message about a syntax error. It has fixed texts and byte offsets, nothing from the body."""
     text = message.removeprefix("JSON is malformed: ")
     return (text[:1].lower() + text[1:]).rstrip(".") + "."
 
 
 def _explained(message: str, body: bytes, kind: Any) -> InvalidRequest:
-    """Which field is wrong, what it may be and what it was. msgspec names the place; type and body have the rest."""
+    """Return an error that names the invalid field, what it may be and what it was.
+
+    msgspec's message has the field's path. What is allowed comes from the type, what was given from the body.
+    """
     from msgspec import inspect
 
     match = _KEY_WHERE.match(message) or _WHERE.match(message)
@@ -59,7 +62,7 @@ def _explained(message: str, body: bytes, kind: Any) -> InvalidRequest:
     try:
         given: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        given = msgspec.UNSET  # wrong in two ways; msgspec stopped at this one
+        given = msgspec.UNSET  # the body is also invalid JSON further on, where msgspec did not get to
     for step in _STEP.finditer(path):
         declared, given = _into(declared, given, step)
     param = path.removeprefix(".") or None
@@ -84,7 +87,7 @@ def _members(declared: Any) -> tuple[Any, ...]:
 
 
 def _into(declared: Any, given: Any, step: re.Match[str]) -> tuple[Any, Any]:
-    """One step down the path, in the type and in the value."""
+    """Go one step down the path, in the type and in the value."""
     name, index, anything = step.groups()
     if name is not None:
         inner = given.get(name, msgspec.UNSET) if isinstance(given, dict) else msgspec.UNSET
@@ -99,11 +102,11 @@ def _into(declared: Any, given: Any, step: re.Match[str]) -> tuple[Any, Any]:
 
 
 def _structs(declared: Any, given: Any) -> list[Any]:
-    """The structs `declared` may be; of a tagged union the one that `given` names, if it does."""
+    """Return the structs that `declared` may be. For a tagged union, return the one whose tag `given` has, if any."""
     structs = [member for member in _members(declared) if hasattr(member, "fields")]
     if isinstance(given, dict):
-        named = [one for one in structs if one.tag_field and given.get(one.tag_field) == one.tag]
-        return named or structs
+        tagged = [struct for struct in structs if struct.tag_field and given.get(struct.tag_field) == struct.tag]
+        return tagged or structs
     return structs
 
 
@@ -121,7 +124,7 @@ def _names(declared: Any) -> list[str]:
 
 
 def _allowed(declared: Any) -> str:
-    """A declared type in words: "a number from 0 to 2 or null"."""
+    """Describe a declared type, e.g. "a number from 0 to 2 or null"."""
     if declared is None:
         return "something else"
     if isinstance(declared, tuple):

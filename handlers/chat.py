@@ -10,5 +10,5 @@ from handlers.reply import respond
 
 
 async def post_chat(service: Service, request: Request) -> Response:
-    """OpenAI's chat completion, as one body or as chunks."""
+    """Return OpenAI's chat completion, as one body or as chunks."""
     return await respond(service, request, ChatRequest, chat)

@@ -34,8 +34,10 @@ async def dispatch(service: Service, request: Request) -> Response:
 
 
 def admit(service: Service, request: Request) -> None:
-    """Raise what the head alone says against the request: no such route, no right to it, not JSON. The body need not be
-    there; an adapter that is still to read it asks first."""
+    """Check everything that needs only the head: the route, access and the content type.
+
+    An adapter calls this before it reads the body. Raises the ApiError that the client gets.
+    """
     if request.method == "OPTIONS":
         return
     route = routes.find(request.method, request.path)
@@ -66,9 +68,9 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def finished(service: Service, request: Request, response: Response) -> Response:
-    """The headers that every answer has: the request's id, and what CORS wants."""
-    own = (("x-request-id", request.id), *_cors(service, request))
-    return dataclasses.replace(response, headers=(*response.headers, *own))
+    """Add the headers of every response: the request id and CORS."""
+    common = (("x-request-id", request.id), *_cors(service, request))
+    return dataclasses.replace(response, headers=(*response.headers, *common))
 
 
 async def _answer(service: Service, request: Request) -> Response:
@@ -86,7 +88,7 @@ async def _answer(service: Service, request: Request) -> Response:
 
 
 def _options(request: Request) -> Response:
-    """What the path answers, asked by anyone; to a browser's preflight `_cors` adds the rest."""
+    """Return the methods of a path. It needs no key. For a browser's preflight, `_cors` adds the other headers."""
     allowed = routes.allowed(request.path)
     if not allowed and request.path != "*":
         routes.find("OPTIONS", request.path)  # raises NotFound with the routes
@@ -94,10 +96,10 @@ def _options(request: Request) -> Response:
 
 
 def _check_content_type(request: Request) -> None:
-    """JSON only: a form or text/plain is what a foreign page can send without asking first (a "simple" request)."""
-    given = request.headers.get("content-type", "")
-    if given.partition(";")[0].strip().lower() != "application/json":
-        shown = repr(given[:80]) if given else "none"
+    """Accept JSON only. Another site's page can send a form or text/plain without a preflight (a "simple" request)."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        shown = repr(content_type[:80]) if content_type else "none"
         raise UnsupportedMediaType(f"Content-Type must be application/json, got {shown}.")
 
 
@@ -114,12 +116,12 @@ def _cors(service: Service, request: Request) -> Headers:
         ("access-control-expose-headers", "x-request-id, retry-after, server-timing"),
     )
     if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
-        wanted = request.headers.get("access-control-request-headers", "")
-        if not _HEADER_NAMES.fullmatch(wanted):
-            wanted = "authorization, content-type, x-api-key"
+        request_headers = request.headers.get("access-control-request-headers", "")
+        if not _HEADER_NAMES.fullmatch(request_headers):
+            request_headers = "authorization, content-type, x-api-key"
         headers += (
             ("access-control-allow-methods", ", ".join((*routes.allowed(request.path), "OPTIONS"))),
-            ("access-control-allow-headers", wanted),
+            ("access-control-allow-headers", request_headers),
             ("access-control-max-age", "600"),
         )
     return headers

@@ -10,5 +10,5 @@ from handlers.reply import respond
 
 
 async def post_extract(service: Service, request: Request) -> Response:
-    """JSON from a text. A stream has `extraction.delta` events, then the `extraction`."""
+    """Extract JSON from a text. A stream has `extraction.delta` events, then the `extraction`."""
     return await respond(service, request, ExtractRequest, extract)

@@ -15,7 +15,10 @@ LONGEST_WAIT_S = 3600.0
 
 
 async def get_health(service: Service, request: Request) -> Response:
-    """Open to all. Strangers see little and may not wait, nor may another site's page: waiting loads the model."""
+    """Return the state of the model. Without a valid key, a request gets few fields.
+
+    `wait` loads the model, so it needs a key if keys are configured, and another site's page may not use it.
+    """
     wait = _wait(request)
     details = auth.level(service, request) != "stranger"
     if wait is not None and not details:
@@ -26,17 +29,17 @@ async def get_health(service: Service, request: Request) -> Response:
 
 
 def _wait(request: Request) -> float | None:
-    """`?wait=SECONDS`, cut to what the request's deadline leaves."""
-    given = request.query.get("wait")
-    if given is None:
+    """Return the seconds of `?wait=`, limited by the request's deadline."""
+    text = request.query.get("wait")
+    if text is None:
         return None
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= LONGEST_WAIT_S:
         raise InvalidRequest(
-            f"'wait' must be a number of seconds from 0 to {LONGEST_WAIT_S:g}, got {given[:40]!r}.", param="wait"
+            f"'wait' must be a number of seconds from 0 to {LONGEST_WAIT_S:g}, got {text[:40]!r}.", param="wait"
         )
     if request.deadline is not None:
         seconds = min(seconds, max(0.0, request.deadline - time.monotonic() - 0.5))

@@ -10,7 +10,7 @@ from handlers.http import Request, Response
 
 
 async def get_models(service: Service, request: Request) -> Response:
-    """Paths are shown to administrators only."""
+    """Return the served model and all models on this machine. Only administrators see paths."""
     return json_response(await core.models.models(service, paths=auth.level(service, request) == "admin"))
 
 
@@ -19,5 +19,5 @@ async def get_v1_models(service: Service, request: Request) -> Response:
 
 
 async def get_v1_model(service: Service, request: Request) -> Response:
-    """An id may contain slashes ("org/model"), so it is the rest of the path."""
+    """Return one model. An id may contain slashes ("org/model"), so it is the rest of the path."""
     return json_response(core.models.model_entry(service, request.path.removeprefix("/v1/models/")))

@@ -43,7 +43,7 @@ ROUTES = (
 
 
 def find(method: str, path: str) -> Route:
-    """The route, a GET one for HEAD. Raises NotFound or MethodNotAllowed, both naming what exists."""
+    """Return the route; HEAD uses the route of GET. Raises NotFound or MethodNotAllowed, which list what exists."""
     matches = [route for route in ROUTES if _matches(route.path, path)]
     if not matches:
         routes = ", ".join(f"{route.method} {route.path}" for route in ROUTES if not route.path.endswith("/"))
@@ -56,9 +56,11 @@ def find(method: str, path: str) -> Route:
 
 
 def allowed(path: str) -> tuple[str, ...]:
-    """The methods that `path` answers, OPTIONS left out; empty if there is no such path."""
+    """Return the methods of `path` except OPTIONS, or nothing if no route has that path."""
     methods = [route.method for route in ROUTES if _matches(route.path, path)]
-    return tuple(dict.fromkeys(method for own in methods for method in ((own, "HEAD") if own == "GET" else (own,))))
+    if "GET" in methods:
+        methods.insert(methods.index("GET") + 1, "HEAD")
+    return tuple(dict.fromkeys(methods))
 
 
 def _matches(pattern: str, path: str) -> bool:
