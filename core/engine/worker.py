@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.engine import native, schedule
-from core.engine.batch import Batch
 from core.engine.cache import Cache
 from core.engine.generation import GenerationStream, Sequence, deliver
 from core.engine.interface import Cause, Delta, FinishReason, TokenLogprob
@@ -175,7 +174,7 @@ class Worker:
         self._n_cells = n_cells
         self._max_queue = max_queue
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable, window=window)
-        self._batch = Batch(bindings, n_batch, n_parallel + 1)
+        self._batch = native.Batch(bindings, n_batch, n_parallel + 1)
         self._abort = native.Abort(bindings, context)
         self._inbox = Inbox(arrival)
         self._waiting: deque[Sequence] = deque()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.engine.detokenizer import TextStream
+from core.engine.generation import TextStream
 
 
 def feed(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
