@@ -32,16 +32,6 @@ class Sampling:
     seed: int | None = None  # None: a random seed
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether the same request should give the same text.
-
-        It does on an idle server, if the prompt is cached completely or not at all. While other sequences run it is
-        best effort, as with OpenAI's `seed`: another batch shape adds up floats in another order, and a prompt that is
-        partly cached, or prefilled in slices, has another shape.
-        """
-        return self.seed is not None or self.temperature <= 0
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:

@@ -32,6 +32,11 @@ class Sampler:
     """The sampler chain of one sequence: logit bias, penalties, top-k, top-p, min-p, temperature, draw.
 
     It is C memory. Call `free` when the sequence has ended.
+
+    `repeatable` says whether the same request should give the same text. It does on an idle server, if the prompt is
+    cached completely or not at all. While other sequences run it is best effort, as with OpenAI's `seed`: another
+    batch shape adds up floats in another order. A prompt that is partly cached, or prefilled in slices, has another
+    shape.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Sampler:
         self._accept = bindings.llama_sampler_accept
         self._free = bindings.llama_sampler_free
         self.penalised = bool(sampling.repeat_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+        self.repeatable = sampling.seed is not None or sampling.temperature <= 0
         chain = bindings.llama_sampler_chain_init(bindings.llama_sampler_chain_default_params())
         links = []
         # 1) Links that change logits.

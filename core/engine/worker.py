@@ -297,7 +297,7 @@ class Worker:
         return schedule.Running(
             sequence.pending,
             sequence.prefilling,
-            sequence.request.sampling.repeatable,
+            sequence.sampler.repeatable,
             sequence.growth(self._n_limit),
         )
 
