@@ -107,7 +107,7 @@ class Forbidden(InvalidRequest):
 
 
 class Busy(ApiError):
-    """The queue is full. The request had no effect and may be sent again."""
+    """The queue is full, or another limit on concurrent work. The request had no effect and may be sent again."""
 
     status = 429
     type = "rate_limit_error"

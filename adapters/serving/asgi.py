@@ -1,7 +1,7 @@
 """The ASGI application: translate scopes to Requests and Responses to ASGI messages.
 
-`handlers.dispatch` routes and decides. This module reads the body within MAX_BODY_BYTES, cancels the work when the
-client disconnects, closes every Response and writes the access log.
+`handlers.dispatch` routes and decides. This module has the body read within its limits (`bodies`), cancels the work
+when the client disconnects, closes every Response and writes the access log.
 
 The Lambda runtime passes what a scope has no place for in `scope["extensions"]["slm.request"]`, a dictionary with the
 keys `deadline`, `id`, `direct` and `principal` (see `handlers.http.Request`).
@@ -10,7 +10,6 @@ keys `deadline`, `id`, `direct` and `principal` (see `handlers.http.Request`).
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
@@ -19,7 +18,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote
 
-from core.errors import InvalidRequest, TooLarge
+from adapters.serving import bodies
+from core.errors import Busy, InvalidRequest
 from core.service import Service
 from core.settings import Settings
 from handlers.dispatch import admit, dispatch, finished, refusal
@@ -36,7 +36,6 @@ Send = Callable[[Message], Awaitable[None]]
 logger = logging.getLogger("slm.access")
 
 GONE = 499  # nginx's status for "client closed request"; it appears only in the access log
-DRAIN_FACTOR, DRAIN_S = 4, 5.0  # a refused body is read up to this multiple of the limit, for this many seconds
 
 
 def create_app(service: Service | None = None) -> Starlette:
@@ -63,6 +62,7 @@ class Endpoint:
 
     def __init__(self, service: Service | None) -> None:
         self._service = service
+        self._bodies: bodies.Budget | None = None
 
     def service(self) -> Service:
         """Return the service. Without a lifespan (Mangum's `lifespan="off"`) the first request builds it."""
@@ -92,9 +92,12 @@ class Endpoint:
         request_id.set(request.id)
         facts = collect_log_fields()
         status = GONE
+        self._bodies = self._bodies or bodies.Budget(service.settings.max_body_bytes)
+        reservation = self._bodies.reservation()
         try:
-            status = await _serve(service, request, receive, send)
+            status = await _serve(service, request, receive, send, reservation)
         finally:
+            reservation.release()
             _log(scope, request, status, time.monotonic() - began, facts)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -129,19 +132,17 @@ def to_request(scope: Scope) -> Request:
     )
 
 
-class _Gone(Exception):
-    """The client disconnected."""
-
-
-async def _serve(service: Service, request: Request, receive: Receive, send: Send) -> int:
+async def _serve(
+    service: Service, request: Request, receive: Receive, send: Send, reservation: bodies.Reservation
+) -> int:
     """Answer the request and return the status. If the client disconnects, cancel the work and return GONE."""
     # 1) Check the head, then read the body.
     try:
         admit(service, request)
-        request = await _with_body(request, receive, service.settings.max_body_bytes)
-    except _Gone:
+        request = await bodies.read(request, receive, service.settings.max_body_bytes, reservation)
+    except bodies.Gone:
         return GONE
-    except InvalidRequest as error:
+    except (InvalidRequest, Busy) as error:
         return await _send(finished(service, request, refusal(error)), send)
 
     # 2) Answer while watching for a disconnect. Neither task outlives this function, even if it is cancelled.
@@ -190,47 +191,6 @@ def _headers(response: Response) -> list[tuple[bytes, bytes]]:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _with_body(request: Request, receive: Receive, limit: int) -> Request:
-    """Return `request` with its body. Raise TooLarge as early as possible, or _Gone after a disconnect."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        if "expect" not in request.headers:  # with `Expect: 100-continue` no body was sent yet; do not invite it
-            await _drain(receive, limit)
-        raise TooLarge(f"The request body has {declared[:20]} bytes. The maximum is {limit} (MAX_BODY_BYTES).")
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            if message.get("more_body", False):
-                await _drain(receive, limit)
-            raise TooLarge(f"The request body has more than the maximum of {limit} bytes (MAX_BODY_BYTES).")
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            break
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    return dataclasses.replace(request, body=body)
-
-
-async def _drain(receive: Receive, limit: int) -> None:
-    """Read and discard the rest of a body. A socket that is closed with unread bytes sends a reset, and the client
-    would not see the 413."""
-    size = 0
-    try:
-        async with asyncio.timeout(DRAIN_S):
-            while size <= limit * DRAIN_FACTOR:
-                message = await receive()
-                size += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
 
 
 def _log(scope: Scope, request: Request, status: int, seconds: float, facts: dict[str, object]) -> None:

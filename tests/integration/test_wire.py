@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from adapters.serving import bodies
 from adapters.serving.server import Limits
 from core.settings import keys
 from infra.bench.wire import KEY, attack
@@ -174,6 +176,50 @@ def test_a_client_that_asks_first_is_refused_without_its_body() -> None:
         connection.sendall(head(*lines, method="POST", path="/v1/extract"))
         assert refused(answer(connection))[0] == 401
         assert received(connection) == b""
+
+
+def test_bodies_of_all_requests_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it a large body is a 429 before it is read. Small ones are served, and a request that ends makes room."""
+    monkeypatch.setattr(bodies, "WAIT_S", 0.0)
+    limit = 2 * bodies.UNCOUNTED_BYTES
+    most = bodies.BUDGET_FACTOR * limit // (limit - bodies.UNCOUNTED_BYTES)
+    large = head(
+        *("content-type: application/json", f"content-length: {limit}", "expect: 100-continue"),
+        method="POST",
+        path="/v1/chat/completions",
+    )
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
+    with serving(fake_service(max_body_bytes=limit).service) as address, contextlib.ExitStack() as stack:
+        # 1) As many as fit are invited to send.
+        holding = [stack.enter_context(connected(address)) for _ in range(most)]
+        for connection in holding:
+            connection.sendall(large)
+            assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        # 2) The next one is refused, whether it asks first or sends its body at once.
+        with connected(address) as connection:
+            connection.sendall(large)
+            assert answered_busy(connection) > 0
+            assert received(connection) == b""
+        with connected(address) as connection:
+            connection.sendall(large.replace(b"expect: 100-continue\r\n", b"") + b" " * limit)
+            assert answered_busy(connection) > 0
+            # 3) A small one is served, on the same connection too.
+            lines = ("content-type: application/json", f"content-length: {len(body)}")
+            connection.sendall(head(*lines, method="POST", path="/v1/chat/completions") + body)
+            assert answer(connection)[0] == 200
+        # 4) A request that ends makes room, perhaps a moment after its answer has arrived.
+        monkeypatch.setattr(bodies, "WAIT_S", PATIENCE_S)
+        holding[0].sendall(b" " * (limit - len(body)) + body)
+        assert answer(holding[0])[0] == 200
+        holding[0].sendall(large)
+        assert holding[0].recv(100).startswith(b"HTTP/1.1 100")
+
+
+def answered_busy(connection: socket.socket) -> int:
+    """Read a 429 and return its retry-after."""
+    status, headers, body = answer(connection)
+    assert (status, json.loads(body)["error"]["code"]) == (429, "busy")
+    return int(headers["retry-after"])
 
 
 def test_a_refused_body_drips_no_longer_than_any_other() -> None:
