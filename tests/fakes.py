@@ -39,11 +39,11 @@ CARD = ModelCard(
 
 
 class ScriptedEngine:
-    """Says `text`, one token per piece of `pieces` (words by default), to every sequence of every request.
+    """Answer every sequence of every request with `text`, one token per item of `pieces` (words by default).
 
-    Tokens are bytes: `tokenize` is UTF-8. `delay` seconds pass before each piece; `endless` repeats the text until it
-    is cancelled or `max_tokens` are out. `error` is raised instead of the first piece. `requests` keeps what came in,
-    `running` counts generations that have neither ended nor been cancelled.
+    Prompt tokens are UTF-8 bytes. `delay` seconds pass before each piece; `endless` repeats the text until it
+    is cancelled or `max_tokens` is reached. `error` is raised instead of the first piece. `requests` records requests;
+    `running` counts the generations that have neither ended nor been cancelled.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ NOTHING = Selection("nothing", "no model is configured, and EMBEDDED_MODEL=off")
 
 
 class FakeHost:
-    """`engine` None: nothing to serve. `leases` counts those not given back."""
+    """With `engine=None` there is no model to serve. `leases` counts the leases that were not released."""
 
     def __init__(self, engine: ScriptedEngine | None = None, *, status: str | None = None) -> None:
         self.engine = engine
@@ -235,7 +235,7 @@ class FakeHost:
 
 
 class FakeStore:
-    """Knows the models in `models`; `fetched` or `fetch_error` is what a fetch comes to."""
+    """Lists `models`. A fetch returns `fetched` or raises `fetch_error`."""
 
     def __init__(self, models: tuple[LocalModel, ...] = ()) -> None:
         self.models = models

@@ -1,7 +1,7 @@
-"""Tiny models: whole GGUF files with random weights, one for each kind of model, made when a test asks for them.
+"""Write tiny GGUF models with random weights, one for each kind of model.
 
-Random weights say nothing about answers. They show everything about memory, scheduling, vocabularies and crashes, in
-milliseconds. `KINDS` lists what there is; the `tiny` fixture makes each file once a session.
+Random weights are useless for checking answers, but they exercise memory, scheduling, vocabularies and crashes in
+milliseconds. `KINDS` lists the models; the `tiny` fixture writes each file once per session.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NORMAL, UNKNOWN, CONTROL_TYPE, USER_DEFINED_TYPE, BYTE = 1, 2, 3, 4, 6  # GGUF's
 
 
 class Writer:
-    """One GGUF file. `ones` are norms that change nothing, `noise` are weights; both are deterministic."""
+    """A GGUF file under construction. `ones` adds norms without effect, `noise` adds weights from a fixed seed."""
 
     def __init__(self, path: Path, architecture: str, *, layers: int, context: int = CONTEXT) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class Writer:
 
 
 def bytes_only(writer: Writer, *, size: int = 259, control: Sequence[str] = (), space_prefix: bool = False) -> int:
-    """SentencePiece: three special tokens, the 256 bytes, `control`, and words up to `size`. Returns the size."""
+    """Write a SentencePiece vocabulary (specials, 256 bytes, `control`, words up to `size`) and return its size."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *control]
     types = [UNKNOWN, CONTROL_TYPE, CONTROL_TYPE, *[BYTE] * 256, *[CONTROL_TYPE] * len(control)]
     if space_prefix:
@@ -93,7 +93,7 @@ def bytes_only(writer: Writer, *, size: int = 259, control: Sequence[str] = (), 
 
 
 def byte_pairs(writer: Writer) -> int:
-    """Byte pairs as in GPT-2: the bytes, the one pair of two spaces, then CONTROL and USER_DEFINED."""
+    """Write a byte-pair vocabulary as in GPT-2: the bytes, one pair of two spaces, then CONTROL and USER_DEFINED."""
     tokens = [*_byte_letters(), "\u0120\u0120", *CONTROL, *USER_DEFINED]
     types = [*[NORMAL] * 257, *[CONTROL_TYPE] * len(CONTROL), *[USER_DEFINED_TYPE] * len(USER_DEFINED)]
     writer.tokens("gpt2", tokens, types)
@@ -105,7 +105,7 @@ def byte_pairs(writer: Writer) -> int:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: printable ones are themselves, the others come from U+0100 on."""
+    """Return GPT-2's letter for each byte: printable bytes map to themselves, the others to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(hidden))]
@@ -119,7 +119,7 @@ def llama(path: Path, vocabulary: Callable[[Writer], int] = bytes_only, template
 
 
 def llada(path: Path) -> None:
-    """A diffusion model: it fills in a whole answer at once and has no memory of tokens."""
+    """A diffusion model: it generates the whole answer at once and has no KV cache."""
     _llama(Writer(path, "llada", layers=1), bytes_only, None)
 
 
@@ -130,7 +130,7 @@ def _llama(writer: Writer, vocabulary: Callable[[Writer], int], template: str | 
     _heads(writer)
     writer.gguf.add_rope_dimension_count(EMBEDDING // HEADS)
     writer.noise((n_vocab, EMBEDDING), "token_embd.weight")
-    if n_vocab < 1000:  # a large one would double the file; without it the embedding serves for the output, too
+    if n_vocab < 1000:  # a large one would double the file; without it llama.cpp uses the embedding as output
         writer.noise((n_vocab, EMBEDDING), "output.weight")
     writer.ones("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
     writer.attention("blk.0")
@@ -139,7 +139,7 @@ def _llama(writer: Writer, vocabulary: Callable[[Writer], int], template: str | 
 
 
 def gemma(path: Path) -> None:
-    """Five layers that see the last 16 tokens, and one that sees all."""
+    """Sliding-window attention: five layers see the last 16 tokens, one sees all."""
     writer = Writer(path, "gemma3", layers=6)
     n_vocab = bytes_only(writer)
     _heads(writer)
@@ -185,7 +185,7 @@ def lfm2(path: Path) -> None:
 
 
 def mamba(path: Path) -> None:
-    """Recurrent: one state a sequence, no attention."""
+    """Recurrent: one state per sequence, no attention."""
     inner, state, rank, width = 2 * EMBEDDING, 8, 4, 4
     writer = Writer(path, "mamba", layers=2)
     n_vocab = bytes_only(writer)
@@ -210,7 +210,7 @@ def mamba(path: Path) -> None:
 
 
 def bert(path: Path) -> None:
-    """An embedding model: no causal attention, no memory of tokens, nothing to generate with."""
+    """An embedding model: no causal attention and no KV cache, so it cannot generate."""
     writer = Writer(path, "bert", layers=1, context=256)
     writer.gguf.add_head_count(HEADS)
     writer.gguf.add_layer_norm_eps(1e-12)

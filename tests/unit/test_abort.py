@@ -1,4 +1,4 @@
-"""Abort: a decode call is stopped only when nobody wants what is in its batch."""
+"""Abort: a decode call is aborted only when every stream in its batch has ended."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Stream:
 
 
 def make() -> tuple[Abort, list[tuple[object, object]]]:
-    """An Abort, and what llama.cpp was given to call."""
-    set_to: list[tuple[object, object]] = []
+    """Return an Abort and the callbacks that were registered with llama.cpp."""
+    callbacks: list[tuple[object, object]] = []
     bindings = SimpleNamespace(
         ggml_abort_callback=CALLBACK,
-        llama_set_abort_callback=lambda context, callback, data: set_to.append((callback, data)),
+        llama_set_abort_callback=lambda context, callback, data: callbacks.append((callback, data)),
     )
-    return Abort(bindings, None), set_to
+    return Abort(bindings, None), callbacks
 
 
 def test_llama_cpp_sees_the_flag() -> None:
-    """The C function returns what `raised` says."""
+    """The C callback returns the value of `raised`."""
     abort, [(callback, data)] = make()
     assert callable(callback)
     stream = Stream()
@@ -37,7 +37,7 @@ def test_llama_cpp_sees_the_flag() -> None:
     assert (callback(data), abort.raised) == (True, True)
 
 
-def test_one_of_several_does_not_stop_the_others() -> None:
+def test_a_batch_is_aborted_when_all_its_streams_have_ended() -> None:
     abort, _ = make()
     first, second = Stream(), Stream()
     abort.begin([first, second])
@@ -50,7 +50,7 @@ def test_one_of_several_does_not_stop_the_others() -> None:
     assert abort.raised
 
 
-def test_a_stream_that_had_ended_before_is_seen_at_the_beginning() -> None:
+def test_a_stream_that_ended_before_begin_aborts_the_batch() -> None:
     abort, _ = make()
     stream = Stream()
     stream.ended = True
@@ -59,8 +59,8 @@ def test_a_stream_that_had_ended_before_is_seen_at_the_beginning() -> None:
     assert abort.raised
 
 
-def test_a_late_look_does_not_stop_the_next_decode() -> None:
-    """The stream ended while the call that read it returned: the next batch is another's."""
+def test_a_look_after_end_does_not_abort_the_next_batch() -> None:
+    """The stream ended while its decode call returned; the next batch belongs to another stream."""
     abort, _ = make()
     late, other = Stream(), Stream()
     abort.begin([late])
@@ -72,7 +72,7 @@ def test_a_late_look_does_not_stop_the_next_decode() -> None:
     assert not abort.raised
 
 
-def test_a_batch_of_nobodys_is_stopped_by_stop_only() -> None:
+def test_a_batch_without_streams_is_aborted_by_stop_only() -> None:
     """The template's prefix belongs to no stream. After `stop` every decode call is aborted."""
     abort, _ = make()
     abort.begin([])

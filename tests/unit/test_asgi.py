@@ -1,4 +1,4 @@
-"""From an ASGI scope to a Request."""
+"""`to_request` turns an ASGI scope into a Request."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def scope(path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "read"),
+    ("path", "expected"),
     [
         ("//v1/models", "/v1/models"),
         ("/v1//models", "/v1//models"),
@@ -21,6 +21,6 @@ def scope(path: str) -> dict[str, Any]:
         ("/v1/models/", "/v1/models/"),
     ],
 )
-def test_a_base_url_that_doubles_the_slash_still_reaches_the_route(path: str, read: str) -> None:
-    """A function URL ends in a slash, and examples everywhere add "/v1" to it."""
-    assert to_request(scope(path)).path == read
+def test_a_double_slash_after_the_host_is_removed(path: str, expected: str) -> None:
+    """A function URL ends in a slash, and most examples append "/v1" to it."""
+    assert to_request(scope(path)).path == expected

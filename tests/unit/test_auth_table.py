@@ -1,4 +1,4 @@
-"""Every verdict of `handlers.auth` in one table: who may do what, with which key, from where."""
+"""All decisions of `handlers.auth` in one table, by server settings, credential, place and route."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from handlers.health import get_health
 from handlers.http import Request
 from tests.fakes import ScriptedEngine, fake_service
 
-# Columns: `open` is GET /health, `wait` GET /health?wait (which loads the model), `user` the model's use, `admin` /load
-# and /reload. "key" is a credential that does not depend on the place; "*" is any.
+# Columns: `open` is GET /health, `wait` is GET /health?wait (which loads the model), `user` covers the routes that use
+# the model, `admin` covers /load and /reload. "*" is any place.
 #
-# Places: here   a loopback peer, no proxy's header, no page or a page of this server itself
-#         away   another peer, an unknown one, or a proxy's header; no page
+# Places: here   a loopback peer without a proxy's header; no web page, or one of this server
+#         away   another peer, an unknown peer, or a proxy's header; no web page
 #         page   a page of another site, from anywhere
 #         listed a page of an origin in CORS_ORIGINS, from anywhere
 TABLE = """
@@ -132,7 +132,7 @@ ALIASES = {
     "no admin key": {"none", "wrong", "user"},
     "signed": {"signed"},
 }
-KEYLESS_SIGNED = {"signed", "signed+user", "signed+admin"}  # where no key is known, a key beside it says nothing
+KEYLESS_SIGNED = {"signed", "signed+user", "signed+admin"}  # without configured keys, a key changes nothing
 PEERS = ("127.0.0.1", "::1", "192.168.1.7", "::ffff:10.0.0.1", "not an address", None)
 PROXIES: tuple[dict[str, str], ...] = (
     {},
@@ -187,7 +187,7 @@ ROWS = [
 
 
 def situations() -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Every place: its class, the request's peer and protocol, its headers."""
+    """Yield each situation: the place, the request's peer and protocol, its headers."""
     for peer, proxy, page in itertools.product(PEERS, PROXIES, (*NO_PAGE, *PAGES, *LISTED_PAGES)):
         if page in LISTED_PAGES:
             place = "listed"
@@ -214,7 +214,7 @@ async def verdict(service: Service, column: str, fields: dict[str, Any], headers
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_verdicts(server: str) -> None:
-    """Each combination of credential, peer, proxy's header, page and route gets what the one row for it says."""
+    """Each combination of credential, peer, proxy header, page and route matches one row and gets its verdict."""
     service = fake_service(ScriptedEngine(), cors_origins=(LISTED,), **SERVERS[server]).service
     rows = [row for row in ROWS if row.server == server]
     uses: Counter[Row] = Counter()
@@ -222,13 +222,13 @@ def test_verdicts(server: str) -> None:
     async def check() -> None:
         for (name, (key, extra)), (place, fields, headers) in itertools.product(CREDENTIALS.items(), situations()):
             (row,) = (row for row in rows if row.matches(name, place))
-            given = {"host": HOST, **headers, **({"authorization": f"Bearer {key}"} if key else {})}
+            sent_headers = {"host": HOST, **headers, **({"authorization": f"Bearer {key}"} if key else {})}
             columns = ("open", "wait", "user", "admin")
-            got = tuple([await verdict(service, column, {**fields, **extra}, given) for column in columns])
-            assert got == row.verdicts, f"{row}: {name}, {fields}, {headers}"
+            verdicts = tuple([await verdict(service, column, {**fields, **extra}, sent_headers) for column in columns])
+            assert verdicts == row.verdicts, f"{row}: {name}, {fields}, {headers}"
             uses[row] += len(columns)
 
     asyncio.run(check())
 
-    assert set(uses) == set(rows), "a row that nothing matches says nothing"
+    assert set(uses) == set(rows), "some rows match no situation"
     assert uses.total() >= 1000

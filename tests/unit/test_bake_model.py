@@ -1,4 +1,4 @@
-"""What the Dockerfiles put into an image is the file that was named, or the build stops."""
+"""`bake_model` copies the named model into an image or stops the build."""
 
 import hashlib
 from pathlib import Path
@@ -20,21 +20,21 @@ def local(tmp_path: Path) -> Path:
 
 
 def test_a_local_file_is_baked_under_its_name(local: Path, tmp_path: Path) -> None:
-    """MODEL_FILE without MODEL_REPO is looked up in the folder baked/."""
+    """Without MODEL_REPO, MODEL_FILE is taken from the folder baked/."""
     bake(local, tmp_path / "model", {"MODEL_FILE": "small.gguf", "MODEL_SHA256": DIGEST.upper()})
 
     assert (tmp_path / "model" / "small.gguf").read_bytes() == MODEL
 
 
-def test_nothing_is_baked_when_nothing_is_named(local: Path, tmp_path: Path) -> None:
-    """A file that merely lies in baked/ stays out."""
+def test_without_a_name_nothing_is_baked(local: Path, tmp_path: Path) -> None:
+    """A file in baked/ that MODEL_FILE does not name is not copied."""
     bake(local, tmp_path / "model", {"MODEL_FILE": "", "MODEL_REPO": "", "MODEL_SHA256": ""})
 
     assert not (tmp_path / "model").exists()
 
 
 def test_every_part_of_a_split_model_is_baked(local: Path, tmp_path: Path) -> None:
-    """The first part's name stands for all."""
+    """MODEL_FILE names the first part."""
     for number in (1, 2):
         (local / f"big-{number:05}-of-00002.gguf").write_bytes(MODEL)
 
@@ -44,7 +44,7 @@ def test_every_part_of_a_split_model_is_baked(local: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("environ", "says"),
+    ("environ", "message"),
     [
         ({"MODEL_FILE": "small.gguf", "MODEL_SHA256": "0" * 64}, f"has the SHA-256 {DIGEST}"),
         ({"MODEL_FILE": "other.gguf"}, "There is no 'other.gguf' in the folder baked/"),
@@ -53,11 +53,11 @@ def test_every_part_of_a_split_model_is_baked(local: Path, tmp_path: Path) -> No
         ({"MODEL_FILE": "big-00001-of-00002.gguf", "MODEL_SHA256": DIGEST}, "MODEL_SHA256 must hold 2 digests"),
     ],
 )
-def test_a_file_that_is_not_the_one_named_stops_the_build(
-    local: Path, tmp_path: Path, environ: dict[str, str], says: str
+def test_a_missing_or_wrong_file_stops_the_build(
+    local: Path, tmp_path: Path, environ: dict[str, str], message: str
 ) -> None:
-    """The message says what was found and what to change."""
+    """The message says what is wrong and what to change."""
     (local / "text.gguf").write_text("<html>not found</html>")
 
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit, match=message):
         bake(local, tmp_path / "model", environ)

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: tokens and times read off a stream, ratios, goals."""
+"""The benchmark's arithmetic: tokens and times of a stream, ratios, goals."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def test_a_delta_has_the_time_of_the_read_that_completed_it() -> None:
-    """An event cut in two by the network counts when its second half has come."""
+    """An event that arrives in two reads has the time of the second."""
     whole = event("b")
     reads = [(1.0, event("a") + whole[:20]), (2.0, whole[20:]), (3.0, b": ping\n\n" + END % b"stop" + DONE)]
 
@@ -34,29 +34,29 @@ def test_a_delta_has_the_time_of_the_read_that_completed_it() -> None:
     [(END % b"stop" + USAGE, 7), (END % b"length", 9), (END % b"stop", 2)],
     ids=["usage", "length", "deltas"],
 )
-def test_tokens_are_usage_or_the_limit_that_was_reached_or_deltas(tail: bytes, tokens: int) -> None:
-    """What the server says of its tokens goes before what the stream looks like."""
+def test_tokens_come_from_usage_else_max_tokens_else_deltas(tail: bytes, tokens: int) -> None:
+    """The reported usage takes precedence over max_tokens (if it was reached) and the number of deltas."""
     answer = parsed([(1.0, event("a")), (2.0, event("b") + tail + DONE)], begun=0.0, max_tokens=9)
 
     assert tokens == answer.tokens
 
 
-def test_an_error_in_a_stream_is_not_measured() -> None:
-    """An answer that broke off would look fast."""
+def test_an_error_in_a_stream_fails_the_request() -> None:
+    """An interrupted answer would look fast."""
     with pytest.raises(RequestFailed, match="overloaded"):
         parsed([(1.0, event("a") + b'data: {"error": {"message": "overloaded"}}\n\n' + DONE)], begun=0.0, max_tokens=9)
 
 
-def test_ratios_are_formed_within_rounds() -> None:
-    """A slow round slows both servers: its ratio stays, where a ratio of medians would not."""
+def test_ratios_are_computed_per_round() -> None:
+    """A slow round slows both servers, so its ratio is stable; a ratio of medians is not."""
     ours = [{"start_s": 1.0}, {"start_s": 10.0}, {"start_s": 3.0}]
     theirs = [{"start_s": 2.0}, {"start_s": 20.0}, {"start_s": 4.0}]
 
     assert report.ratios(ours, theirs) == {"start_s": {"median": 0.5, "min": 0.5, "max": 0.75}}
 
 
-def test_a_goal_is_met_from_its_own_side() -> None:
-    """Times have to stay under theirs, rates above."""
+def test_a_goal_is_an_upper_or_a_lower_bound() -> None:
+    """Times must stay below their goal, rates above."""
     numbers = {"start_s": {"median": 0.3}, "decode_1_tok_s": {"median": 1.0}}
 
     goals = {"start_s": report.Goal("most", 0.35), "decode_1_tok_s": report.Goal("least", 1.1)}
@@ -66,8 +66,8 @@ def test_a_goal_is_met_from_its_own_side() -> None:
     assert {name: verdict["met"] for name, verdict in judged.items()} == {"start_s": True, "decode_1_tok_s": False}
 
 
-def test_the_benchmarks_are_the_modules_that_can_be_run() -> None:
-    """What the command offers has a `main(argv)`; what the benchmarks share has none."""
+def test_names_lists_the_modules_with_a_main() -> None:
+    """Benchmarks have a `main(argv)`; modules that they share do not."""
     folder = Path(report.__file__).parent
     runnable = {
         path.stem

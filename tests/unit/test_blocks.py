@@ -1,4 +1,4 @@
-"""Blocks: every byte is asked for, once, in a sensible order, and what is late is asked for again."""
+"""Blocks: every byte is requested once and in order; late blocks are requested again."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +20,11 @@ def take_all(blocks, now=0.0):
 def test_parts_cover_the_object(size, block_bytes, first_bytes, part_bytes, width):
     """The parts cover every byte once, in order, and are complete when all have landed."""
     blocks = Blocks(size, block_bytes, first_bytes=first_bytes, part_bytes=part_bytes, width=width)
-    asked = [block for part in take_all(blocks) for block in range(part.next, part.end)]
+    requested = [block for part in take_all(blocks) for block in range(part.next, part.end)]
 
-    assert asked == list(range(blocks.count))
-    assert sum(blocks.length(block) for block in asked) == size
-    for block in asked:
+    assert requested == list(range(blocks.count))
+    assert sum(blocks.length(block) for block in requested) == size
+    for block in requested:
         assert blocks.claim(block)
         blocks.landed(block)
     assert blocks.complete()
@@ -32,19 +32,19 @@ def test_parts_cover_the_object(size, block_bytes, first_bytes, part_bytes, widt
 
 
 @given(sizes, lengths, st.randoms(), st.data())
-def test_resume_asks_for_what_is_missing(size, block_bytes, random, data):
-    """Whatever has landed before, in any order, only the rest is asked for."""
+def test_resume_requests_missing_blocks(size, block_bytes, random, data):
+    """Blocks that have already landed, in any order, are not requested again."""
     blocks = Blocks(size, block_bytes, part_bytes=block_bytes * 4, width=2)
     present = data.draw(st.sets(st.integers(0, max(0, blocks.count - 1)))) if blocks.count else set()
     for block in random.sample(sorted(present), len(present)):
         blocks.landed(block)
-    asked = [block for part in take_all(blocks) for block in range(part.next, part.end)]
+    requested = [block for part in take_all(blocks) for block in range(part.next, part.end)]
 
-    assert asked == [block for block in range(blocks.count) if block not in present]
+    assert requested == [block for block in range(blocks.count) if block not in present]
 
 
 @given(sizes.filter(bool), lengths, st.integers(0, 12_000))
-def test_before(size, block_bytes, offset):
+def test_before_counts_the_blocks_of_the_first_bytes(size, block_bytes, offset):
     """`before(n)` blocks hold the first n bytes, and one fewer do not."""
     blocks = Blocks(size, block_bytes)
     count = blocks.before(offset)
@@ -53,8 +53,8 @@ def test_before(size, block_bytes, offset):
     assert count == 0 or blocks.offset(count - 1) < min(offset, size)
 
 
-def test_header_comes_in_single_blocks():
-    """The first bytes are asked for block by block, the rest in whole parts."""
+def test_the_first_bytes_are_requested_in_single_blocks():
+    """The header is needed first; the rest is requested in larger parts."""
     blocks = Blocks(1000, 1, first_bytes=3, part_bytes=10, width=2)
 
     assert [Part(0, 1), Part(1, 2), Part(2, 3), Part(3, 13)] == [blocks.take(0.0) for _ in range(4)]
@@ -70,8 +70,8 @@ def test_parts_shrink_towards_the_end():
     assert lengths[-8:] == [1] * 8
 
 
-def test_late_blocks_are_asked_for_again():
-    """A block owed for longer than patience is given to an idle thread; the first to have it whole may write it."""
+def test_a_late_block_is_requested_again():
+    """A block outstanding for too long is given to an idle thread as well; the first complete copy is written."""
     blocks = Blocks(2, 1, width=2)
     take_all(blocks, now=100.0)
     blocks.landed(1)
@@ -83,8 +83,8 @@ def test_late_blocks_are_asked_for_again():
     assert not blocks.claim(0)
 
 
-def test_slow_networks_are_not_late():
-    """Where every block takes long, patience grows, so that a slow network is not asked for the same bytes twice."""
+def test_patience_grows_on_a_slow_network():
+    """If every block is slow, none of them is late, and no byte is requested twice."""
     blocks = Blocks(4, 1, part_bytes=4, width=1)
     part = blocks.take(0.0)
     rest = take_all(blocks, now=0.0)

@@ -1,4 +1,4 @@
-"""Bodies: what a wrong one is told."""
+"""`decode` validates request bodies and names what is wrong."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ class User(Struct, tag_field="role", tag="user"):
     content: str | list[str]
 
 
-class Wanted(Struct):
+class ChatBody(Struct):
     messages: list[System | User]
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     n: Annotated[int, Meta(ge=1)] = 1
@@ -33,7 +33,7 @@ class Closed(Struct, forbid_unknown_fields=True):
     stream: bool = False
 
 
-def complaint(body: bytes | str, kind: type = Wanted) -> tuple[str, str | None]:
+def error_of(body: bytes | str, kind: type = ChatBody) -> tuple[str, str | None]:
     raw = body if isinstance(body, bytes) else body.encode()
     with pytest.raises(InvalidRequest) as caught:
         decode(Request("POST", "/", "id", body=raw), kind)
@@ -41,11 +41,11 @@ def complaint(body: bytes | str, kind: type = Wanted) -> tuple[str, str | None]:
     return caught.value.message, caught.value.param
 
 
-def test_a_good_body_is_decoded_and_unknown_fields_are_ignored() -> None:
-    """SDKs send fields that are newer than this server."""
-    wanted = decode(Request("POST", "/", "id", body=b'{"messages": [], "brand_new": {"x": 1}}'), Wanted)
+def test_unknown_fields_are_ignored() -> None:
+    """SDKs send fields that this server does not have yet."""
+    decoded = decode(Request("POST", "/", "id", body=b'{"messages": [], "brand_new": {"x": 1}}'), ChatBody)
 
-    assert Wanted(messages=[]) == wanted
+    assert ChatBody(messages=[]) == decoded
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_a_good_body_is_decoded_and_unknown_fields_are_ignored() -> None:
         ),
     ],
 )
-def test_a_wrong_field_is_named_with_what_it_may_be_and_what_it_was(body: str, message: str, param: str | None) -> None:
-    """The message says what was given and what is allowed; param is the field's path."""
-    assert (message, param) == complaint(body)
+def test_a_wrong_field_is_named_with_its_allowed_values(body: str, message: str, param: str | None) -> None:
+    """The message holds the value and what is allowed; `param` is the field's path."""
+    assert (message, param) == error_of(body)
 
 
-def test_an_unknown_field_is_refused_with_the_known_ones_where_the_type_says_so() -> None:
-    """A misspelt option of /load would otherwise be silently ignored."""
+def test_a_closed_type_refuses_unknown_fields() -> None:
+    """Otherwise a misspelt option of /load would be ignored silently."""
     expected = ("'rep' is not a field of this request; allowed: repo, stream.", "rep")
 
-    assert expected == complaint('{"rep": "x"}', Closed)
+    assert expected == error_of('{"rep": "x"}', Closed)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,15 @@ def test_an_unknown_field_is_refused_with_the_known_ones_where_the_type_says_so(
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', "The body is not valid UTF-8."),
     ],
 )
-def test_what_is_not_json_is_a_400_that_says_where(body: bytes, message: str) -> None:
-    """Broken syntax and broken UTF-8 never become a 500."""
-    assert (message, None) == complaint(body)
+def test_invalid_json_is_a_400_with_the_position(body: bytes, message: str) -> None:
+    """Syntax errors and invalid UTF-8 never become a 500."""
+    assert (message, None) == error_of(body)
 
 
 @pytest.mark.parametrize("body", [b'{"x":' + b"[" * 100_000, b'{"messages": [' + b'{"role":"user","content":["' * 9])
 def test_a_deeply_nested_or_cut_body_is_a_400(body: bytes) -> None:
-    """Nesting cannot exhaust the stack."""
-    message, param = complaint(body)
+    """Deep nesting cannot exhaust the stack."""
+    message, param = error_of(body)
 
     assert message.startswith("The body is")
     assert param is None
@@ -136,15 +136,15 @@ def test_a_deeply_nested_or_cut_body_is_a_400(body: bytes) -> None:
 
 @pytest.mark.parametrize("number", ["1e999", "9" * 400])
 def test_a_number_out_of_range_is_a_400(number: str) -> None:
-    """A number too large for its type is told as such, without repeating 400 digits."""
-    message, param = complaint(f'{{"messages": [], "temperature": {number}}}')
+    """The message names the field and does not repeat 400 digits."""
+    message, param = error_of(f'{{"messages": [], "temperature": {number}}}')
 
     assert param == "temperature"
     assert len(message) < 120
 
 
-def test_long_strings_are_not_echoed_whole() -> None:
-    """A message stays readable whatever was sent."""
-    message, _ = complaint('{"messages": [], "effort": "' + "x" * 5000 + '"}')
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    """A message stays short whatever the client sends."""
+    message, _ = error_of('{"messages": [], "effort": "' + "x" * 5000 + '"}')
 
     assert len(message) < 120

@@ -1,4 +1,4 @@
-"""Bucket: which connections it uses again."""
+"""Bucket: when a connection is reused."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def server() -> Iterator[tuple[Bucket, list[int]]]:
             thread.join()
 
 
-def test_a_connection_that_has_rested_is_not_used_again(
-    server: tuple[Bucket, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a freeze or a restore the peer has forgotten it; the wall clock is what has gone on meanwhile."""
+def test_an_idle_connection_is_not_reused(server: tuple[Bucket, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a freeze or restore the peer has closed it. Only the wall clock shows the pause; it may run backwards."""
     bucket, peers = server
     now = [1000.0]
     monkeypatch.setattr(module.time, "time", lambda: now[0])

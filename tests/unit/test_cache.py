@@ -1,4 +1,4 @@
-"""Cache: which slot a sequence gets, and how much of its prompt is there already."""
+"""Cache: which slot a sequence gets, and how much of its prompt is cached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.engine.interface import GenerationRequest
 
 
 class Memory:
-    """llama.cpp's memory calls over a dictionary. `partial` False: like a recurrent model's."""
+    """A fake of llama.cpp's memory calls. `partial=False` refuses to truncate a sequence, as a recurrent model does."""
 
     def __init__(self, partial: bool = True) -> None:
         self.partial = partial
@@ -40,25 +40,25 @@ def sequence(tokens: list[int], tenant: str = "") -> Sequence:
 
 
 def serve(cache: Cache, tokens: list[int], answer: list[int], tenant: str = "") -> int:
-    """One request from begin to end. Returns the tokens that were cached."""
-    one = sequence(tokens, tenant)
-    cached = cache.take(one)
-    assert one.slot is not None
-    one.slot.tokens = tokens + answer
-    cache.release(one)
+    """Run one request from start to end and return the number of cached tokens."""
+    served = sequence(tokens, tenant)
+    cached = cache.take(served)
+    assert served.slot is not None
+    served.slot.tokens = tokens + answer
+    cache.release(served)
     return cached
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
 def test_common_prefix(a: list[int], b: list[int]) -> None:
-    """The longest shared beginning, as a plain loop finds it."""
+    """The result equals that of a plain loop."""
     expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
     assert expected == common_prefix(a, b)
 
 
-def test_the_next_turn_finds_the_whole_conversation() -> None:
-    """Prompt and answer stay in the slot for the request that begins with both."""
+def test_the_next_turn_reuses_the_whole_conversation() -> None:
+    """Prompt and answer stay in the slot for a request that begins with both."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4, 5])
 
@@ -74,15 +74,15 @@ def test_the_same_prompt_leaves_one_token_to_decode() -> None:
 
 
 def test_another_tenant_never_gets_the_prefix() -> None:
-    """`cached_tokens` and timing would tell one key what another has asked."""
+    """Otherwise `cached_tokens` and timing would reveal one client's prompts to another."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4], tenant="a")
 
     assert serve(cache, [1, 2, 3], [4], tenant="b") == 0
 
 
-def test_a_short_shared_prefix_is_copied_and_the_long_conversation_stays() -> None:
-    """Sharing a system prompt must not cost somebody else's history."""
+def test_a_short_shared_prefix_is_copied() -> None:
+    """Sharing a system prompt must not evict another conversation's history."""
     memory = Memory()
     cache = Cache(memory, None, 2, trimmable=True)
     long = [1, 2, *range(100, 140)]
@@ -106,8 +106,8 @@ def test_a_busy_slot_shares_its_prefix_by_copy() -> None:
     assert first.slot is not second.slot
 
 
-def test_the_least_recently_used_prefix_goes_first() -> None:
-    """With all slots holding something, the oldest is overwritten."""
+def test_the_least_recently_used_prefix_is_overwritten() -> None:
+    """This applies when all slots are in use."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 1, 1], [])
     serve(cache, [2, 2, 2], [])
@@ -116,7 +116,7 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
     assert [slot.tokens for slot in cache.slots] == [[3, 3, 3], [2, 2, 2]]
 
 
-def test_evict_takes_idle_prefixes_only() -> None:
+def test_evict_removes_idle_prefixes_only() -> None:
     """A running sequence is never evicted."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 1, 1], [])
@@ -132,8 +132,8 @@ def test_evict_takes_idle_prefixes_only() -> None:
 
 
 @pytest.mark.parametrize(("following", "cached"), [([1, 2, 3, 4], 3), ([1, 2, 9], 0)])
-def test_a_recurrent_model_only_goes_on_from_its_end(following: list[int], cached: int) -> None:
-    """Its state cannot be cut back, so a prefix counts only if it is all the slot holds."""
+def test_a_recurrent_model_reuses_a_slot_only_as_a_whole(following: list[int], cached: int) -> None:
+    """Its state cannot be truncated."""
     cache = Cache(Memory(partial=False), None, 2, trimmable=False)
     serve(cache, [1, 2, 3], [])
 
@@ -141,7 +141,7 @@ def test_a_recurrent_model_only_goes_on_from_its_end(following: list[int], cache
 
 
 def test_cells_are_counted_once() -> None:
-    """A copied prefix takes no cells, whoever holds it; what follows it does, also when its source was cut back."""
+    """A copied prefix shares its KV cells. Tokens after it need their own, also after the source was truncated."""
     cache = Cache(Memory(), None, 3, trimmable=True)
     first, second, third = sequence([*range(10)]), sequence([0, 1, 2, 3, 50, 51]), sequence([0, 1, 2, 3, 50, 60])
     assert cache.needed(first) == 10
@@ -169,8 +169,8 @@ def test_cells_are_counted_once() -> None:
     assert cache.used() == 7
 
 
-def test_an_idle_prefix_needs_its_cells_when_it_is_used() -> None:
-    """Until then it gives way, so it is not counted as used."""
+def test_an_idle_prefix_counts_only_when_it_is_used() -> None:
+    """Until then it may be evicted, so its cells are not counted as used."""
     cache = Cache(Memory(), None, 2, trimmable=True)
     serve(cache, [1, 2, 3], [4])
 
@@ -179,8 +179,8 @@ def test_an_idle_prefix_needs_its_cells_when_it_is_used() -> None:
 
 
 @pytest.mark.parametrize(("oldest", "cached"), [(0, 6), (3, 6), (4, 0)])
-def test_a_prefix_counts_only_if_its_window_is_there(oldest: int, cached: int) -> None:
-    """A window of 4 tokens at the seventh sees the fourth to the sixth, which others may have overwritten."""
+def test_a_prefix_is_reused_only_if_its_window_is_cached(oldest: int, cached: int) -> None:
+    """With a window of 4, the seventh token attends to tokens four to six, which may have been overwritten."""
     memory = Memory()
     cache = Cache(memory, None, 1, trimmable=True, window=4)
     serve(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9], [10])

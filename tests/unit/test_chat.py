@@ -48,7 +48,7 @@ def events(stream: str) -> list[Any]:
 
 
 def test_a_completion_has_openais_shape() -> None:
-    """A whole answer has every field that the stock client reads, and usage that adds up."""
+    """A non-streaming answer has every field that OpenAI's client reads, and usage that adds up."""
     fake = fake_service(ScriptedEngine("Good day to you.", cached_tokens=3))
 
     status, body = post(fake)
@@ -86,8 +86,8 @@ def test_usage_counts_every_choice() -> None:
     assert body["usage"]["completion_tokens"] == 9
 
 
-def test_a_stream_is_openais_chunks() -> None:
-    """Role first, then text, then an empty delta with the finish reason, then [DONE]; one id, time and model in all."""
+def test_a_stream_has_openais_chunks() -> None:
+    """The role comes first, then text, an empty delta with finish_reason and [DONE]. All chunks share one id."""
     fake = fake_service(ScriptedEngine("one two"))
 
     status, stream = post(fake, stream=True)
@@ -107,7 +107,7 @@ def test_a_stream_is_openais_chunks() -> None:
 
 
 def test_a_completion_adds_up_from_its_chunks() -> None:
-    """With n choices and logprobs, the whole completion equals the fold of the stream's chunks."""
+    """With n choices and logprobs, the completion equals the fold of the stream's chunks."""
     fields: dict[str, Any] = {"n": 2, "logprobs": True, "max_tokens": 2, "stream_options": {"include_usage": True}}
     _, body = post(fake_service(ScriptedEngine("one two three")), **fields)
     _, stream = post(fake_service(ScriptedEngine("one two three")), stream=True, **fields)
@@ -135,8 +135,8 @@ def test_a_complete_answer_has_no_finish_cause(stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/extract"])
-def test_the_log_line_has_why_an_answer_ended(path: str, stream: bool) -> None:
-    """finish_reason for every answer, and finish_cause for one that was cut."""
+def test_the_log_line_says_why_an_answer_ended(path: str, stream: bool) -> None:
+    """Every answer has finish_reason; an answer that was cut also has finish_cause."""
     fields = {"messages": HELLO} if path.endswith("completions") else {"text": "Hello"}
 
     async def call(max_tokens: int) -> dict[str, object]:
@@ -167,8 +167,8 @@ def test_server_timing_has_the_times_that_are_final(stream: bool, expected: str)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_server_timing_is_left_out_before_the_first_token() -> None:
-    """A 200 that is sent while the request waits cannot know its times yet."""
+def test_server_timing_is_absent_before_the_first_token() -> None:
+    """A 200 that is sent while the request waits does not have its times yet."""
 
     async def call() -> dict[str, str]:
         response = await dispatch(fake_service(GatedEngine("one")).service, chat_request(stream=True))
@@ -179,7 +179,7 @@ def test_server_timing_is_left_out_before_the_first_token() -> None:
 
 
 def test_sampling_defaults_are_those_of_the_engine() -> None:
-    """They are defined once, in `Sampling`; a request without sampling fields changes none of them."""
+    """`Sampling` defines them, and a request without sampling fields changes none."""
     fake = fake_service()
 
     post(fake)
@@ -187,8 +187,8 @@ def test_sampling_defaults_are_those_of_the_engine() -> None:
     assert fake.engine.requests[0].sampling == Sampling()
 
 
-def test_a_stream_ends_with_usage_if_asked() -> None:
-    """With include_usage a last chunk without choices has the usage, and the others say null."""
+def test_include_usage_adds_a_last_chunk() -> None:
+    """The last chunk has the usage and no choices; the others have `"usage": null`."""
     fake = fake_service(ScriptedEngine("one two"))
 
     _, stream = post(fake, stream=True, stream_options={"include_usage": True})
@@ -199,8 +199,8 @@ def test_a_stream_ends_with_usage_if_asked() -> None:
     assert last["usage"]["completion_tokens"] == 2
 
 
-def test_streamed_choices_are_told_by_index() -> None:
-    """With n > 1 every choice has its own role, text and finish chunk."""
+def test_streamed_choices_have_an_index() -> None:
+    """With n > 1 every choice has its own text and finish chunk."""
     fake = fake_service(ScriptedEngine("one two"))
 
     _, stream = post(fake, stream=True, n=2)
@@ -213,7 +213,7 @@ def test_streamed_choices_are_told_by_index() -> None:
 
 
 class LogprobEngine(ScriptedEngine):
-    """Half a character in the first piece, the rest in the second."""
+    """Emit half of a character in the first token and the rest in the second."""
 
     def generate(self, request: Any) -> ScriptedGeneration:
         generation = super().generate(request)
@@ -226,7 +226,7 @@ class LogprobEngine(ScriptedEngine):
 
 
 def test_logprobs_have_bytes_and_alternatives() -> None:
-    """Every token has its logprob and exact bytes, also one that is only half a character."""
+    """Every token has its logprob and exact bytes, also half a character."""
     _, body = post(fake_service(LogprobEngine()), logprobs=True, top_logprobs=2)
 
     content = body["choices"][0]["logprobs"]["content"]
@@ -235,16 +235,16 @@ def test_logprobs_have_bytes_and_alternatives() -> None:
     assert content[0]["top_logprobs"][1] == {"token": "x", "logprob": -2.5, "bytes": [120]}
 
 
-def test_streamed_logprobs_lose_no_token() -> None:
-    """A token that adds no whole character still has its chunk when logprobs are on."""
+def test_streamed_logprobs_cover_every_token() -> None:
+    """With logprobs, a token without a whole character still gets a chunk."""
     _, stream = post(fake_service(LogprobEngine()), logprobs=True, stream=True)
 
-    found = [event["choices"][0]["logprobs"] for event in events(stream)[:-1]]
-    assert [token["bytes"] for one in found if one for token in one["content"]] == [[0xC3], [0xA9]]
+    logprobs = [event["choices"][0]["logprobs"] for event in events(stream)[:-1]]
+    assert [token["bytes"] for entry in logprobs if entry for token in entry["content"]] == [[0xC3], [0xA9]]
 
 
-def test_settings_reach_the_engine() -> None:
-    """What a client sets is what the engine is asked for; max_completion_tokens wins over max_tokens."""
+def test_sampling_fields_reach_the_engine() -> None:
+    """The engine gets the client's values; max_completion_tokens takes precedence over max_tokens."""
     fake = fake_service()
 
     post(
@@ -265,30 +265,30 @@ def test_settings_reach_the_engine() -> None:
         response_format={"type": "json_object"},
     )
 
-    asked = fake.engine.requests[0]
-    sampling = asked.sampling
+    request = fake.engine.requests[0]
+    sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 0, 0.1)
     assert (sampling.repeat_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 1.0, -1.0)
     assert (sampling.seed, dict(sampling.logit_bias)) == (7, {5: -100.0})
-    assert asked.stop[:2] == ("END", "\n\n")
-    assert asked.max_tokens == 3
-    assert asked.top_logprobs == 0
-    assert asked.grammar is not None
+    assert request.stop[:2] == ("END", "\n\n")
+    assert request.max_tokens == 3
+    assert request.top_logprobs == 0
+    assert request.grammar is not None
 
 
-@pytest.mark.parametrize(("given", "sent"), [(5e-324, 0.0), (0, 0.0), (1e-4, 1e-4), (2, 2.0)])
-def test_a_vanishing_temperature_is_none(given: float, sent: float) -> None:
-    """A temperature that 32 bits cannot divide by means the likeliest token."""
+@pytest.mark.parametrize(("temperature", "expected"), [(5e-324, 0.0), (0, 0.0), (1e-4, 1e-4), (2, 2.0)])
+def test_a_tiny_temperature_is_zero(temperature: float, expected: float) -> None:
+    """A temperature that a 32-bit float cannot divide by means greedy sampling."""
     fake = fake_service()
 
-    post(fake, temperature=given)
+    post(fake, temperature=temperature)
 
-    assert fake.engine.requests[0].sampling.temperature == sent
+    assert fake.engine.requests[0].sampling.temperature == expected
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 4294967295, -(2**63), 2**63 - 1])
-def test_any_64_bit_seed_is_a_seed(seed: int) -> None:
-    """No seed falls on llama.cpp's value for "draw one"."""
+def test_any_64_bit_seed_is_valid(seed: int) -> None:
+    """No seed maps to llama.cpp's value for a random seed."""
     fake = fake_service()
 
     post(fake, seed=seed)
@@ -298,8 +298,8 @@ def test_any_64_bit_seed_is_a_seed(seed: int) -> None:
     assert 0 <= sent < 0xFFFF_FFFF
 
 
-def test_nulls_are_absent_and_unknown_fields_pass() -> None:
-    """An explicit null is an absent field; fields we do not know have no effect."""
+def test_null_and_unknown_fields_are_ignored() -> None:
+    """An explicit null is an absent field."""
     names = "model max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n logit_bias logprobs "
     names += "top_logprobs stream stream_options response_format tools tool_choice presence_penalty"
     fake = fake_service()
@@ -310,8 +310,8 @@ def test_nulls_are_absent_and_unknown_fields_pass() -> None:
     assert fake.engine.requests[0].sampling.temperature == 1.0
 
 
-def test_an_answer_has_a_bound_unless_it_is_switched_off() -> None:
-    """MAX_TOKENS bounds an answer whose request does not; 0 means until the context is full."""
+def test_max_tokens_has_a_default_bound() -> None:
+    """MAX_TOKENS limits requests that set no limit; with 0 the context is the limit."""
     default, own, off = fake_service(), fake_service(max_tokens=77), fake_service(max_tokens=0)
 
     for fake in (default, own, off):
@@ -337,7 +337,7 @@ def test_an_answer_has_a_bound_unless_it_is_switched_off() -> None:
     ],
 )
 def test_fields_that_would_change_the_answer_are_refused(field: str, value: Any, instead: str) -> None:
-    """An answer that ignores them would be the answer to another request."""
+    """Ignoring them would answer a different request."""
     fake = fake_service()
 
     status, body = post(fake, **{field: value})
@@ -349,8 +349,8 @@ def test_fields_that_would_change_the_answer_are_refused(field: str, value: Any,
     assert fake.engine.requests == []
 
 
-def test_unsupported_fields_pass_with_the_value_that_changes_nothing() -> None:
-    """Clients send their defaults; so does `parallel_tool_calls` without tools."""
+def test_unsupported_fields_pass_with_neutral_values() -> None:
+    """Clients send their defaults, for example `parallel_tool_calls` without tools."""
     neutral = {"chat_template_kwargs": {}, "repetition_penalty": 1.0, "best_of": 1, "typical_p": 1.0, "min_tokens": 0}
     neutral |= {"reasoning_effort": None, "add_generation_prompt": True, "verbosity": "medium", "grammar": ""}
     fake = fake_service()
@@ -360,8 +360,8 @@ def test_unsupported_fields_pass_with_the_value_that_changes_nothing() -> None:
     assert status == 200
 
 
-def test_all_roles_and_kinds_of_content_are_read() -> None:
-    """Developer speaks as system, parts are joined, null is nothing, a tool's history is kept."""
+def test_all_roles_and_kinds_of_content_are_rendered() -> None:
+    """The developer role becomes system, parts are joined, null is empty and tool messages stay."""
     fake = fake_service()
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -455,7 +455,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("fields", "param", "words"), BAD, ids=lambda value: json.dumps(value)[:50])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_bad_value_is_a_400_that_names_it(fields: dict[str, Any], param: str, words: str, stream: bool) -> None:
-    """Every field out of its range is a 400 with `param` and what is allowed, streamed or not, before any token."""
+    """The error has `param` and what is allowed, streamed or not, before any token is generated."""
     fake = fake_service()
 
     status, body = post(fake, **{"stream": stream, **fields})
@@ -467,8 +467,8 @@ def test_a_bad_value_is_a_400_that_names_it(fields: dict[str, Any], param: str, 
     assert fake.engine.requests == []
 
 
-def test_an_unknown_model_is_a_404_with_the_names_that_exist() -> None:
-    """No other model ever answers under an unknown name."""
+def test_an_unknown_model_is_a_404_that_lists_the_models() -> None:
+    """No other model answers under an unknown name."""
     status, body = post(fake_service(model_aliases=("small",)), model="gpt-4o")
 
     assert status == 404
@@ -477,16 +477,16 @@ def test_an_unknown_model_is_a_404_with_the_names_that_exist() -> None:
 
 
 @pytest.mark.parametrize(("aliases", "name"), [(("small",), "small"), (("*",), "gpt-4o"), ((), "fake-1b"), ((), None)])
-def test_aliases_and_the_served_name_are_answered(aliases: tuple[str, ...], name: str | None) -> None:
-    """An alias, `*`, the name itself or none: the answer says which model it was."""
+def test_the_served_name_and_its_aliases_are_accepted(aliases: tuple[str, ...], name: str | None) -> None:
+    """A request may use an alias, any name with `*`, the real name or none. The answer has the real name."""
     status, body = post(fake_service(model_aliases=aliases), model=name)
 
     assert (status, body["model"]) == (200, "fake-1b")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_long_prompt_is_a_400_with_both_numbers(stream: bool) -> None:
-    """A prompt over the context is context_length_exceeded, also for a stream."""
+def test_a_prompt_over_the_context_is_a_400(stream: bool) -> None:
+    """The code is context_length_exceeded, also for a stream."""
     status, body = post(fake_service(), stream=stream, messages=[{"role": "user", "content": "x" * 1000}])
 
     assert status == 400
@@ -496,8 +496,8 @@ def test_a_long_prompt_is_a_400_with_both_numbers(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_to_serve_is_a_503(stream: bool) -> None:
-    """Without a model a stream, too, is refused with a status."""
+def test_without_a_model_a_request_is_a_503(stream: bool) -> None:
+    """A stream is refused with a status, too."""
     fake = fake_service(host=FakeHost(None))
 
     status, body = post(fake, stream=stream)
@@ -507,8 +507,8 @@ def test_nothing_to_serve_is_a_503(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unforeseen_error_keeps_its_words(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A stranger's exception is a 500 whose text stays in the log."""
+def test_an_unexpected_error_is_logged_and_not_sent(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets a 500 without the exception's text."""
     status, body = post(fake_service(ScriptedEngine(error=RuntimeError("secret inside"))), stream=stream)
 
     assert status == 500
@@ -517,7 +517,7 @@ def test_an_unforeseen_error_keeps_its_words(stream: bool, caplog: pytest.LogCap
 
 
 class BreakingEngine(ScriptedEngine):
-    """Fails after its first piece."""
+    """An engine that fails after some pieces."""
 
     def generate(self, request: Any) -> ScriptedGeneration:
         generation = super().generate(request)
@@ -532,7 +532,7 @@ class BreakingEngine(ScriptedEngine):
 
 
 def test_a_late_error_is_an_event_before_done() -> None:
-    """What goes wrong after the first byte is told as one error event, then [DONE]."""
+    """A failure after the first byte is sent as one error event, then [DONE]."""
     status, stream = post(fake_service(BreakingEngine("a b c d")), stream=True)
 
     *_, error, done = events(stream)
@@ -542,7 +542,7 @@ def test_a_late_error_is_an_event_before_done() -> None:
 
 
 class LoadingHost(FakeHost):
-    """Loads until `loaded` is set, then lends its engine or fails."""
+    """A host that loads until `loaded` is set and then returns its engine or fails."""
 
     def __init__(self, engine: ScriptedEngine, error: Exception | None = None) -> None:
         super().__init__(engine, status="available")
@@ -582,8 +582,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_stream_tells_the_progress_of_a_load() -> None:
-    """While the model loads, the stream is open and reports the progress; then it is like any other."""
+def test_a_stream_reports_the_progress_of_a_load() -> None:
+    """While the model loads, the open stream holds comments with the progress. Then it continues as usual."""
     status, stream = stream_while_loading(LoadingHost(ScriptedEngine("one two")))
 
     assert status == 200
@@ -593,15 +593,15 @@ def test_a_stream_tells_the_progress_of_a_load() -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_load_that_fails_late_is_an_error_event() -> None:
-    """Once the 200 is out, a failed load is an error event and [DONE]."""
+    """After the 200 was sent, a failed load becomes an error event and [DONE]."""
     status, stream = stream_while_loading(LoadingHost(ScriptedEngine(), ModelUnavailable("No space left.")))
 
     error, done = events(stream)
     assert (status, error["error"]["message"], done) == (200, "No space left.", "data: [DONE]")
 
 
-def test_a_load_that_fails_at_once_is_a_status() -> None:
-    """A load that fails before the 200 is out is a 503, stream or not."""
+def test_a_load_that_fails_at_once_is_a_503() -> None:
+    """Before the 200 was sent, a failed load has its own status, also for a stream."""
     engine = ScriptedEngine()
     host = LoadingHost(engine, ModelUnavailable("No."))
     host.loaded.set()
@@ -613,8 +613,8 @@ def test_a_load_that_fails_at_once_is_a_status() -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("chunks", [0, 1])
-def test_a_client_gone_while_loading_leaves_nothing(chunks: int) -> None:
-    """Closing a stream whose model still loads cancels the wait for it."""
+def test_a_disconnect_while_loading_leaves_nothing_running(chunks: int) -> None:
+    """Closing a stream whose model is still loading cancels the wait."""
     engine = ScriptedEngine()
     fake = fake_service(engine, host=LoadingHost(engine))
 
@@ -631,8 +631,8 @@ def test_a_client_gone_while_loading_leaves_nothing(chunks: int) -> None:
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 3])
-def test_an_abandoned_stream_frees_the_model(chunks: int) -> None:
-    """Closing a stream, started or not, cancels its generation and gives the lease back."""
+def test_an_abandoned_stream_releases_the_model(chunks: int) -> None:
+    """Closing a stream, started or not, cancels its generation and releases the lease."""
     fake = fake_service(ScriptedEngine("a b c d", endless=True, delay=0.001))
 
     async def leave() -> None:
@@ -648,8 +648,8 @@ def test_an_abandoned_stream_frees_the_model(chunks: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_gone_before_the_first_token_frees_the_model(stream: bool) -> None:
-    """Cancelling the handler while it waits for the first piece leaves neither a lease nor a generation."""
+def test_a_disconnect_before_the_first_token_releases_the_model(stream: bool) -> None:
+    """Cancelling the handler while it waits for the first token leaves neither a lease nor a generation."""
     fake = fake_service(ScriptedEngine("a b", delay=60))
 
     async def leave() -> None:
@@ -664,8 +664,8 @@ def test_a_client_gone_before_the_first_token_frees_the_model(stream: bool) -> N
     assert (fake.host.leases, fake.engine.running) == (0, 0)
 
 
-def test_silence_is_broken_by_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream in which nothing happens sends `: ping`, so that no proxy takes it for dead."""
+def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`: ping` stops proxies from closing the connection."""
     monkeypatch.setattr(sse, "SILENCE_S", 0.02)
     fake = fake_service(ScriptedEngine("a b", delay=0.1))
 
@@ -675,8 +675,8 @@ def test_silence_is_broken_by_a_comment(monkeypatch: pytest.MonkeyPatch) -> None
     assert [event["choices"][0]["delta"].get("content") for event in events(stream)[:-1]] == ["", "a ", "b", None]
 
 
-def test_the_platforms_deadline_is_kept_with_a_margin() -> None:
-    """The engine is told to end DEADLINE_MARGIN_S before the platform would cut the connection."""
+def test_the_engine_ends_before_the_platforms_deadline() -> None:
+    """The engine's deadline is DEADLINE_MARGIN_S before the platform's."""
     fake = fake_service(deadline_margin_s=2.0)
 
     async def call() -> None:
@@ -687,7 +687,7 @@ def test_the_platforms_deadline_is_kept_with_a_margin() -> None:
 
 
 def test_keys_do_not_share_prefixes() -> None:
-    """Every key is a tenant of its own to the engine, told by its digest."""
+    """Each key is a tenant of its own, named by a digest."""
     from core.settings import keys
 
     fake = fake_service(api_keys=keys("one,two"))
@@ -703,8 +703,8 @@ def test_keys_do_not_share_prefixes() -> None:
     assert "one" not in first
 
 
-def test_a_model_without_a_template_stops_at_chatml() -> None:
-    """ChatML's end marks are stop strings for a model that may not have them as tokens."""
+def test_a_model_without_a_template_stops_at_chatml_marks() -> None:
+    """They are stop strings, because the model may not have them as tokens."""
     fake = fake_service(ScriptedEngine(card=replace(CARD, chat_template=None)))
 
     post(fake, stop="x")
@@ -713,8 +713,8 @@ def test_a_model_without_a_template_stops_at_chatml() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_stream_that_waits_for_its_first_token_is_not_silent() -> None:
-    """Queued, or with a long prompt to read: the 200 is out with comments, although the model is ready."""
+def test_a_stream_sends_comments_before_its_first_token() -> None:
+    """While a request is queued or in prefill, the 200 and comments are sent."""
 
     async def main() -> None:
         engine = GatedEngine("one two")
@@ -731,12 +731,12 @@ def test_a_stream_that_waits_for_its_first_token_is_not_silent() -> None:
 
 
 def test_the_first_comment_comes_within_five_seconds() -> None:
-    """Also for a request that is queued."""
+    """This includes requests that are queued."""
     assert max(reply.PATIENCE_S, reply.GRACE_S) + reply.WAITING_S <= 5
 
 
 class GatedEngine(ScriptedEngine):
-    """Says nothing before `gate` is set."""
+    """An engine that generates nothing until `gate` is set."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -758,7 +758,7 @@ class GatedGeneration(ScriptedGeneration):
 
 
 class SwappingHost(FakeHost):
-    """The model is swapped while a request waits for it."""
+    """A host that swaps its model while a request waits for it."""
 
     async def lease(self, deadline: float | None = None) -> Any:
         self.engine = ScriptedEngine("Hello", card=replace(CARD, name="another-2b"))
@@ -767,8 +767,8 @@ class SwappingHost(FakeHost):
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/extract"])
 @pytest.mark.parametrize("model", ["fake-1b", "alias", "another-2b", None])
-def test_a_named_model_is_never_answered_by_another_one(path: str, model: str | None) -> None:
-    """The name is checked again with the engine in hand. An alias and no name mean whatever is served."""
+def test_a_named_model_is_never_replaced_by_another(path: str, model: str | None) -> None:
+    """The name is checked again after the lease. An alias or no name means the served model."""
     engine = ScriptedEngine("{}")
     host = SwappingHost(engine)
     fake = fake_service(engine, host=host, model_aliases=("alias",))
@@ -779,16 +779,16 @@ def test_a_named_model_is_never_answered_by_another_one(path: str, model: str | 
     async def main() -> tuple[int, Any]:
         return await read(await dispatch(fake.service, request))
 
-    status, answered = asyncio.run(main())
-    if model in ("fake-1b", "another-2b"):  # the latter was not served yet when the request came
-        assert (status, answered["error"]["code"]) == (404, "model_not_found")
+    status, answer = asyncio.run(main())
+    if model in ("fake-1b", "another-2b"):  # the second was not served yet when the request arrived
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
     else:
-        assert (status, answered["model"]) == (200, "another-2b")
+        assert (status, answer["model"]) == (200, "another-2b")
     assert host.leases == 0
 
 
 def test_a_slow_reader_does_not_hold_the_model() -> None:
-    """The engine goes back with the last piece, however long the client takes to read the stream."""
+    """The lease ends with the last token, however slowly the client reads the stream."""
 
     async def main() -> None:
         fake = fake_service(ScriptedEngine("one two"))

@@ -15,7 +15,7 @@ PERSON = {
 
 
 def byte_tokenizer() -> Any:
-    """One token a byte, and an end token."""
+    """Return a tokenizer with one token per byte and an end token."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     class Bytes:
@@ -31,7 +31,7 @@ def byte_tokenizer() -> Any:
 
 
 def accepts(schema: dict[str, Any], text: str) -> bool:
-    """Whether the grammar lets `text` through and may, and then must, end after it."""
+    """Whether the grammar accepts `text` and allows the end token after it."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(byte_tokenizer(), constraints.grammar(schema, "schema"))
@@ -66,14 +66,14 @@ def accepts(schema: dict[str, Any], text: str) -> bool:
         ({"title": "T", "x-order": 1, "default": 1, "examples": [1], "type": "integer"}, ["1"], ['"1"']),
     ],
 )  # fmt: skip
-def test_the_grammar_is_the_schema(schema: dict[str, Any], yes: list[str], no: list[str]) -> None:
-    """What the schema allows passes in the order of its properties and with fixed white space; nothing else does."""
+def test_the_grammar_accepts_what_the_schema_allows(schema: dict[str, Any], yes: list[str], no: list[str]) -> None:
+    """Properties come in the schema's order and white space is fixed. Other texts are rejected."""
     assert [text for text in yes if not accepts(schema, text)] == []
     assert [text for text in no if accepts(schema, text)] == []
 
 
 def test_an_object_ends_with_its_brace() -> None:
-    """After the closing brace only the end is left: no white space to go on with for ever."""
+    """After the closing brace only the end token is allowed, so the model cannot emit endless white space."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(byte_tokenizer(), constraints.grammar(PERSON, "schema"))
@@ -83,7 +83,7 @@ def test_an_object_ends_with_its_brace() -> None:
 
 
 def test_separators_and_names_are_forced() -> None:
-    """Names and separators of required properties need no sampling."""
+    """Names and separators of required properties are not sampled."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(byte_tokenizer(), constraints.grammar(PERSON, "schema"))
@@ -109,8 +109,8 @@ def test_separators_and_names_are_forced() -> None:
         ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "'$ref to file:///etc/passwd' at #/properties/a"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused_by_name(schema: dict[str, Any], keyword: str) -> None:
-    """An unsupported, misspelt or foreign keyword is never dropped: it is named, with its place."""
+def test_an_unsupported_keyword_is_refused_by_name(schema: dict[str, Any], keyword: str) -> None:
+    """Unsupported, misspelt and foreign keywords are never ignored; the message names the keyword and its path."""
     with pytest.raises(InvalidRequest) as caught:
         constraints.grammar(schema, "schema")
 
@@ -141,8 +141,8 @@ def test_properties_may_be_named_like_keywords(name: str) -> None:
         ({"prefixItems": {"a": 1}}, "cannot be enforced"),
     ],
 )
-def test_a_schema_that_cannot_hold_is_refused(schema: dict[str, Any], words: str) -> None:
-    """A wrong or unsatisfiable schema is a 400 that says why."""
+def test_an_invalid_schema_is_refused(schema: dict[str, Any], words: str) -> None:
+    """An invalid or unsatisfiable schema is a 400 with the reason."""
     with pytest.raises(InvalidRequest) as caught:
         constraints.grammar(schema, "response_format")
 
@@ -152,7 +152,7 @@ def test_a_schema_that_cannot_hold_is_refused(schema: dict[str, Any], words: str
 
 
 def test_a_deep_schema_is_refused() -> None:
-    """Nesting is bounded, in schemas and in their data, far below what could break a parser."""
+    """Nesting is limited in schemas and their data, far below a depth that could break a parser."""
     for key in ("items", "const"):
         schema: dict[str, Any] = {}
         for _ in range(5000):
@@ -162,6 +162,6 @@ def test_a_deep_schema_is_refused() -> None:
 
 
 def test_a_large_schema_is_refused() -> None:
-    """Size is bounded; the message has both numbers."""
+    """The message holds the size and the limit."""
     with pytest.raises(InvalidRequest, match=r"has 1\d{5} bytes as JSON; at most 65536"):
         constraints.grammar({"enum": ["x" * 100_000]}, "schema")

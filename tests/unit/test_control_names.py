@@ -1,4 +1,4 @@
-"""A client's words are never control tokens: on real vocabularies, user-defined tokens included."""
+"""Text from a client never becomes control tokens, including user-defined ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def control(tiny_engine: Callable[..., Llama]) -> Llama:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=WORDS, role=st.sampled_from(["user", "assistant", "system", "tool"]))
-def test_words_stay_text_and_lose_nothing(control: Llama, words: str, role: str) -> None:
+def test_names_in_messages_stay_text(control: Llama, words: str, role: str) -> None:
     prompt, harmless = _prompt(control, words, role), _prompt(control, "x", role)
     special = _ids(control, NAMES)
 
@@ -50,21 +50,21 @@ def test_words_stay_text_and_lose_nothing(control: Llama, words: str, role: str)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_llama_cpp_itself_would_make_each_name_a_token(control: Llama, name: str) -> None:
-    """What the guard is there for. User-defined ones become tokens even where control tokens are switched off."""
+def test_llama_cpp_turns_each_name_into_a_token(control: Llama, name: str) -> None:
+    """This is why the guard exists. User-defined names become tokens even with special=False."""
     assert len(control.tokenize(name, special=True)) == 1
     assert (len(control.tokenize(name, special=False)) == 1) is (name in USER_DEFINED)
 
 
-def test_words_without_names_are_tokenized_as_llama_cpp_does(control: Llama) -> None:
+def test_text_without_names_is_tokenized_as_llama_cpp_does(control: Llama) -> None:
     rendered = "<|im_start|>user\nA <b> [x] & <|y|>\n<|im_end|>\n<|im_start|>assistant\n"
 
     assert _prompt(control, "A <b> [x] & <|y|>\n") == tuple(control.tokenize(rendered, special=True))
 
 
 @pytest.mark.parametrize("words", ["a [INST] b", "[INST]", "[/INST][INST] x", "a</s>b\n[INST]\n", "<s>"])
-def test_a_vocabulary_that_puts_spaces_in_front_puts_one(words: str, tiny_engine: Callable[..., Llama]) -> None:
-    """Text with names has the spaces of text without them: one at the beginning, none where a name is cut."""
+def test_a_space_prefix_is_added_once(words: str, tiny_engine: Callable[..., Llama]) -> None:
+    """Text with names gets the same spaces as text without: one at the start, none where a name is split."""
     engine = tiny_engine("spaced")
     harmless = words
     for name in ("[INST]", "[/INST]", "</s>", "<s>"):
@@ -90,10 +90,10 @@ def test_overlapping_names_are_all_found() -> None:
 @pytest.mark.parametrize(
     "name", ["<think>", "<|channel|>", "[TOOL_CALLS]", "<\uff5ctool\u2581call\uff5c>", "<unused7>", "<s>"]
 )
-def test_markup_is_told_from_text(name: str) -> None:
+def test_markup_is_recognised(name: str) -> None:
     assert is_markup(name)
 
 
 @pytest.mark.parametrize("name", ["<td>", "</table>", "<h1>", "\n\n", "\u2581\u2581\u2581", "word", "é"])
-def test_text_that_a_vocabulary_holds_whole_stays_whole(name: str) -> None:
+def test_other_tokens_are_not_markup(name: str) -> None:
     assert not is_markup(name)

@@ -1,4 +1,4 @@
-"""A deadline before the first token is an error; after it the answer ends early."""
+"""A deadline before the first token is an error; after it, the answer ends early."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fakes import FakeHost, fake_service
 from tests.unit.test_chat import chat_request, events, read
 
 
-def _ask(engine: Llama, words: str, seconds: float, **fields: Any) -> tuple[int, Any]:
+def _chat(engine: Llama, words: str, seconds: float, **fields: Any) -> tuple[int, Any]:
     host = FakeHost(engine)  # type: ignore[arg-type]
     fake = fake_service(host=host, deadline_margin_s=0.0, max_tokens=0)
     bias = {"1": -100, "2": -100}
@@ -31,31 +31,31 @@ def _ask(engine: Llama, words: str, seconds: float, **fields: Any) -> tuple[int,
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_is_not_read_in_time_is_a_504(stream: bool, tiny_engine: Callable[..., Llama]) -> None:
-    """An empty 200 would look like an answer. A thousand decode calls for the prompt take many seconds."""
+def test_a_deadline_during_prefill_is_a_504(stream: bool, tiny_engine: Callable[..., Llama]) -> None:
+    """An empty 200 would look like an answer. Prefill takes a thousand decode calls here, which is many seconds."""
     engine = tiny_engine("llama", n_ctx=8192, n_batch=8)
 
-    status, body = _ask(engine, "x" * 8000, 1.0, stream=stream)
+    status, body = _chat(engine, "x" * 8000, 1.0, stream=stream)
 
     assert (status, body["error"]["code"]) == (504, "timeout")
     assert "before the first token: the prompt has 80" in body["error"]["message"]
     assert engine.stats()["completion_tokens"] == 0
 
 
-def test_an_answer_that_has_begun_ends_with_length(tiny_engine: Callable[..., Llama]) -> None:
+def test_an_answer_cut_by_the_deadline_ends_with_length(tiny_engine: Callable[..., Llama]) -> None:
     engine = tiny_engine("llama", n_ctx=8192)
 
-    status, body = _ask(engine, "x", 1.0)
+    status, body = _chat(engine, "x", 1.0)
 
     assert status == 200
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] > 0
 
 
-def test_a_stream_that_has_begun_ends_with_length(tiny_engine: Callable[..., Llama]) -> None:
+def test_a_stream_cut_by_the_deadline_ends_with_length(tiny_engine: Callable[..., Llama]) -> None:
     engine = tiny_engine("llama", n_ctx=8192)
 
-    status, stream = _ask(engine, "x", 1.0, stream=True)
+    status, stream = _chat(engine, "x", 1.0, stream=True)
 
     assert status == 200
     *_, last, done = events(stream)

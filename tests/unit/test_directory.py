@@ -1,4 +1,4 @@
-"""Local models: what is listed, what a client may name, and what its name finds."""
+"""Local models: which are listed, and which file a client's name refers to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def describe(path: Path, **changes: object) -> Sidecar:
     stat = path.stat()
-    known = {
+    fields = {
         "origin": "hf://org/repo/model.gguf",
         "source": "huggingface",
         "sha256": "a" * 64,
@@ -35,11 +35,11 @@ def describe(path: Path, **changes: object) -> Sidecar:
         "revision": "main",
         "commit": "c" * 40,
     }
-    return Sidecar(**{**known, **changes})  # type: ignore[arg-type]
+    return Sidecar(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def test_models_are_listed_by_name_wherever_they_lie(folder: Path) -> None:
-    """Subfolders are searched; hidden files, other files, and models that are not whole are left out."""
+def test_models_are_listed_by_name(folder: Path) -> None:
+    """Subfolders are searched. Hidden files, other files and incomplete models are left out."""
     for name in ("b.gguf", "sub/a.GGUF", ".part.gguf", ".cache/x.gguf", "notes.txt"):
         files.write(folder, name, MODEL)
     for name, content in files.split_model("big", 3).items():
@@ -52,8 +52,8 @@ def test_models_are_listed_by_name_wherever_they_lie(folder: Path) -> None:
     assert models[1].size_bytes == sum(map(len, files.split_model("big", 3).values()))
 
 
-def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
-    """A fresh installation has no MODELS_DIR yet."""
+def test_a_missing_folder_holds_no_models(tmp_path: Path) -> None:
+    """A new installation has no MODELS_DIR yet."""
     store = Store(tmp_path / "none")
 
     assert store.list() == ()
@@ -62,7 +62,7 @@ def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_is_found_by_its_name_or_its_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative to MODELS_DIR, absolute inside it, or relative to the working directory."""
+    """The path is relative to MODELS_DIR, absolute inside it, or relative to the working directory."""
     path = files.write(folder, "sub/a.gguf", MODEL)
     monkeypatch.chdir(folder.parent)
     store = Store(Path("models"))
@@ -91,7 +91,7 @@ def test_a_model_is_found_by_its_name_or_its_path(folder: Path, monkeypatch: pyt
     ],
 )
 def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
-    """Parent folders, absolute paths, links and bytes that no path has are the client's mistake."""
+    """Parent folders, absolute paths, links and invalid bytes are a 400."""
     outside = files.write(folder.parent, "outside.gguf", MODEL)
     (folder / "link.gguf").symlink_to(outside)
     (folder / "linked").symlink_to(folder.parent)
@@ -103,14 +103,14 @@ def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
     assert store.list() == ()
 
 
-def test_a_name_that_no_file_system_takes_is_just_not_there(folder: Path) -> None:
-    """A component of 300 bytes raises in the kernel; a client hears 404."""
+def test_a_name_that_is_too_long_is_not_found(folder: Path) -> None:
+    """The kernel refuses a component of 300 bytes; the client gets a 404."""
     with pytest.raises(ModelNotFound):
         Store(folder).locate("x" * 300 + ".gguf")
 
 
-def test_a_loop_of_links_is_just_not_there(folder: Path) -> None:
-    """A folder that was mounted or copied wrongly breaks neither the list nor the look-up."""
+def test_a_loop_of_links_is_not_found(folder: Path) -> None:
+    """A folder that was mounted or copied wrongly breaks neither `list` nor `locate`."""
     (folder / "a.gguf").symlink_to(folder / "b.gguf")
     (folder / "b.gguf").symlink_to(folder / "a.gguf")
 
@@ -119,15 +119,15 @@ def test_a_loop_of_links_is_just_not_there(folder: Path) -> None:
         Store(folder).locate("a.gguf")
 
 
-def test_a_missing_model_is_answered_with_those_that_exist(folder: Path) -> None:
-    """404, and what to say instead."""
+def test_the_error_for_a_missing_model_lists_those_that_exist(folder: Path) -> None:
+    """It is a 404 that names the alternatives."""
     files.write(folder, "b.gguf", MODEL)
     with pytest.raises(ModelNotFound, match=r"no model 'c\.gguf'.*There are: b\.gguf"):
         Store(folder).locate("c.gguf")
 
 
 def test_allowed_files_are_served_from_anywhere(folder: Path) -> None:
-    """The configured, embedded or baked model may lie elsewhere, also behind a link as in a hub cache."""
+    """The configured, embedded or baked model may be outside MODELS_DIR, also behind a link as in a hub cache."""
     blob = files.write(folder.parent, "blobs/0123", MODEL)
     link = folder.parent / "snapshot" / "nice.gguf"
     link.parent.mkdir()
@@ -141,7 +141,7 @@ def test_allowed_files_are_served_from_anywhere(folder: Path) -> None:
 
 
 def test_a_damaged_model_is_refused_with_the_reason(folder: Path) -> None:
-    """Truncated, foreign, or no .gguf at all."""
+    """The file may be truncated, of another format, or not named .gguf."""
     files.write(folder, "cut.gguf", MODEL[:-100])
     files.write(folder, "page.gguf", b"<html>" + MODEL)
     files.write(folder, "model.bin", MODEL)
@@ -151,8 +151,8 @@ def test_a_damaged_model_is_refused_with_the_reason(folder: Path) -> None:
             store.locate(name)
 
 
-def test_a_header_is_checked_once_for_each_version_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check costs tens of milliseconds: not again while the file is the same."""
+def test_a_header_is_checked_once_per_version_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check takes tens of milliseconds, so it is not repeated while the file is unchanged."""
     path = files.write(folder, "a.gguf", MODEL)
     read: list[Path] = []
     monkeypatch.setattr(gguf, "read_header", read.append)
@@ -167,7 +167,7 @@ def test_a_header_is_checked_once_for_each_version_of_a_file(folder: Path, monke
 
 
 def test_a_published_file_is_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sidecar says that it passed; a cold start need not read the header twice."""
+    """Its sidecar records the check, so a cold start does not read the header twice."""
     path = files.write(folder, "model.gguf", MODEL)
     sidecar.write(path, describe(path))
     monkeypatch.setattr(gguf, "read_header", lambda _path: pytest.fail("read again"))
@@ -175,23 +175,23 @@ def test_a_published_file_is_not_checked_again(folder: Path, monkeypatch: pytest
     assert Store(folder).locate("model.gguf") == path
 
 
-def test_a_sidecar_speaks_only_for_its_file(folder: Path) -> None:
-    """After size or time have changed it is not believed; it may still say whose place it is."""
+def test_a_sidecar_is_valid_only_for_its_file(folder: Path) -> None:
+    """`read` ignores it once size or mtime have changed. `peek` still returns it, because it names the file's owner."""
     path = files.write(folder, "model.gguf", MODEL)
-    known = describe(path)
-    sidecar.write(path, known)
-    assert sidecar.read(path) == known
-    os.utime(path, ns=(known.mtime_ns, known.mtime_ns // 10**9 * 10**9))
-    assert sidecar.read(path) == known, "an image layer keeps whole seconds"
+    expected = describe(path)
+    sidecar.write(path, expected)
+    assert sidecar.read(path) == expected
+    os.utime(path, ns=(expected.mtime_ns, expected.mtime_ns // 10**9 * 10**9))
+    assert sidecar.read(path) == expected, "image layers store whole seconds"
     os.utime(path, ns=(1, 1))
 
     assert sidecar.read(path) is None
-    assert sidecar.peek(path) == known
+    assert sidecar.peek(path) == expected
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"origin": 1}', "null", '"x"', "\udcff"])
 def test_a_damaged_sidecar_is_none(folder: Path, text: str) -> None:
-    """Whatever is in it, it does not fail and is not believed."""
+    """Invalid content is ignored and raises nothing."""
     path = files.write(folder, "model.gguf", MODEL)
     sidecar.path_of(path).write_bytes(text.encode("utf-8", "surrogateescape"))
 
@@ -199,7 +199,7 @@ def test_a_damaged_sidecar_is_none(folder: Path, text: str) -> None:
 
 
 def test_a_hub_model_is_present_by_its_sidecar(folder: Path) -> None:
-    """The branch it was fetched as, its commit, or the start of that; not another revision or repository."""
+    """The branch, the commit or a prefix of the commit match; another revision or repository does not."""
     path = files.write(folder, "model.gguf", MODEL)
     sidecar.write(path, describe(path))
     store = Store(folder)
@@ -211,8 +211,8 @@ def test_a_hub_model_is_present_by_its_sidecar(folder: Path) -> None:
     assert store.present(HuggingFace("other/repo", "model.gguf")) is None
 
 
-def test_a_file_without_a_sidecar_stands_for_its_name(folder: Path) -> None:
-    """Put there by hand it serves the unpinned reference; nothing says that it is a given revision."""
+def test_a_file_without_a_sidecar_matches_its_name(folder: Path) -> None:
+    """A file copied by hand serves the reference without a revision; its revision is unknown."""
     path = files.write(folder, "model.gguf", MODEL)
     store = Store(folder)
 

@@ -1,4 +1,4 @@
-"""Downloads: any sequence of breaks ends in the whole right file; locks, room and targets."""
+"""Download one model: interruptions, locks, free space and targets."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ REFERENCE = HuggingFace("org/repo", "model.gguf")
 
 
 class Breaking:
-    """A source that writes pieces in any order, tells how far it came, and breaks off."""
+    """A source that writes parts in any order, records its progress and fails on schedule."""
 
     name, authority = "huggingface", True
 
     def __init__(self, breaks: list[tuple[int, bool]]) -> None:
-        self.breaks = breaks  # how many bytes each try brings, and whether it writes beyond what it tells
-        self.asked_from: list[int] = []
+        self.breaks = (
+            breaks  # per attempt: how many bytes arrive, and whether bytes beyond the recorded ones are written
+        )
+        self.resumed_at: list[int] = []
 
     def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         return RemoteModel(
@@ -43,12 +45,12 @@ class Breaking:
         )
 
     def download(
-        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _model: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
-        self.asked_from.append(partial.done)
+        self.resumed_at.append(partial.done)
         count, beyond = self.breaks.pop(0) if self.breaks else (len(CONTENT), False)
         end = min(partial.done + count, partial.size)
-        if beyond:  # as parallel ranges do: a later part is there before an earlier one
+        if beyond:  # as with parallel ranges: a later part arrives before an earlier one
             os.pwrite(partial.fd, CONTENT[-100:], partial.size - 100)
         os.pwrite(partial.fd, CONTENT[partial.done : end], partial.done)
         partial.landed(end)
@@ -59,8 +61,8 @@ class Breaking:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6000), st.booleans()), max_size=6))
-def test_any_breaks_end_in_the_whole_file(breaks: list[tuple[int, bool]]) -> None:
-    """Each try goes on where the last one said it was, and no byte is lost or taken for arrived that is not."""
+def test_any_sequence_of_interruptions_ends_in_the_right_file(breaks: list[tuple[int, bool]]) -> None:
+    """Each attempt resumes at the recorded position, and no byte is lost or missing."""
     source = Breaking(list(breaks))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), (source,))  # type: ignore[arg-type]
@@ -71,34 +73,34 @@ def test_any_breaks_end_in_the_whole_file(breaks: list[tuple[int, bool]]) -> Non
                 continue
             break
         assert path.read_bytes() == CONTENT
-        assert source.asked_from == sorted(source.asked_from)
+        assert source.resumed_at == sorted(source.resumed_at)
         assert sorted(os.listdir(folder)) == ["model.gguf", "model.gguf.json"]
 
 
-def test_a_try_that_brings_nothing_leaves_nothing(tmp_path: Path) -> None:
-    """No empty partial, no lock file."""
+def test_an_attempt_without_bytes_leaves_no_files(tmp_path: Path) -> None:
+    """Neither an empty partial file nor a lock file remains."""
     with pytest.raises(ModelUnavailable):
         Store(tmp_path, (Breaking([(0, False)]),)).fetch(REFERENCE)  # type: ignore[arg-type]
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_is_held_by_one(tmp_path: Path) -> None:
-    """Threads exclude each other as processes do; one that waited for a lock that was removed locks the new one."""
+def test_the_lock_has_one_holder(tmp_path: Path) -> None:
+    """Threads exclude each other as processes do. A waiter whose lock file was removed locks the new one."""
     inside, most, notes = 0, 0, []
     waiting = set()
 
     def work() -> None:
         nonlocal inside, most
-        with lock.hold(tmp_path / "x", lambda: False, lambda _note: waiting.add(threading.get_ident())) as held:
+        with lock.hold(tmp_path / "x", lambda: False, lambda _note: waiting.add(threading.get_ident())) as lock_file:
             inside += 1
             most = max(most, inside)
-            notes.append(held.note)
-            held.note = str(len(notes))
+            notes.append(lock_file.note)
+            lock_file.note = str(len(notes))
             time.sleep(0.01)
             inside -= 1
             if len(notes) % 3 == 0:
-                held.remove()  # the last thing a holder does: others may then lock anew
+                lock_file.remove()  # a holder's last action: others then create a new lock file
 
     threads = [threading.Thread(target=work) for _ in range(9)]
     with lock.hold(tmp_path / "x", lambda: False, lambda _note: None):
@@ -114,21 +116,21 @@ def test_the_lock_is_held_by_one(tmp_path: Path) -> None:
 
 
 def test_waiting_for_the_lock_can_be_cancelled(tmp_path: Path) -> None:
-    """And what the holder does is told meanwhile."""
-    seen: list[str] = []
-    with lock.hold(tmp_path / "x", lambda: False, seen.append) as held:
-        held.note = "v 5"
+    """While waiting, the holder's note is reported."""
+    notes: list[str] = []
+    with lock.hold(tmp_path / "x", lambda: False, notes.append) as lock_file:
+        lock_file.note = "v 5"
         with (
             pytest.raises(DownloadCancelled),
-            lock.hold(tmp_path / "x", lambda: len(seen) > 1, seen.append),
+            lock.hold(tmp_path / "x", lambda: len(notes) > 1, notes.append),
         ):
             pass
 
-    assert seen == ["v 5", "v 5"]
+    assert notes == ["v 5", "v 5"]
 
 
-def test_the_lock_is_not_needed_where_flock_is_not_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network file systems have none; a download then goes on without."""
+def test_a_download_works_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems do not support it."""
     monkeypatch.setattr(fcntl, "flock", no_flock)
     store = Store(tmp_path, (Breaking([]),))  # type: ignore[arg-type]
 
@@ -136,7 +138,7 @@ def test_the_lock_is_not_needed_where_flock_is_not_supported(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("asked", "disk", "memory", "prefer", "expected"),
+    ("setting", "disk", "memory", "prefer", "expected"),
     [
         ("disk", 0, 1 << 40, True, "disk"),
         ("memory", 1 << 40, 0, False, "memory"),
@@ -147,30 +149,30 @@ def test_the_lock_is_not_needed_where_flock_is_not_supported(tmp_path: Path, mon
         ("auto", 1 << 40, 100, True, "disk"),
     ],
 )
-def test_the_target_is_chosen_by_room(
-    monkeypatch: pytest.MonkeyPatch, asked: str, disk: int, memory: int, prefer: bool, expected: str
+def test_the_target_is_chosen_by_free_space(
+    monkeypatch: pytest.MonkeyPatch, setting: str, disk: int, memory: int, prefer: bool, expected: str
 ) -> None:
-    """What is asked for; else memory if it is preferred or the disk is too small, and there is enough of it."""
+    """`auto` means memory if it is large enough and either preferred or the disk is too small; else the disk."""
     monkeypatch.setattr(target, "free_disk", lambda _folder: disk)
     monkeypatch.setattr(target, "free_memory", lambda: memory)
 
-    assert target.choose(asked, Path("x"), 1 << 20, prefer_memory=prefer) == expected  # type: ignore[arg-type]
+    assert target.choose(setting, Path("x"), 1 << 20, prefer_memory=prefer) == expected  # type: ignore[arg-type]
 
 
-def test_room_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
-    """A MODELS_DIR that does not exist yet lies on the disk of its nearest parent."""
+def test_free_space_of_a_missing_folder_is_that_of_its_parent(tmp_path: Path) -> None:
+    """A MODELS_DIR that does not exist yet is on the disk of its nearest parent."""
     assert target.free_disk(tmp_path / "a" / "b") > 0
     assert target.free_memory() > 0
 
 
 class Version:
-    """Delivers `content`, half of it before `between` is called. `digest`: whether it names their sha256."""
+    """A source of `content` that calls `between` after half of it. `digest` says whether it reports the SHA-256."""
 
     name, authority = "s3", False
 
     def __init__(self, content: bytes, commit: str, between: Callable[[], None], *, digest: bool = True) -> None:
         self.content, self.commit, self.between, self.digest = content, commit, between, digest
-        self.asked_from: list[int] = []
+        self.resumed_at: list[int] = []
 
     def resolve(self, reference: HuggingFace, *, refresh: bool, **_: object) -> RemoteModel:
         digest = hashlib.sha256(self.content).hexdigest() if self.digest else None
@@ -179,9 +181,9 @@ class Version:
         )
 
     def download(
-        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _model: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
-        self.asked_from.append(partial.done)
+        self.resumed_at.append(partial.done)
         half = len(self.content) // 2
         if partial.done < half:
             os.pwrite(partial.fd, self.content[:half], 0)
@@ -197,15 +199,15 @@ def no_flock(_descriptor: int, _operation: int) -> None:
 
 
 def local_flock(_descriptor: int, _operation: int) -> None:
-    """As between two hosts that each lock for themselves."""
+    """Succeed always, as on two hosts whose locks are local."""
 
 
 @pytest.mark.parametrize("flock", [no_flock, local_flock])
 @pytest.mark.parametrize("same", [False, True], ids=["two versions", "one version"])
-def test_two_hosts_that_do_not_see_each_others_locks_publish_whole_files(
+def test_two_hosts_without_shared_locks_publish_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[[int, int], None], same: bool
 ) -> None:
-    """One is in the middle while the other downloads and publishes: the file is one version, its sidecar no other's."""
+    """One host publishes while the other is half-way. The file is one version and the sidecar matches it."""
     monkeypatch.setattr(fcntl, "flock", flock)
     other = CONTENT if same else files.padded_model(5000, seed=1)
 
@@ -214,20 +216,20 @@ def test_two_hosts_that_do_not_see_each_others_locks_publish_whole_files(
         fast.fetch(REFERENCE)
 
     slow = Store(tmp_path, (Version(CONTENT, "a" * 40, meanwhile),))  # type: ignore[arg-type]
-    with suppress(ModelUnavailable):  # "Another process replaced what arrived": it is to be tried again
+    with suppress(ModelUnavailable):  # "Another process replaced what arrived": the caller retries
         slow.fetch(REFERENCE)
 
     path = tmp_path / "model.gguf"
     assert path.read_bytes() in (CONTENT, other)
-    described = sidecar.read(path)
-    assert described is None or described.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    published = sidecar.read(path)
+    assert published is None or published.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("digest", [True, False], ids=["with a digest", "without"])
-def test_what_has_no_digest_is_not_resumed_beyond_a_restart_of_the_machine(
+def test_without_a_digest_nothing_is_resumed_after_a_reboot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: bool
 ) -> None:
-    """After a power cut the note may be ahead of the data, and only a digest would tell."""
+    """After a power cut the recorded position may be ahead of the data, and only a digest would detect it."""
 
     def break_off() -> None:
         raise ModelUnavailable("broke off")
@@ -242,11 +244,11 @@ def test_what_has_no_digest_is_not_resumed_beyond_a_restart_of_the_machine(
     Store(tmp_path, (later,)).fetch(REFERENCE)  # type: ignore[arg-type]
 
     half = len(CONTENT) // 2
-    assert (again.asked_from, later.asked_from) == ([half], [half if digest else 0])
+    assert (again.resumed_at, later.resumed_at) == ([half], [half if digest else 0])
 
 
-def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
-    """Whoever may write into MODELS_DIR must not have the server write elsewhere."""
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    """A user with access to MODELS_DIR must not make the server write elsewhere."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "models"
@@ -261,8 +263,8 @@ def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
-def test_a_file_put_by_hand_is_not_replaced_in_the_last_place_either(tmp_path: Path) -> None:
-    """Where `hf download --local-dir` puts things: the client is asked to move it."""
+def test_a_file_copied_by_hand_is_never_replaced(tmp_path: Path) -> None:
+    """Both possible places are taken, so the error names the file to move."""
     own = [
         files.write(tmp_path, name, files.padded_model(4000, seed=seed))
         for seed, name in ((2, "model.gguf"), (3, "org/repo/model.gguf"))
@@ -274,8 +276,8 @@ def test_a_file_put_by_hand_is_not_replaced_in_the_last_place_either(tmp_path: P
     assert [path.read_bytes() for path in own] == before
 
 
-def test_a_full_disk_leaves_the_next_holders_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the lock is free nothing is removed any more: the partial file may be another process's."""
+def test_nothing_is_removed_after_the_lock_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the lock file is removed last, because the partial file may then belong to another process."""
     removed: list[str] = []
     real = os.unlink
 

@@ -1,4 +1,4 @@
-"""Downloads: threads of their own, shared and bounded, and what remains of one when nobody waits for it."""
+"""Downloads run in their own threads; they are shared, limited and cancelled with their last waiter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A, B, C = (HuggingFace("org/repo", f"{name}.gguf", "main") for name in "abc")
 
 
 class GatedStore(FakeStore):
-    """Downloads until `gate` is set or it is told to stop; keeps which threads it ran in."""
+    """A store whose downloads last until `gate` is set or they are cancelled. It records their threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ async def eventually(true: Callable[[], bool]) -> None:
 
 
 def test_the_same_model_is_downloaded_once() -> None:
-    """Six machines that deploy at once ask for the same file; each is told the progress and the result."""
+    """Six requests for one file share a download; each gets the progress and the result."""
 
     async def main() -> None:
         store = GatedStore()
@@ -62,8 +62,8 @@ def test_the_same_model_is_downloaded_once() -> None:
     asyncio.run(main())
 
 
-def test_downloads_leave_the_executor_to_the_prompts() -> None:
-    """However many wait, a prompt is built at once."""
+def test_downloads_do_not_block_the_default_executor() -> None:
+    """Prompts are built there, whatever the number of waiting downloads."""
 
     async def main() -> None:
         store = GatedStore()
@@ -78,8 +78,8 @@ def test_downloads_leave_the_executor_to_the_prompts() -> None:
     asyncio.run(main())
 
 
-def test_a_third_download_is_told_to_come_back() -> None:
-    """With what is running, and Retry-After."""
+def test_a_third_download_is_refused_as_busy() -> None:
+    """The error names the running downloads and has a Retry-After."""
 
     async def main() -> None:
         store = GatedStore()
@@ -96,8 +96,8 @@ def test_a_third_download_is_told_to_come_back() -> None:
     asyncio.run(main())
 
 
-def test_a_download_goes_on_while_somebody_waits_for_it() -> None:
-    """The first request gives up, the second gets the model; when the last one gives up, the thread is told."""
+def test_a_download_is_cancelled_with_its_last_waiter() -> None:
+    """It continues while another request waits for it, and can be started again afterwards."""
 
     async def main() -> None:
         store = GatedStore()
@@ -116,8 +116,8 @@ def test_a_download_goes_on_while_somebody_waits_for_it() -> None:
     asyncio.run(main())
 
 
-def test_a_failure_is_everyones() -> None:
-    """Those that share a download share its error."""
+def test_all_waiters_get_the_error() -> None:
+    """Requests that share a download share its error."""
 
     async def main() -> None:
         store = GatedStore()

@@ -1,4 +1,4 @@
-"""TextStream: whole characters, stop strings."""
+"""TextStream emits whole characters and ends at stop strings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def feed(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], s
     return out, "".join(out) + stream.finish(), stream.stopped
 
 
-def test_a_character_split_over_tokens_leaves_whole() -> None:
-    """A piece never shows half of an emoji or of a CJK character."""
+def test_a_character_split_over_tokens_is_emitted_whole() -> None:
+    """A piece never holds half of an emoji or CJK character."""
     data = "a😀語".encode()
     out, whole, _ = feed([data[i : i + 1] for i in range(len(data))])
 
@@ -24,30 +24,30 @@ def test_a_character_split_over_tokens_leaves_whole() -> None:
     assert whole == "a😀語"
 
 
-def test_a_character_that_never_ends_is_dropped() -> None:
-    """A cut by the limit in the middle of a character shows neither bytes nor U+FFFD."""
+def test_an_incomplete_last_character_is_dropped() -> None:
+    """An answer cut in the middle of a character shows neither bytes nor U+FFFD."""
     _, whole, _ = feed([b"ok ", "😀".encode()[:2]])
 
     assert whole == "ok "
 
 
 def test_the_earliest_stop_string_wins() -> None:
-    """Not the first listed one, as in llama-cpp-python, but the first in the text."""
+    """The first one in the text counts, not the first one listed as in llama-cpp-python."""
     _, whole, stopped = feed([b"one two three"], ("three", "two"))
 
     assert (whole, stopped) == ("one ", True)
 
 
-def test_a_stop_string_over_token_borders_never_leaks() -> None:
-    """What may begin a stop string is held back until it is decided."""
+def test_a_stop_string_split_over_tokens_never_leaks() -> None:
+    """Text that may begin a stop string is held back."""
     out, whole, stopped = feed([b"Hi ", b"<", b"/s", b">", b"more"], ("</s>",))
 
     assert out == ["Hi ", "", "", "", ""]
     assert (whole, stopped) == ("Hi ", True)
 
 
-def test_held_text_comes_out_when_it_is_no_stop_string() -> None:
-    """A false start of a stop string is text like any other."""
+def test_held_back_text_is_emitted_when_it_is_no_stop_string() -> None:
+    """The beginning of a stop string without its end is ordinary text."""
     out, whole, stopped = feed([b"a<", b"b"], ("</s>",))
 
     assert out == ["a", "<b"]
@@ -56,17 +56,17 @@ def test_held_text_comes_out_when_it_is_no_stop_string() -> None:
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.data())
 def test_any_cut_into_tokens_gives_the_same_text(text: str, stops: list[str], data: st.DataObject) -> None:
-    """However the bytes are cut, the result is the text up to the earliest stop string."""
+    """The result is the text up to the earliest stop string."""
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))))
     pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
     _, whole, stopped = feed(pieces, tuple(stops))
 
-    found = [at for at in map(text.find, stops) if at >= 0]
-    # A stop string may end before an earlier-beginning, longer one is complete: then that one wins.
+    positions = [at for at in map(text.find, stops) if at >= 0]
+    # A stop string may end before a longer one that begins earlier: then the shorter one wins.
     ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
-    assert bool(found) == stopped
-    if not found:
+    assert bool(positions) == stopped
+    if not positions:
         assert text == whole
     else:
         assert text.startswith(whole)
@@ -76,7 +76,7 @@ def test_any_cut_into_tokens_gives_the_same_text(text: str, stops: list[str], da
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xc3("])
 def test_bytes_that_cannot_be_utf8_become_replacement_characters(bad: bytes) -> None:
-    """A model may emit rubbish; clients get valid JSON all the same."""
+    """A model may emit invalid UTF-8; clients still get valid JSON."""
     _, whole, _ = feed([b"a", bad, b"b"])
 
     assert "\ufffd" in whole
