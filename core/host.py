@@ -87,11 +87,11 @@ class Host:
     def state(self) -> HostState:
         self._served.drop_failed()
         selection, _ = self._wanted()
-        served, loading = self._served, self._loader.progress()
+        served, loading = self._served, self._progress()
         error = None if served.error is None else served.error.message
         status: Status
         if (held := served.current) is not None:
-            status = "available" if self._loader.arriving else "ready"
+            status = "ready" if self._loader.arriving is None else "available"
             card = held.engine.card
             return HostState(status, card.name, loading, error, held.engine, card.path, served.lent)
         status = "available" if selection.is_local else "unloaded"
@@ -182,8 +182,15 @@ class Host:
                 raise self._still_loading()
         return lease
 
+    def _progress(self) -> Loading | None:
+        """Return the load under way. The tensors of a model may still be arriving after it is served."""
+        arriving = self._loader.arriving
+        if arriving is not None and arriving.arrival is not None:
+            return Loading("download", arriving.name, *arriving.arrival.progress())
+        return self._loader.loading
+
     def _still_loading(self) -> ModelUnavailable:
-        loading = self._loader.progress()
+        loading = self._progress()
         share = "" if loading is None or loading.percent is None else f" ({loading.percent} %)"
         return ModelUnavailable(f"The model is still loading{share}. Try again later.", retry_after=2)
 

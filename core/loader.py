@@ -44,7 +44,7 @@ def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float]
 
 
 class Loader:
-    """Blocking; used by one thread at a time. `progress` and `cancel` are for any thread."""
+    """Blocks, and is used by one thread at a time. Any thread may read `loading` and `arriving`, and call `cancel`."""
 
     def __init__(self, settings: Settings, store: Store, timeline: Timeline, load_engine: LoadEngine) -> None:
         self._settings = settings
@@ -52,23 +52,11 @@ class Loader:
         self._timeline = timeline
         self._load_engine = load_engine
         self._cancelled = False
-        self._loading: Loading | None = None
-        self._arriving: ModelFile | None = None
-
-    def progress(self) -> Loading | None:
-        """What is being loaded now, and how far it is."""
-        arriving = self._arriving
-        if arriving is not None and arriving.arrival is not None:
-            return Loading("download", arriving.name, *arriving.arrival.progress())
-        return self._loading
-
-    @property
-    def arriving(self) -> bool:
-        """Whether a model is in use whose tensors are not all there yet."""
-        return self._arriving is not None
+        self.loading: Loading | None = None  # the load under way
+        self.arriving: ModelFile | None = None  # a model in use whose tensors are still being downloaded
 
     def announce(self, loading: Loading | None) -> None:
-        self._loading = loading
+        self.loading = loading
 
     def cancel(self) -> None:
         """Give up a download; what is in llama.cpp's hands goes on."""
@@ -114,7 +102,7 @@ class Loader:
 
         try:
             if file.arrival is not None and self._reads_weights(config):
-                self._arriving = file
+                self.arriving = file
                 self.wait_arrival()
                 file = replace(file, arrival=None)
             self.announce(Loading("load", file.name, 0, file.size_bytes))
@@ -124,19 +112,19 @@ class Loader:
             opened.discard()
             raise
         log.info("%s is loaded: %s", file.name, engine.card.description)
-        self._arriving = file if file.arrival is not None else None
+        self.arriving = file if file.arrival is not None else None
         return Loaded(engine, reference, config)
 
     def wait_arrival(self) -> None:
         """Block until the tensors of the model loaded last are there. Raises ModelUnavailable if they do not come."""
-        arriving = self._arriving
+        arriving = self.arriving
         if arriving is None or arriving.arrival is None:
             return
         try:
             with self._timeline.phase("tensors arrive"):
                 arriving.arrival.wait()
         finally:
-            self._arriving = None
+            self.arriving = None
 
     def _reads_weights(self, config: EngineConfig) -> bool:
         """Whether llama.cpp reads tensors at load: to repack them, or to copy layers to a GPU, which it does from the
