@@ -13,8 +13,7 @@ import re
 from core.errors import ApiError, MethodNotAllowed, Unauthorized, UnsupportedMediaType
 from core.service import Service
 from handlers import auth, routes
-from handlers.body import json_response
-from handlers.http import Request, Response, request_id
+from handlers.http import Request, Response, json_response, request_id
 
 logger = logging.getLogger("slm.dispatch")
 

@@ -8,8 +8,7 @@ from core.errors import InvalidRequest, Unauthorized
 from core.health import health
 from core.service import Service
 from handlers import auth
-from handlers.body import json_response
-from handlers.http import Request, Response
+from handlers.http import Request, Response, json_response
 
 LONGEST_WAIT_S = 3600.0
 

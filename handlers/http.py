@@ -1,4 +1,7 @@
-"""Request, Response and the context of one request: its id and the extra fields of its access-log line."""
+"""Request and Response, their JSON bodies, and the context of one request.
+
+The context is the request's id and the extra fields of its access-log line.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from core.errors import InvalidRequest
+from handlers.validation import explain
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,37 @@ class Response:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | AsyncIterator[bytes] = b""
     aclose: Callable[[], Awaitable[None]] = _nothing
+
+
+def decode(request: Request, kind: type[T]) -> T:
+    """Return the body as `kind`, a msgspec Struct. Decoding is strict: "5" is not accepted as 5.
+
+    Unknown fields are ignored unless `kind` has `forbid_unknown_fields`. Raises InvalidRequest. Its message says what
+    was given and what is allowed, and its `param` is the path of the field.
+    """
+    if not request.body.strip():
+        raise InvalidRequest("The body is empty; send a JSON object.")
+    try:
+        return msgspec.json.decode(request.body, type=kind)
+    except msgspec.ValidationError as error:
+        raise explain(str(error), request.body, kind) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not valid UTF-8.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {_syntax(str(error))}") from None
+
+
+def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    """Return a response with `value` (structs, dicts, lists) as JSON."""
+    return Response(status, (("content-type", "application/json"), *headers), msgspec.json.encode(value))
+
+
+def _syntax(message: str) -> str:
+    """Return msgspec's message about a syntax error. It has fixed texts and byte offsets, nothing from the body."""
+    text = message.removeprefix("JSON is malformed: ")
+    return (text[:1].lower() + text[1:]).rstrip(".") + "."
 
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")

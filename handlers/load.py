@@ -9,8 +9,7 @@ import time
 from core.load import LoadProgress, LoadRequest, load
 from core.service import Service
 from handlers import sse
-from handlers.body import decode, json_response
-from handlers.http import Request, Response
+from handlers.http import Request, Response, decode, json_response
 
 PROGRESS_EVERY_S = 1.0
 WAKE_EVERY_S = 0.1  # the download reports every block; the event loop is not woken up more often than this

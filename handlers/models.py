@@ -5,8 +5,7 @@ from __future__ import annotations
 import core.models
 from core.service import Service
 from handlers import auth
-from handlers.body import json_response
-from handlers.http import Request, Response
+from handlers.http import Request, Response, json_response
 
 
 async def get_models(service: Service, request: Request) -> Response:

@@ -6,8 +6,7 @@ import dataclasses
 
 from core.reload import ReloadRequest, reload
 from core.service import Service
-from handlers.body import decode, json_response
-from handlers.http import Request, Response
+from handlers.http import Request, Response, decode, json_response
 
 
 async def post_reload(service: Service, request: Request) -> Response:

@@ -9,8 +9,7 @@ from core.service import Service
 from core.session import Session, deadline
 from handlers import sse
 from handlers.auth import tenant
-from handlers.body import decode, json_response
-from handlers.http import Request, Response, add_log_fields
+from handlers.http import Request, Response, add_log_fields, decode, json_response
 
 GRACE_S = 0.5  # while the model loads: how long a stream waits for a load that fails at once
 PATIENCE_S = 3.0  # while the model is ready: how long a stream waits for the first token before it sends its status

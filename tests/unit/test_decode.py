@@ -6,8 +6,7 @@ import pytest
 from msgspec import Meta, Struct
 
 from core.errors import InvalidRequest
-from handlers.body import decode
-from handlers.http import Request
+from handlers.http import Request, decode
 
 
 class System(Struct, tag_field="role", tag="system"):

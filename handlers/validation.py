@@ -1,54 +1,20 @@
-"""Decode JSON request bodies into typed values, explain errors in them, and encode JSON responses."""
+"""Explain why a request body is invalid: the field, the values that it may have, and the value that it had."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from core.errors import InvalidRequest
-from handlers.http import Request, Response
-
-T = TypeVar("T")
 
 _WHERE = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _KEY_WHERE = re.compile(r"^(?P<what>.*) - at `key in \$(?P<path>.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|(\[\.\.\.\])")
 
 
-def decode(request: Request, kind: type[T]) -> T:
-    """Return the body as `kind`, a msgspec Struct. Decoding is strict: "5" is not accepted as 5.
-
-    Unknown fields are ignored unless `kind` has `forbid_unknown_fields`. Raises InvalidRequest. Its message says what
-    was given and what is allowed, and its `param` is the path of the field.
-    """
-    if not request.body.strip():
-        raise InvalidRequest("The body is empty; send a JSON object.")
-    try:
-        return msgspec.json.decode(request.body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error), request.body, kind) from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-    except UnicodeDecodeError:
-        raise InvalidRequest("The body is not valid UTF-8.") from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {_syntax(str(error))}") from None
-
-
-def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
-    """Return a response with `value` (structs, dicts, lists) as JSON."""
-    return Response(status, (("content-type", "application/json"), *headers), msgspec.json.encode(value))
-
-
-def _syntax(message: str) -> str:
-    """Return msgspec's message about a syntax error. It has fixed texts and byte offsets, nothing from the body."""
-    text = message.removeprefix("JSON is malformed: ")
-    return (text[:1].lower() + text[1:]).rstrip(".") + "."
-
-
-def _explained(message: str, body: bytes, kind: Any) -> InvalidRequest:
+def explain(message: str, body: bytes, kind: Any) -> InvalidRequest:
     """Return an error that names the invalid field, what it may be and what it was.
 
     msgspec's message has the field's path. What is allowed comes from the type, what was given from the body.
