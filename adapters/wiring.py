@@ -129,14 +129,14 @@ class _LateS3:
         return self._source.resolve(reference, refresh=refresh, cancelled=cancelled)
 
     def download(
-        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
-        return self._source.download(found, file, partial, progress=progress, cancelled=cancelled)
+        return self._source.download(remote, file, partial, progress=progress, cancelled=cancelled)
 
     def open_memory(
-        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
-        return self._source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
+        return self._source.open_memory(remote, name=name, progress=progress, cancelled=cancelled)
 
 
 def _allowed(settings: Settings) -> tuple[Path, ...]:

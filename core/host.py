@@ -82,18 +82,18 @@ class Host:
     @property
     def boot(self) -> dict[str, str | None]:
         """What the settings selected: chosen_by, reason, reference, path."""
-        return self._chosen().report()
+        return self._selected().report()
 
     def state(self) -> HostState:
         self._served.drop_failed()
-        selection, _ = self._wanted()
+        selection, _ = self._next_load()
         served, loading = self._served, self._progress()
         error = None if served.error is None else served.error.message
         status: Status
-        if (held := served.current) is not None:
+        if (loaded := served.current) is not None:
             status = "ready" if self._loader.arriving is None else "available"
-            card = held.engine.card
-            return HostState(status, card.name, loading, error, held.engine, card.path, served.lent)
+            card = loaded.engine.card
+            return HostState(status, card.name, loading, error, loaded.engine, card.path, served.lent)
         status = "available" if selection.is_local else "unloaded"
         return HostState(status, selection.name, loading, error or selection.error, None, selection.path, served.lent)
 
@@ -102,7 +102,7 @@ class Host:
 
         Needs no event loop. Returns once llama.cpp is imported. Does nothing while a model is loading or loaded.
         """
-        selection = self._chosen()
+        selection = self._selected()
         load = self._settings.auto_preload if load is None else load
         if selection.reference is None:
             if selection.error is not None:
@@ -159,22 +159,22 @@ class Host:
 
     # Loading
 
-    def _chosen(self) -> Selection:
+    def _selected(self) -> Selection:
         idle = not self._served.busy and self._served.current is None
         with self._lock:
             if self._selection is None or (not self._selection.is_local and idle):
                 self._selection = select(self._settings, self._store)
             return self._selection
 
-    def _wanted(self) -> tuple[Selection, EngineConfig]:
+    def _next_load(self) -> tuple[Selection, EngineConfig]:
         """Return what the next request would load."""
-        return self._served.last or (self._chosen(), config_of(self._settings))
+        return self._served.last or (self._selected(), config_of(self._settings))
 
     async def _lease(self, deadline: float | None, most: int | None = None) -> Lease:
         while (lease := self._served.lend()) is None:
             if not self._served.busy:
                 self._served.check_retry()
-                selection, config = self._wanted()
+                selection, config = self._next_load()
                 if selection.reference is None:
                     raise ModelUnavailable(selection.error or _NOTHING, retry_after=None)
                 self._begin(functools.partial(self._load, selection, config))
@@ -220,26 +220,26 @@ class Host:
         """Load a model while none is served. Raises what the loader raises."""
         assert selection.reference is not None
         file = self._loader.open(selection)
-        held = self._loader.load(file, selection.reference, config)
+        loaded = self._loader.load(file, selection.reference, config)
         selection = replace(selection, is_local=True, path=str(file.path))
         if selection.chosen_by != "/reload":
             with self._lock:
                 self._selection = selection
-        lease = self._served.hold(held)  # keeps it from being freed while it warms up
+        lease = self._served.hold(loaded)  # keeps it from being freed while it warms up
         try:
-            self._served.publish(held, selection)
+            self._served.publish(loaded, selection)
             if not self._served.awaited:
-                held.engine.warm()
+                loaded.engine.warm()
         finally:
             lease.release()
-        self._await_tensors(held)
+        self._await_tensors(loaded)
 
-    def _await_tensors(self, held: Loaded) -> None:
+    def _await_tensors(self, loaded: Loaded) -> None:
         """Block until the tensors of a published model are downloaded. If that fails, stop serving it and raise."""
         try:
             self._loader.wait_arrival()
         except Exception as error:
-            self._served.give_up(held, error)
+            self._served.give_up(loaded, error)
             raise
 
     # Swapping
@@ -248,7 +248,7 @@ class Host:
         """Run one swap at a time, after a running load."""
         with self._swapping:
             old = self._served.wait_idle()
-            reference = reference or self._wanted()[0].reference
+            reference = reference or self._next_load()[0].reference
             if reference is None:
                 raise ModelUnavailable(_NOTHING, retry_after=None)
             file = self._store.open(reference)
@@ -270,10 +270,10 @@ class Host:
             return False
         return True
 
-    def _publish(self, held: Loaded, selection: Selection) -> None:
+    def _publish(self, loaded: Loaded, selection: Selection) -> None:
         """Switch to a loaded model."""
-        self._served.publish(held, selection)
-        self._await_tensors(held)
+        self._served.publish(loaded, selection)
+        self._await_tensors(loaded)
 
     def _swap_in_place(self, old: Loaded, file: ModelFile, selection: Selection, config: EngineConfig) -> None:
         """Free the old model before loading the new one: both do not fit into memory.
@@ -293,19 +293,19 @@ class Host:
                 self._served.fail(error)
                 raise error
             try:
-                held = self._loader.load(file, selection.reference, config)
+                loaded = self._loader.load(file, selection.reference, config)
             except Exception:
                 logger.warning("the new model failed; loading the old one again")
                 self._restore()
                 raise
-            self._publish(held, selection)
+            self._publish(loaded, selection)
         finally:
             self._served.settle()
 
     def _restore(self) -> None:
         """Load the last served model again. An error becomes part of the state."""
         try:
-            self._load(*self._wanted())
+            self._load(*self._next_load())
         except Exception as error:  # noqa: BLE001 - the caller gets the swap's error
             self._served.fail(error)
 

@@ -56,10 +56,10 @@ class Recorder:
     def __init__(self) -> None:
         self.offered: tuple[HuggingFace, RemoteModel, tuple[Path, ...]] | None = None
 
-    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
-        self.offered = (reference, found, paths)
+    def offer(self, reference: HuggingFace, remote: RemoteModel, paths: tuple[Path, ...]) -> None:
+        self.offered = (reference, remote, paths)
 
-    def distrust(self, found: RemoteModel) -> None:
+    def distrust(self, remote: RemoteModel) -> None:
         return None
 
     def run_pending(self, deadline: float | None) -> bool:

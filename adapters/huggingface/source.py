@@ -75,13 +75,13 @@ class Hub:
         return RemoteModel(self.name, reference, tuple(files), commit, resolved_at)
 
     def download(
-        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """Download with one GET, and resume after each break until the file is complete. The store verifies it."""
         from huggingface_hub.errors import HTTPError
 
-        assert isinstance(found.reference, HuggingFace)
-        url = self._url(found, file)
+        assert isinstance(remote.reference, HuggingFace)
+        url = self._url(remote, file)
         failures = 0
         while partial.done < partial.size:
             before = partial.done
@@ -96,24 +96,24 @@ class Hub:
                 break
             failures += 1
             if failures >= self._policy.attempts or not is_temporary(failure):
-                raise explain(failure, found.reference, file.path, self._endpoint) from failure
+                raise explain(failure, remote.reference, file.path, self._endpoint) from failure
             logger.info("%s broke off at %d of %d bytes; resuming", file.path, partial.done, partial.size)
             sleep(self._policy.backoff.pause(failures), cancelled)
         return False
 
     def open_memory(
-        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
         """Download with parallel ranged reads. Return once all is verified: there is one sha256, for the whole."""
         from adapters.transfer import memfd
         from adapters.transfer.checksum import Sha256
         from adapters.transfer.transfer import Transfer
 
-        file = found.files[0]
-        expected = next(iter(found.reference.sha256), file.sha256)
+        file = remote.files[0]
+        expected = next(iter(remote.reference.sha256), file.sha256)
         if expected is None:
             return None
-        origin, checksum = _Origin(self, found, file), Sha256(expected)
+        origin, checksum = _Origin(self, remote, file), Sha256(expected)
 
         def begin(fd: int) -> Transfer:
             return Transfer(
@@ -126,25 +126,25 @@ class Hub:
                 policy=self._policy,
             )
 
-        return memfd.receive(found, begin, name, progress, cancelled, whole=True)
+        return memfd.receive(remote, begin, name, progress, cancelled, whole=True)
 
-    def locate(self, found: RemoteModel, file: RemoteFile) -> tuple[str, dict[str, str]]:
+    def locate(self, remote: RemoteModel, file: RemoteFile) -> tuple[str, dict[str, str]]:
         """Follow Hugging Face's redirect. Return a URL and headers with which any HTTP client can read the file.
 
         The URL is signed and expires. The token is only sent to Hugging Face's own host. Raise what `resolve` raises.
         """
-        assert isinstance(found.reference, HuggingFace)
-        url, metadata = self._metadata(found.reference, file.path, found.commit or found.reference.revision, never)
+        assert isinstance(remote.reference, HuggingFace)
+        url, metadata = self._metadata(remote.reference, file.path, remote.commit or remote.reference.revision, never)
         location = urljoin(url, metadata.location)
         same = urlsplit(location)[:2] == urlsplit(url)[:2]
         return location, dict(self._headers()) if same else {}
 
-    def _url(self, found: RemoteModel, file: RemoteFile) -> str:
+    def _url(self, remote: RemoteModel, file: RemoteFile) -> str:
         from huggingface_hub import hf_hub_url
 
-        assert isinstance(found.reference, HuggingFace)
-        revision = found.commit or found.reference.revision
-        return hf_hub_url(found.reference.repo_id, file.path, revision=revision, endpoint=self._endpoint)
+        assert isinstance(remote.reference, HuggingFace)
+        revision = remote.commit or remote.reference.revision
+        return hf_hub_url(remote.reference.repo_id, file.path, revision=revision, endpoint=self._endpoint)
 
     def _headers(self) -> Mapping[str, str]:
         from huggingface_hub.utils import build_hf_headers
@@ -221,16 +221,16 @@ class _Origin:
 
     etag: str | None = None  # the CDN's ETag is ignored: the sha256 of the whole decides
 
-    def __init__(self, hub: Hub, found: RemoteModel, file: RemoteFile) -> None:
-        self.name = f"{file.path} of {found.reference}"
-        self._hub, self._found, self._file = hub, found, file
+    def __init__(self, hub: Hub, remote: RemoteModel, file: RemoteFile) -> None:
+        self.name = f"{file.path} of {remote.reference}"
+        self._hub, self._remote, self._file = hub, remote, file
         self._lock = threading.Lock()
         self._located: tuple[str, dict[str, str]] | None = None
 
     def request(self, first: int, last: int, *, renew: bool = False) -> tuple[str, dict[str, str]]:
         with self._lock:
             if renew or self._located is None:
-                self._located = self._hub.locate(self._found, self._file)
+                self._located = self._hub.locate(self._remote, self._file)
             url, headers = self._located
         return url, {**headers, "Range": f"bytes={first}-{last}"}
 

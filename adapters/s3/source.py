@@ -109,7 +109,7 @@ class S3Storage:
             return self._refs.get((reference.repo_id, reference.revision))
 
     def download(
-        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """Fill `partial` in parallel. With a manifest, bytes of an earlier try are verified first."""
 
@@ -128,15 +128,15 @@ class S3Storage:
         return False  # the manifest's digests verify blocks; its sha256 of the whole is a claim
 
     def open_memory(
-        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
         """With a manifest, return once header and vocabulary are verified. The rest is downloaded in the background."""
-        file = found.files[0]
+        file = remote.files[0]
         assert isinstance(file, S3File)
         whole = file.manifest is None  # without block digests only the whole can be verified
         return memfd.receive(
-            found,
-            lambda fd: self._transfer(file, fd, pinned=found.reference.sha256),
+            remote,
+            lambda fd: self._transfer(file, fd, pinned=remote.reference.sha256),
             name,
             progress,
             cancelled,

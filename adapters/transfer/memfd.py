@@ -53,7 +53,7 @@ def follow(transfer: Transfer, progress: Progress, cancelled: Cancelled, offset:
 
 
 def receive(
-    found: RemoteModel,
+    remote: RemoteModel,
     begin: Callable[[int], Transfer],
     name: str,
     progress: Progress,
@@ -67,7 +67,7 @@ def receive(
     model's `arrival`. The model's `release` stops the transfer and closes the memory; it is idempotent. Raise
     InvalidRequest if the file is not a GGUF that llama.cpp can load, ModelUnavailable or DownloadCancelled.
     """
-    file = found.files[0]
+    file = remote.files[0]
     target = MemoryFile(name, file.size_bytes)
     transfer = begin(target.fd)
 
@@ -96,10 +96,10 @@ def receive(
         name=name,
         path=target.path,
         size_bytes=file.size_bytes,
-        reference=str(found.reference),
-        source=found.source,
+        reference=str(remote.reference),
+        source=remote.source,
         sha256=file.sha256,
-        commit=found.commit,
+        commit=remote.commit,
         arrival=None if whole else transfer,
         release=release,
     )

@@ -100,12 +100,12 @@ class Directory:
     def _resolve(self, name: str) -> Path:
         """Return the real path of `name` in MODELS_DIR, or the allowed path that it equals."""
         candidates = [Path(name)] if Path(name).is_absolute() else [self.root / name, Path(name)]
-        found = [path for path in (self._served_as(candidate) for candidate in candidates) if path is not None]
-        if not found:
+        allowed = [path for path in (self._served_as(candidate) for candidate in candidates) if path is not None]
+        if not allowed:
             raise InvalidRequest(
                 f"{name[:200]!r} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
             )
-        return next((path for path in found if is_file(path) or is_file(current(parts(path)[0]))), found[0])
+        return next((path for path in allowed if is_file(path) or is_file(current(parts(path)[0]))), allowed[0])
 
     def _served_as(self, path: Path) -> Path | None:
         """Return the file to open, or None if it may not be served. Links are resolved each time: mounts come late."""

@@ -60,19 +60,19 @@ class Download:
     """
 
     def __init__(
-        self, root: Path, source: Source, found: RemoteModel, progress: Progress, cancelled: Cancelled
+        self, root: Path, source: Source, remote: RemoteModel, progress: Progress, cancelled: Cancelled
     ) -> None:
         self._root = root
         self._source = source
-        self._found = found
+        self._remote = remote
         self._progress = progress
         self._cancelled = cancelled
-        self._version = _version(found)
+        self._version = _version(remote)
 
     def run(self) -> Published:
         """Download and publish. Raise InvalidRequest (wrong sha256, no GGUF), ModelUnavailable or DownloadCancelled."""
-        check_pins(self._found)
-        for name in places(self._found.reference):
+        check_pins(self._remote)
+        for name in places(self._remote.reference):
             place = self._root / name
             if not real_path(place.parent).is_relative_to(real_path(self._root)):
                 raise InvalidRequest(
@@ -93,38 +93,38 @@ class Download:
     def _run_at(self, place: Path) -> Published | None:
         """Publish at `place`. Return None if it belongs to another model."""
         # 1) Is the model there already? Look before writing: a baked MODELS_DIR may be read-only.
-        if (there := self._occupant(place)) != "none":
-            if there != "another":
+        if (occupant := self._occupant(place)) != "none":
+            if occupant != "another":
                 self._tidy_quietly(place)
-            return None if there == "another" else there
+            return None if occupant == "another" else occupant
         place.parent.mkdir(parents=True, exist_ok=True)
-        with lock.hold(place, self._cancelled, self._waiting) as held:
-            if (there := self._occupant(place)) != "none":  # another process has published it
-                held.remove()
-                return None if there == "another" else there
+        with lock.hold(place, self._cancelled, self._waiting) as model_lock:
+            if (occupant := self._occupant(place)) != "none":  # another process has published it
+                model_lock.remove()
+                return None if occupant == "another" else occupant
             home = versions.home(place, self._version)
             described = sidecar.read(home) if home != place else None
             if described is None or not self._is_same(described):
-                described = self._receive(parts(home), held)
+                described = self._receive(parts(home), model_lock)
             versions.switch(place, home)
-            if held.exclusive:
-                versions.tidy(place, origin(self._found.reference))
-            held.remove()
+            if model_lock.exclusive:
+                versions.tidy(place, origin(self._remote.reference))
+            model_lock.remove()
         return Published(place, parts(home), described, fresh=True)
 
-    def _receive(self, targets: tuple[Path, ...], held: lock.Lock) -> Sidecar:
+    def _receive(self, targets: tuple[Path, ...], model_lock: lock.Lock) -> Sidecar:
         """Download, verify and publish the files. Remove whatever a later try cannot use."""
         folder = targets[0].parent
         with ExitStack() as stack:
-            stack.callback(self._forget_if_nothing_arrived, folder, held)
+            stack.callback(self._forget_if_nothing_arrived, folder, model_lock)
             folder.mkdir(parents=True, exist_ok=True)
             partials: list[PartialFile] = []
             start = 0
-            for path, file in zip(targets, self._found.files, strict=True):
-                partials.append(partial := PartialFile(path, file, self._version, held, start))
+            for path, file in zip(targets, self._remote.files, strict=True):
+                partials.append(partial := PartialFile(path, file, self._version, model_lock, start))
                 stack.callback(partial.close)
                 start += file.size_bytes
-            target.need_disk(self._root, self._found.size_bytes, sum(partial.done for partial in partials))
+            target.need_disk(self._root, self._remote.size_bytes, sum(partial.done for partial in partials))
             try:
                 return self._publish(targets, partials, self._fill(partials))
             except OSError as error:
@@ -133,10 +133,10 @@ class Download:
                         partial.discard()
                 raise
 
-    def _forget_if_nothing_arrived(self, folder: Path, held: lock.Lock) -> None:
-        if read_note(held.note)[1] == 0:
-            held.remove()
-            if len(self._found.files) > 1:
+    def _forget_if_nothing_arrived(self, folder: Path, model_lock: lock.Lock) -> None:
+        if read_note(model_lock.note)[1] == 0:
+            model_lock.remove()
+            if len(self._remote.files) > 1:
                 with contextlib.suppress(OSError):  # not empty, or missing
                     folder.rmdir()
                     folder.parent.rmdir()
@@ -144,26 +144,26 @@ class Download:
     def _fill(self, partials: list[PartialFile]) -> list[str]:
         digests = []
         before = 0
-        for partial, file, pinned in zip(partials, self._found.files, self._pins, strict=True):
+        for partial, file, pinned in zip(partials, self._remote.files, self._pins, strict=True):
             digests.append(self._fill_one(partial, file, pinned, before))
             before += file.size_bytes
         return digests
 
     @property
     def _pins(self) -> tuple[str | None, ...]:
-        return self._found.reference.sha256 or (None,) * len(self._found.files)
+        return self._remote.reference.sha256 or (None,) * len(self._remote.files)
 
     def _fill_one(self, partial: PartialFile, file: RemoteFile, pinned: str | None, before: int) -> str:
         """Download the rest of a file and verify it. Return its sha256, computed here or by the source."""
 
         def progress(done: int, _total: int) -> None:
-            self._progress(before + done, self._found.size_bytes)
+            self._progress(before + done, self._remote.size_bytes)
 
         progress(partial.done, partial.size)
         hashed = False
         if partial.done < partial.size:
             resumed = partial.done > 0
-            hashed = self._source.download(self._found, file, partial, progress=progress, cancelled=self._cancelled)
+            hashed = self._source.download(self._remote, file, partial, progress=progress, cancelled=self._cancelled)
             hashed = hashed and not resumed and file.sha256 is not None
         partial.check_size()
         digest = file.sha256 if hashed and file.sha256 else partial.sha256(self._cancelled)
@@ -199,16 +199,16 @@ class Download:
     def _tidy_quietly(self, place: Path) -> None:
         """Remove the leftovers of a process that ended after publishing, before it released its lock."""
         try:
-            if versions.strays(place, origin(self._found.reference)) or lock.path_of(place).exists():
-                with lock.hold(place, lambda: True, self._waiting) as held:
-                    if held.exclusive:
-                        versions.tidy(place, origin(self._found.reference))
-                    held.remove()
+            if versions.strays(place, origin(self._remote.reference)) or lock.path_of(place).exists():
+                with lock.hold(place, lambda: True, self._waiting) as model_lock:
+                    if model_lock.exclusive:
+                        versions.tidy(place, origin(self._remote.reference))
+                    model_lock.remove()
         except (OSError, DownloadCancelled):  # read-only, or another process holds the lock
             return
 
     def _describe(self, digests: list[str], stats: list[os.stat_result]) -> Sidecar:
-        reference = self._found.reference
+        reference = self._remote.reference
         first, *others = [
             Part(digest, stat.st_size, stat.st_mtime_ns) for digest, stat in zip(digests, stats, strict=True)
         ]
@@ -220,7 +220,7 @@ class Download:
             mtime_ns=first.mtime_ns,
             published=datetime.now(UTC).isoformat(timespec="seconds"),
             revision=reference.revision if isinstance(reference, HuggingFace) else None,
-            commit=self._found.commit,
+            commit=self._remote.commit,
             parts=tuple(others),
         )
 
@@ -230,7 +230,7 @@ class Download:
         paths = parts(first)
         described = sidecar.read(first)
         owner = described or sidecar.peek(first)
-        if owner is not None and owner.origin != origin(self._found.reference) and first.exists():
+        if owner is not None and owner.origin != origin(self._remote.reference) and first.exists():
             return "another"
         if described is None and is_sound(paths):
             described = self._adopt(paths)
@@ -243,7 +243,7 @@ class Download:
     def _adopt(self, paths: tuple[Path, ...]) -> Sidecar | None:
         """Write a sidecar for files that were copied there by hand, if they are the files of the source."""
         stats = []
-        for path, file in zip(paths, self._found.files, strict=True):
+        for path, file in zip(paths, self._remote.files, strict=True):
             with path.open("rb") as opened:
                 stat = os.fstat(opened.fileno())
                 if stat.st_size != file.size_bytes or file.sha256 is None:
@@ -251,36 +251,36 @@ class Download:
                 if sha256_of(opened.fileno(), self._cancelled) != file.sha256:
                     return None
                 stats.append(stat)
-        described = self._describe([file.sha256 or "" for file in self._found.files], stats)
+        described = self._describe([file.sha256 or "" for file in self._remote.files], stats)
         _write_quietly(paths[0], described)
         return described
 
     def _renew(self, first: Path, described: Sidecar) -> Sidecar:
         """Record that the model is also the current one of `revision`, so that `present` needs no network."""
-        reference = self._found.reference
+        reference = self._remote.reference
         if not isinstance(reference, HuggingFace) or described.names(reference.revision):
             return described
-        renewed = replace(described, revision=reference.revision, commit=self._found.commit)
+        renewed = replace(described, revision=reference.revision, commit=self._remote.commit)
         _write_quietly(first, renewed)
         return renewed
 
     def _is_same(self, described: Sidecar) -> bool:
-        files = self._found.files
-        if described.total_bytes != self._found.size_bytes or len(described.digests) != len(files):
+        files = self._remote.files
+        if described.total_bytes != self._remote.size_bytes or len(described.digests) != len(files):
             return False
-        if self._found.reference.sha256 not in ((), described.digests):
+        if self._remote.reference.sha256 not in ((), described.digests):
             return False
         if all(file.sha256 is not None for file in files):
             return described.digests == tuple(file.sha256 for file in files)
-        return described.commit is not None and described.commit == self._found.commit
+        return described.commit is not None and described.commit == self._remote.commit
 
     def _waiting(self, note: str) -> None:
-        self._progress(min(read_note(note)[1], self._found.size_bytes), self._found.size_bytes)
+        self._progress(min(read_note(note)[1], self._remote.size_bytes), self._remote.size_bytes)
 
     def _explain(self, error: OSError) -> ModelUnavailable:
         if error.errno in _NO_SPACE:
             return ModelUnavailable(
-                target.no_room(self._found.size_bytes, target.free_disk(self._root)), retry_after=None
+                target.no_room(self._remote.size_bytes, target.free_disk(self._root)), retry_after=None
             )
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return ModelUnavailable(
@@ -291,9 +291,9 @@ class Download:
         return ModelUnavailable("Writing the model into MODELS_DIR failed. The reason is in the log.")
 
 
-def check_pins(found: RemoteModel) -> None:
+def check_pins(remote: RemoteModel) -> None:
     """Raise InvalidRequest if the source names another sha256 than the pinned one, before any byte is read."""
-    for file, pinned in zip(found.files, found.reference.sha256, strict=False):
+    for file, pinned in zip(remote.files, remote.reference.sha256, strict=False):
         if file.sha256 not in (None, pinned):
             raise _wrong_pin(file, file.sha256 or "", pinned)
 
@@ -302,15 +302,15 @@ def _wrong_pin(file: RemoteFile, digest: str, pinned: str) -> InvalidRequest:
     return InvalidRequest(f"The sha256 of {file.path!r} is {digest}, not {pinned} as asked.", param="sha256")
 
 
-def _version(found: RemoteModel) -> str:
+def _version(remote: RemoteModel) -> str:
     """Return an id of the model's bytes: from the source's digests, or from commit and ETag where it names none.
 
     Bytes without a digest cannot be verified later, and after a power cut the recorded length may be ahead of the
     data. So they are not resumed after a reboot.
     """
     identities = []
-    for file in found.files:
-        identity = file.sha256 or f"{found.commit} {file.etag} {file.path} {_boot_id()}"
+    for file in remote.files:
+        identity = file.sha256 or f"{remote.commit} {file.etag} {file.path} {_boot_id()}"
         identities.append(f"{identity} {file.size_bytes}")
     return hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
 

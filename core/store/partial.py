@@ -50,12 +50,12 @@ class PartialFile:
 
     def _arrived(self) -> int:
         version, noted = read_note(self._lock.note)
-        done = min(max(noted - self._start, 0), self.size)
+        arrived = min(max(noted - self._start, 0), self.size)
         try:
             length = self.path.lstat().st_size
         except FileNotFoundError:
             return 0
-        return done if version == self._version and done <= length <= self.size else 0
+        return arrived if version == self._version and arrived <= length <= self.size else 0
 
     def landed(self, offset: int) -> None:
         self.done = offset

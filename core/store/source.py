@@ -93,7 +93,7 @@ class Source(Protocol):
         ...
 
     def download(
-        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: Cancelled
     ) -> bool:
         """Fill `partial` from `partial.done` on. `progress` counts this file's bytes, including `partial.done`.
 
@@ -103,12 +103,12 @@ class Source(Protocol):
         ...
 
     def open_memory(
-        self, found: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
+        self, remote: RemoteModel, *, name: str, progress: Progress, cancelled: Cancelled
     ) -> ModelFile | None:
         """Download a model of one file into a memfd and verify it: size, sha256, GGUF header.
 
         `arrival` may be set on the result. Return None if this source cannot verify it in memory; the store then uses
-        the disk. If `found.reference` pins a sha256, it is computed from the bytes before `arrival.wait` returns.
+        the disk. If `remote.reference` pins a sha256, it is computed from the bytes before `arrival.wait` returns.
         """
         ...
 
@@ -116,7 +116,7 @@ class Source(Protocol):
 class Mirror(Protocol):
     """A copy of the models that Hugging Face delivered."""
 
-    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, remote: RemoteModel, paths: tuple[Path, ...]) -> None:
         """Upload the model once, in the background, and record the commit of its branch. Return at once, never raise.
 
         The store calls this after each fetch of a Hugging Face reference, from whichever source. `paths` are the
@@ -124,8 +124,8 @@ class Mirror(Protocol):
         """
         ...
 
-    def distrust(self, found: RemoteModel) -> None:
-        """Replace the mirror's copy of `found` at the next offer, because its bytes were wrong. Never raise."""
+    def distrust(self, remote: RemoteModel) -> None:
+        """Replace the mirror's copy of `remote` at the next offer, because its bytes were wrong. Never raise."""
         ...
 
     def run_pending(self, deadline: float | None) -> bool:

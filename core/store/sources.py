@@ -72,7 +72,7 @@ class Sources:
         if not answered and failure is not None:
             raise failure
 
-    def attempt(self, source: Source, found: RemoteModel, deliver: Callable[[], _T]) -> _T | Failure:
+    def attempt(self, source: Source, remote: RemoteModel, deliver: Callable[[], _T]) -> _T | Failure:
         """Return what `deliver` returns, or its error if another source may succeed. Raise its other errors.
 
         InvalidRequest (not a GGUF, not the pinned sha256) is final from the authority only: a copy may be wrong.
@@ -82,21 +82,21 @@ class Sources:
         except DownloadCancelled:
             raise
         except ModelUnavailable as error:
-            self._note_failure(source, found, error)
+            self._note_failure(source, remote, error)
             return error
         except InvalidRequest as error:
-            if source.authority or not isinstance(found.reference, HuggingFace):
+            if source.authority or not isinstance(remote.reference, HuggingFace):
                 raise
-            self._note_failure(source, found, error)
+            self._note_failure(source, remote, error)
             return error
-        self._note_success(source, found.reference)
+        self._note_success(source, remote.reference)
         return delivered
 
-    def watch(self, arrival: Arrival, source: Source, found: RemoteModel) -> Arrival:
+    def watch(self, arrival: Arrival, source: Source, remote: RemoteModel) -> Arrival:
         return _Watched(
             arrival,
-            lambda: self._note_success(source, found.reference),
-            lambda error: self._note_failure(source, found, error),
+            lambda: self._note_success(source, remote.reference),
+            lambda error: self._note_failure(source, remote, error),
         )
 
     def _ordered(self, reference: HuggingFace | S3) -> tuple[Source, ...]:
@@ -104,13 +104,13 @@ class Sources:
         with self._lock:
             return tuple(sorted(self._sources, key=lambda source: (source.name, reference) in self._failed))
 
-    def _note_failure(self, source: Source, found: RemoteModel, error: Failure) -> None:
+    def _note_failure(self, source: Source, remote: RemoteModel, error: Failure) -> None:
         """Ask this source last at the next try, and have the mirror replace wrong bytes."""
-        logger.warning("%s could not deliver %s: %s", source.name, found.reference, error.message)
+        logger.warning("%s could not deliver %s: %s", source.name, remote.reference, error.message)
         with self._lock:
-            self._failed.add((source.name, found.reference))
+            self._failed.add((source.name, remote.reference))
         if isinstance(error, Damaged) and self._mirror is not None:
-            self._mirror.distrust(found)
+            self._mirror.distrust(remote)
 
     def _note_success(self, source: Source, reference: HuggingFace | S3) -> None:
         with self._lock:

@@ -109,14 +109,14 @@ class Store:
             return self._present(reference, path, stop)
         failure: Failure | None = None
         try:
-            for source, found in self._sources.find(reference, refresh=refresh, cancelled=stop):
-                download = Download(self._directory.root, source, found, report, stop)
-                landed = self._sources.attempt(source, found, download.run)
+            for source, remote in self._sources.find(reference, refresh=refresh, cancelled=stop):
+                download = Download(self._directory.root, source, remote, report, stop)
+                landed = self._sources.attempt(source, remote, download.run)
                 if isinstance(landed, FAILURES):
                     failure = failure or landed
                     continue
                 if isinstance(reference, HuggingFace) and self._mirror is not None:
-                    self._mirror.offer(reference, found, landed.paths)
+                    self._mirror.offer(reference, remote, landed.paths)
                 return _to_fetched(landed)
         except DownloadCancelled:
             raise
@@ -152,19 +152,19 @@ class Store:
         """Download into memory. Return None if the target is the disk, or if no source can download into memory."""
         if self._target == "disk":
             return None
-        for source, found in self._sources.find(reference, refresh=False, cancelled=cancelled):
+        for source, remote in self._sources.find(reference, refresh=False, cancelled=cancelled):
             where = target.choose(
-                self._target, self._directory.root, found.size_bytes, prefer_memory=self._prefer_memory
+                self._target, self._directory.root, remote.size_bytes, prefer_memory=self._prefer_memory
             )
-            if where == "disk" or len(found.files) > 1 or not target.has_memfd():  # parts need their file names
+            if where == "disk" or len(remote.files) > 1 or not target.has_memfd():  # parts need their file names
                 return None
-            target.need_memory(found.size_bytes)
-            model = self._sources.attempt(source, found, partial(_open_memory, source, found, progress, cancelled))
+            target.need_memory(remote.size_bytes)
+            model = self._sources.attempt(source, remote, partial(_open_memory, source, remote, progress, cancelled))
             if isinstance(model, ModelFile):
                 if model.arrival is not None:
-                    model = replace(model, arrival=self._sources.watch(model.arrival, source, found))
+                    model = replace(model, arrival=self._sources.watch(model.arrival, source, remote))
                 if isinstance(reference, HuggingFace) and self._mirror is not None:
-                    self._mirror.offer(reference, found, (model.path,))
+                    self._mirror.offer(reference, remote, (model.path,))
                 return model
         return None
 
@@ -257,10 +257,10 @@ def _matches(described: sidecar.Sidecar, reference: HuggingFace | S3) -> bool:
     return not isinstance(reference, HuggingFace) or described.names(reference.revision)
 
 
-def _open_memory(source: Source, found: RemoteModel, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
-    check_pins(found)
-    name = model_name(found.files[0].path)
-    return source.open_memory(found, name=name, progress=progress, cancelled=cancelled)
+def _open_memory(source: Source, remote: RemoteModel, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
+    check_pins(remote)
+    name = model_name(remote.files[0].path)
+    return source.open_memory(remote, name=name, progress=progress, cancelled=cancelled)
 
 
 def _ignore(_done: int, _total: int) -> None:

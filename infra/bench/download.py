@@ -59,9 +59,9 @@ def ours_file(url: str, key: str, target: Path) -> Callable[[], None]:
     storage, reference = _ours(url, key.rpartition("/")[2])
 
     def run() -> None:
-        found = storage.resolve(reference, refresh=False)
-        partial = _Partial(target, found.size_bytes)
-        storage.download(found, found.files[0], partial, progress=lambda *_: None, cancelled=lambda: False)
+        remote = storage.resolve(reference, refresh=False)
+        partial = _Partial(target, remote.size_bytes)
+        storage.download(remote, remote.files[0], partial, progress=lambda *_: None, cancelled=lambda: False)
         os.close(partial.fd)
 
     return run
@@ -71,8 +71,8 @@ def ours_memory(url: str, key: str, target: Path) -> Callable[[], None]:
     storage, reference = _ours(url, key.rpartition("/")[2])
 
     def run() -> None:
-        found = storage.resolve(reference, refresh=False)
-        model = storage.open_memory(found, name="model", progress=lambda *_: None, cancelled=lambda: False)
+        remote = storage.resolve(reference, refresh=False)
+        model = storage.open_memory(remote, name="model", progress=lambda *_: None, cancelled=lambda: False)
         model.arrival.wait()
         model.release()
 

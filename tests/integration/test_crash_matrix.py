@@ -61,10 +61,10 @@ class Hub:
         return RemoteModel(self.name, reference, tuple(remote), str(self.number) * 40)
 
     def download(
-        self, found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
-        assert isinstance(found.reference, HuggingFace)
-        content = version(self.number, found.reference)[file.path]
+        assert isinstance(remote.reference, HuggingFace)
+        content = version(self.number, remote.reference)[file.path]
         piece = len(content) // 2 + 1
         while partial.done < partial.size:
             if self.pieces == 0:

@@ -473,7 +473,7 @@ class _Rubbish:
         return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
-        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _remote: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         os.pwrite(partial.fd, bytes(partial.size), 0)
         partial.landed(partial.size)
@@ -485,11 +485,11 @@ class _Mirror:
         self.offered: list[object] = []
         self.distrusted: list[RemoteModel] = []
 
-    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
-        self.offered.append((reference, found.commit, paths))
+    def offer(self, reference: HuggingFace, remote: RemoteModel, paths: tuple[Path, ...]) -> None:
+        self.offered.append((reference, remote.commit, paths))
 
-    def distrust(self, found: RemoteModel) -> None:
-        self.distrusted.append(found)
+    def distrust(self, remote: RemoteModel) -> None:
+        self.distrusted.append(remote)
 
 
 FETCH = """
@@ -600,7 +600,7 @@ class _Local:
         return RemoteModel(self.name, reference, (RemoteFile(NAME, len(CONTENT), SHA256),), "c" * 40)
 
     def download(
-        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _remote: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         while partial.done < partial.size:
             piece = CONTENT[partial.done : partial.done + 200_000]

@@ -36,7 +36,7 @@ class Bucket:
         return RemoteModel(self.name, reference, (file,), "c" * 40 if isinstance(reference, HuggingFace) else None)
 
     def download(
-        self, _found: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _remote: RemoteModel, _file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         os.pwrite(partial.fd, self.content, 0)
         partial.landed(len(self.content))

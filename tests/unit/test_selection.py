@@ -42,7 +42,7 @@ class Hub:
         return RemoteModel(self.name, reference, (RemoteFile(reference.filename, len(CONTENT), digest),))
 
     def download(
-        self, _found: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
+        self, _remote: RemoteModel, file: RemoteFile, partial: Partial, *, progress: Progress, cancelled: object
     ) -> bool:
         assert self.may_deliver.wait(10)
         os.pwrite(partial.fd, CONTENT, 0)

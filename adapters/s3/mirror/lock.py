@@ -73,10 +73,10 @@ class UploadLock:
         """
         if self._write("", IfNoneMatch="*"):
             return ""
-        held = self._read()
-        if held is None or held.owner == self._owner or held.age < self._ttl:
+        current = self._read()
+        if current is None or current.owner == self._owner or current.age < self._ttl:
             return None
-        return held.note if self._write("", IfMatch=held.etag) else None
+        return current.note if self._write("", IfMatch=current.etag) else None
 
     def renew(self, note: str, *, always: bool = False) -> None:
         """Renew the lock after a quarter of its time, with a note for the next holder. Raise LockLost."""
@@ -116,10 +116,10 @@ class UploadLock:
         except ClientError as error:
             if not refused(error) and not missing(error):
                 raise
-            held = self._read()
-            if held is None or held.owner != owner:
+            current = self._read()
+            if current is None or current.owner != owner:
                 return False
-            etag = held.etag
+            etag = current.etag
         self._etag, self._written = etag, before
         return True
 

@@ -89,9 +89,9 @@ class S3Mirror:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def offer(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> None:
+    def offer(self, reference: HuggingFace, remote: RemoteModel, paths: tuple[Path, ...]) -> None:
         """Upload the model later, once, and record the commit of its branch. Return at once, never raise."""
-        job = self._job(reference, found, paths)
+        job = self._job(reference, remote, paths)
         if job is None:
             return
         with self._wake:
@@ -106,9 +106,9 @@ class S3Mirror:
                 self._thread.start()
             self._wake.notify_all()
 
-    def distrust(self, found: RemoteModel) -> None:
+    def distrust(self, remote: RemoteModel) -> None:
         """Let the next offer of the same model replace these objects, unless they have changed since."""
-        for file in found.files:
+        for file in remote.files:
             if isinstance(file, S3File):
                 self._index.distrust(file.key, file.etag)
 
@@ -134,12 +134,12 @@ class S3Mirror:
     def upload(
         self,
         reference: HuggingFace,
-        found: RemoteModel,
+        remote: RemoteModel,
         paths: tuple[Path, ...],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Upload now and wait for the end. Raise ModelUnavailable if it fails."""
-        job = self._job(reference, found, paths)
+        job = self._job(reference, remote, paths)
         if job is None:
             return
         job.progress = progress
@@ -167,16 +167,16 @@ class S3Mirror:
                 job.upload.abandon()
             job.close()
 
-    def _job(self, reference: HuggingFace, found: RemoteModel, paths: tuple[Path, ...]) -> _Job | None:
+    def _job(self, reference: HuggingFace, remote: RemoteModel, paths: tuple[Path, ...]) -> _Job | None:
         """Return a job, or None if there is nothing to do. Files are opened now, so they cannot be swapped later."""
-        if found.commit is None or not is_commit(found.commit):
+        if remote.commit is None or not is_commit(remote.commit):
             return None
-        mirrored = found.source == self._storage.name
-        if mirrored and (is_commit(reference.revision) or self._storage.known_ref(reference) == found.commit):
+        mirrored = remote.source == self._storage.name
+        if mirrored and (is_commit(reference.revision) or self._storage.known_ref(reference) == remote.commit):
             return None
-        job = _Job(reference, found.commit, found.resolved_at or time.time(), [])
+        job = _Job(reference, remote.commit, remote.resolved_at or time.time(), [])
         try:
-            for file, path in zip(found.files, paths, strict=True) if not mirrored else ():
+            for file, path in zip(remote.files, paths, strict=True) if not mirrored else ():
                 job.files.append((file, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
         except OSError as error:
             logger.warning("%s is not mirrored: %s", reference, error)

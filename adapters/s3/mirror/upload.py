@@ -211,7 +211,7 @@ class Upload:
         replaced = self._target.etag
         condition: Any = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
         try:
-            done = self._client.complete_multipart_upload(
+            completed = self._client.complete_multipart_upload(
                 Bucket=self._bucket,
                 Key=self._key,
                 UploadId=self._id or "",
@@ -227,7 +227,7 @@ class Upload:
                 if stored["ContentLength"] == self._size and stored["ETag"] != replaced:
                     return stored["ETag"]
             raise LockLost from error
-        return done["ETag"]
+        return completed["ETag"]
 
     def _write_manifest(self, manifest: Manifest) -> None:
         from botocore.exceptions import ClientError
