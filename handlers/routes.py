@@ -36,9 +36,9 @@ ROUTES = (
     Route("GET", "/v1/models/", "handlers.models:get_v1_model", "user"),
     Route("POST", "/load", "handlers.load:post_load", "admin"),
     Route("POST", "/reload", "handlers.reload:post_reload", "admin"),
-    Route("POST", "/v1/chat/completions", "handlers.chat:post_chat", "user"),
-    Route("POST", "/chat/completions", "handlers.chat:post_chat", "user"),  # a base_url without /v1, as llama-server
-    Route("POST", "/v1/extract", "handlers.extract:post_extract", "user"),
+    Route("POST", "/v1/chat/completions", "handlers.generate:post_chat", "user"),
+    Route("POST", "/chat/completions", "handlers.generate:post_chat", "user"),  # a base_url without /v1
+    Route("POST", "/v1/extract", "handlers.generate:post_extract", "user"),
 )
 
 

@@ -52,7 +52,7 @@ def _serve() -> int:
 
         # The first request needs these. Later the CPU may be down to the share that the memory size buys.
         from core.engine.prompt import sandbox  # noqa: F401
-        from handlers import chat, extract  # noqa: F401
+        from handlers import generate  # noqa: F401
     configure(start.settings)
     service = start.service()
 

@@ -8,7 +8,7 @@ import pytest
 from core.engine.interface import Delta, GenerationRequest, Sampling, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
-from handlers import reply, sse
+from handlers import generate, sse
 from handlers.dispatch import dispatch
 from handlers.http import Request, Response, collect_log_fields
 from tests.fakes import CARD, FakeHost, FakeService, ScriptedEngine, ScriptedGeneration, fake_service
@@ -576,9 +576,9 @@ def stream_while_loading(host: LoadingHost) -> tuple[int, str]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply, "GRACE_S", 0.01)
-    monkeypatch.setattr(reply, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(reply, "WAITING_S", 0.02)
+    monkeypatch.setattr(generate, "GRACE_S", 0.01)
+    monkeypatch.setattr(generate, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(generate, "WAITING_S", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -732,7 +732,7 @@ def test_a_stream_sends_comments_before_its_first_token() -> None:
 
 def test_the_first_comment_comes_within_five_seconds() -> None:
     """This includes requests that are queued."""
-    assert max(reply.PATIENCE_S, reply.GRACE_S) + reply.WAITING_S <= 5
+    assert max(generate.PATIENCE_S, generate.GRACE_S) + generate.WAITING_S <= 5
 
 
 class GatedEngine(ScriptedEngine):

@@ -1,12 +1,15 @@
-"""Replies of the model: decode the request, run the operation, answer with one JSON body or with a stream."""
+"""POST /v1/chat/completions and POST /v1/extract: generate with the model, and reply with one JSON body or a stream."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeVar
 
+from core import chat, extract
+from core.extract import ExtractRequest
 from core.service import Service
 from core.session import Session, deadline
+from core.wire.chat import ChatRequest
 from handlers import sse
 from handlers.auth import tenant
 from handlers.http import Request, Response, add_log_fields, decode, json_response
@@ -36,6 +39,16 @@ class Operation(Protocol[C]):
     async def complete(self, session: Session, request: C) -> Any: ...
 
     def stream(self, session: Session, request: C) -> AsyncIterator[Any]: ...
+
+
+async def post_chat(service: Service, request: Request) -> Response:
+    """Return OpenAI's chat completion, as one body or as chunks."""
+    return await respond(service, request, ChatRequest, chat)
+
+
+async def post_extract(service: Service, request: Request) -> Response:
+    """Extract JSON from a text. A stream has `extraction.delta` events, then the `extraction`."""
+    return await respond(service, request, ExtractRequest, extract)
 
 
 async def respond(service: Service, request: Request, kind: type[B], operation: Operation[B]) -> Response:
