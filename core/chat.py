@@ -18,6 +18,7 @@ from core.errors import InvalidRequest
 from core.service import Service
 from core.session import Session
 from core.wire import chat as wire
+from core.wire import fields
 from core.wire.chat import ChatRequest, Chunk, Completion
 
 
@@ -55,7 +56,7 @@ def _generation_request(
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return GenerationRequest(
         prompt=templates.prompt(engine, wire.template_messages(request.messages)),
-        sampling=wire.sampling(request, engine.card.n_vocab),
+        sampling=fields.sampling(request, engine.card.n_vocab),
         max_tokens=max_tokens,
         n=request.n or 1,
         stop=(*stop, *templates.stops(engine.card)),
@@ -103,8 +104,8 @@ async def _chunks(session: Session, request: ChatRequest, *, with_usage: bool) -
         yield head.chunk(None, usage(session))
 
 
-def usage(session: Session) -> wire.Usage:
-    return wire.usage(session.prompt_tokens, session.completion_tokens, session.cached_tokens)
+def usage(session: Session) -> fields.Usage:
+    return fields.usage(session.prompt_tokens, session.completion_tokens, session.cached_tokens)
 
 
 def new_id(kind: str) -> str:

@@ -21,8 +21,7 @@ from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
 from core.session import Session
-from core.wire.chat import Usage
-from core.wire.fields import MaxTokens, ResponseFormat, Temperature, nested_beyond, sampler_temperature
+from core.wire.fields import MaxTokens, ResponseFormat, Temperature, Usage, nested_beyond, sampler_temperature
 
 MAX_TOKENS = 1024  # default; a small model that repeats itself would otherwise fill the context
 MAX_ERRORS = 20

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from core.engine.interface import Cause, FinishReason, Sampling, TokenLogprob
+from core.engine.interface import Cause, FinishReason, TokenLogprob
 from core.errors import InvalidRequest
 from core.wire.fields import (
     Bias,
@@ -31,11 +31,9 @@ from core.wire.fields import (
     TopK,
     TopLogprobs,
     UnsupportedFields,
+    Usage,
     check_unsupported,
     nested_beyond,
-    sampler_seed,
-    sampler_temperature,
-    token_bias,
 )
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -201,17 +199,6 @@ def _object(call: FunctionCall) -> Any:
         return arguments  # a model may have produced invalid JSON in an earlier turn
 
 
-class PromptTokensDetails(Struct):
-    cached_tokens: int
-
-
-class Usage(Struct):
-    prompt_tokens: int
-    completion_tokens: int  # of all choices
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
 class TopLogprob(Struct):
     token: str
     logprob: float
@@ -326,12 +313,6 @@ def fold(chunks: list[Chunk], *, logprobs: bool) -> Completion:
     return Completion(last.id, last.created, last.model, ordered, last.usage, last.system_fingerprint)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
-    )
-
-
 def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
     """Return logprobs in OpenAI's shape. `token` shows an incomplete character as U+FFFD; `bytes` is exact."""
     return Logprobs(
@@ -345,19 +326,3 @@ def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
             for token in tokens
         ]
     )
-
-
-def sampling(request: ChatRequest, n_vocab: int) -> Sampling:
-    """Translate the request's sampling fields. The defaults of absent fields are those of `Sampling`."""
-    fields = {
-        "temperature": None if request.temperature is None else sampler_temperature(request.temperature),
-        "top_p": request.top_p,
-        "top_k": None if request.top_k is None else max(0, request.top_k),
-        "min_p": request.min_p,
-        "repeat_penalty": request.repeat_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "seed": sampler_seed(request.seed),
-        "logit_bias": token_bias(request.logit_bias, n_vocab),
-    }
-    return Sampling(**{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from msgspec import Meta, Struct
 
+from core.engine.interface import Sampling
 from core.errors import InvalidRequest
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -25,6 +26,23 @@ StopStrings = Annotated[list[StopString], Meta(max_length=4)]
 
 class StreamOptions(Struct):
     include_usage: bool | None = None
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int  # of all choices
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+    )
 
 
 class JsonSchema(Struct):
@@ -57,6 +75,36 @@ class ResponseFormat(Struct):
             assert self.json_schema is not None
             return self.json_schema.schema
         return self.schema or {"type": "object"}
+
+
+class SamplingFields(Protocol):
+    """The fields of a request that say how tokens are drawn."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    logit_bias: dict[str, float] | None
+
+
+def sampling(request: SamplingFields, n_vocab: int) -> Sampling:
+    """Translate the request's sampling fields. The defaults of absent fields are those of `Sampling`."""
+    fields = {
+        "temperature": None if request.temperature is None else sampler_temperature(request.temperature),
+        "top_p": request.top_p,
+        "top_k": None if request.top_k is None else max(0, request.top_k),
+        "min_p": request.min_p,
+        "repeat_penalty": request.repeat_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "seed": sampler_seed(request.seed),
+        "logit_bias": token_bias(request.logit_bias, n_vocab),
+    }
+    return Sampling(**{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]
 
 
 def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, float]:
