@@ -67,16 +67,22 @@ class ContextOverflow(InvalidRequest):
 
 
 class TooLarge(InvalidRequest):
+    """The body is larger than MAX_BODY_BYTES."""
+
     status = 413
     code = "request_too_large"
 
 
 class UnsupportedMediaType(InvalidRequest):
+    """The body's content type is not application/json."""
+
     status = 415
     code = "unsupported_media_type"
 
 
 class NotFound(InvalidRequest):
+    """There is nothing at this path."""
+
     status = 404
     code = "not_found"
 
@@ -88,6 +94,8 @@ class ModelNotFound(NotFound):
 
 
 class MethodNotAllowed(InvalidRequest):
+    """The path does not have this method. `allowed` are the ones that it has."""
+
     status = 405
     code = "method_not_allowed"
 
@@ -97,11 +105,15 @@ class MethodNotAllowed(InvalidRequest):
 
 
 class Unauthorized(InvalidRequest):
+    """The key is missing or not valid."""
+
     status = 401
     code = "invalid_api_key"
 
 
 class Forbidden(InvalidRequest):
+    """The request is not allowed with this key or from this place."""
+
     status = 403
     code = "forbidden"
 

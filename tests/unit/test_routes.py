@@ -25,7 +25,7 @@ def test_the_operations_are_there_and_only_load_and_reload_are_for_admins() -> N
     """Access is data, and this is what it has to say."""
     assert set(OPERATIONS) <= {route.path for route in ROUTES}
     assert {route.path for route in ROUTES if route.access == "admin"} == {"/load", "/reload"}
-    assert {route.path for route in ROUTES if route.access == "open"} == {"/health"}
+    assert {route.path for route in ROUTES if route.access == "open"} == {"/health", "/openapi.json", "/docs"}
 
 
 def test_an_id_may_hold_slashes_and_a_trailing_slash_is_forgiven() -> None:

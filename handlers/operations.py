@@ -1,0 +1,133 @@
+"""Operations: what `/openapi.json` and `/docs` say about each route, as data.
+
+A type is named as "module:Class" and imported when the document is built, so that the table costs nothing before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.errors import (
+    ApiError,
+    Busy,
+    ContextOverflow,
+    DeadlineExceeded,
+    ModelNotFound,
+    ModelUnavailable,
+)
+
+# What can go wrong while the model answers, on any route that runs it.
+GENERATION = (ModelNotFound, ContextOverflow, Busy, ModelUnavailable, DeadlineExceeded)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the query, or of the path if its name is in `Operation.path`. `schema` is a JSON Schema."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One route of the document.
+
+    `request` is the struct of the JSON body, `answer` that of the JSON answer, and `events` are the structs of the
+    answer's events if the route streams. `errors` are those that the route adds to the ones that every route can
+    answer with; `error` is the struct of their body if it is not OpenAI's envelope. `example` is a request body for
+    the document and the command line in `/docs`. `path` is the OpenAPI path of a route whose path ends in "/".
+    """
+
+    summary: str
+    request: str | None = None
+    answer: str | None = None
+    events: tuple[str, ...] = ()
+    errors: tuple[type[ApiError], ...] = ()
+    error: str | None = None
+    example: Mapping[str, Any] | None = None
+    path: str | None = None
+    parameters: tuple[Parameter, ...] = ()
+    media_type: str = "application/json"  # of the answer
+    body_required: bool = True
+    done: Literal["[DONE]", ""] = "[DONE]"  # the data of a stream's last event, if it is not JSON
+
+
+_CHAT = Operation(
+    summary="Answer a chat. OpenAI's chat completion.",
+    request="core.wire.chat:ChatRequest",
+    answer="core.wire.chat:Completion",
+    events=("core.wire.chat:Chunk",),
+    errors=GENERATION,
+    example={"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32},
+)
+
+# One entry for each route of `handlers.routes`: "METHOD path". A test fails for a route without an entry.
+OPERATIONS: Mapping[str, Operation] = {
+    "GET /health": Operation(
+        summary="Report whether a model can answer. With `wait`, load it first.",
+        answer="core.health:Health",
+        parameters=(
+            Parameter(
+                "wait",
+                {"type": "number", "minimum": 0, "maximum": 3600},
+                "Load the model, and answer when it is ready, has failed, or after this many seconds. Needs a key.",
+            ),
+        ),
+    ),
+    "GET /models": Operation(
+        summary="Report the active model, the models on this machine and the phases of the start.",
+        answer="core.models:Models",
+    ),
+    "GET /v1/models": Operation(
+        summary="List the served model and its aliases. OpenAI's list of models.",
+        answer="core.models:ModelList",
+    ),
+    "GET /v1/models/": Operation(
+        summary="Return one entry of that list.",
+        answer="core.models:ModelEntry",
+        path="/v1/models/{model}",
+        parameters=(
+            Parameter("model", {"type": "string", "minLength": 1}, "A name of the list. It may hold slashes."),
+        ),
+        errors=(ModelNotFound,),
+    ),
+    "POST /load": Operation(
+        summary="Download a model to this machine. The served model does not change.",
+        request="core.load:LoadRequest",
+        answer="core.load:LoadResult",
+        events=("core.load:LoadProgress", "core.load:LoadResult"),
+        errors=(ModelNotFound, Busy, ModelUnavailable),
+        example={"repo_id": "org/repo", "filename": "file.gguf"},
+    ),
+    "POST /reload": Operation(
+        summary="Switch to a model on this machine, or load the served one with another configuration.",
+        request="core.reload:ReloadRequest",
+        answer="core.reload:ReloadResult",
+        errors=(ModelNotFound, Busy, ModelUnavailable),
+        example={"n_ctx": 4096},
+        body_required=False,
+    ),
+    "POST /v1/chat/completions": _CHAT,
+    "POST /chat/completions": _CHAT,
+    "POST /v1/extract": Operation(
+        summary="Turn a text into JSON that follows a schema.",
+        request="core.extract:ExtractRequest",
+        answer="core.extract:Extraction",
+        events=("core.extract:ExtractionDelta", "core.extract:Extraction"),
+        errors=GENERATION,
+        example={
+            "text": "Invoice 17 of Ada Ltd, 120 EUR.",
+            "schema": {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"]},
+        },
+    ),
+    "GET /openapi.json": Operation(
+        summary="Return this document. OpenAPI 3.1.",
+    ),
+    "GET /docs": Operation(
+        summary="Show this document as a page.",
+        media_type="text/html",
+    ),
+}
