@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from core.engine import cpus, native
+from core.engine import cpus, gguf_model, native
 from core.engine.generation import GenerationStream, Sequence
 from core.engine.grammar.compiler import GrammarCompiler
-from core.engine.interface import EngineConfig, GenerationRequest, ModelCard
+from core.engine.interface import EngineConfig, GenerationRequest
 from core.engine.prompt import templates
 from core.engine.sampling import Sampler, TokenStep
 from core.engine.vocabulary import Vocabulary
@@ -25,7 +23,7 @@ from core.errors import ApiError, ContextOverflow, InvalidRequest, ModelUnavaila
 from core.store.model_file import ModelFile
 
 if TYPE_CHECKING:
-    from core.engine.bindings import Bindings, Context, Model
+    from core.engine.bindings import Context
 
 PREPARE_WITHIN_S = 3.0  # after the load, even if requests keep coming
 LOOK_S, QUIET_LOOKS = 0.05, 6
@@ -57,7 +55,7 @@ class Llama:
         threading.Thread(target=importlib.import_module, args=("core.engine.prompt.sandbox",), daemon=True).start()
         native.set_verbose(config.verbose)
         config = replace(config, n_threads=config.n_threads or cpus.available())
-        self._model = self._load_model(config, progress)
+        self._model = gguf_model.load(bindings, file, config, progress)
         try:
             self._check_generates()
             self._context = self._make_context(config)
@@ -67,7 +65,9 @@ class Llama:
         self._vocabulary = Vocabulary(bindings, self._model)
         self._grammars = GrammarCompiler(bindings, self._model)
         self.config = config
-        self.card = self._describe()
+        self.card = gguf_model.describe(
+            bindings, self._model, file, self._vocabulary, n_ctx=int(bindings.llama_n_ctx(self._context))
+        )
         if self.card.n_ctx < config.n_ctx:
             logger.warning(
                 "%s was trained on %s tokens: all requests share N_CTX %s, and one request may use %s",
@@ -170,31 +170,6 @@ class Llama:
             self._file.release()
             native.trim_heap()
 
-    def _load_model(self, config: EngineConfig, progress: Callable[[float], None] | None) -> Model:
-        bindings, file = self._bindings, self._file
-        params = bindings.llama_model_default_params()
-        params.n_gpu_layers = config.n_gpu_layers
-        params.use_extra_bufts = config.repack and file.arrival is None  # repacking reads the weights at load
-        params.load_mode = bindings.LLAMA_LOAD_MODE_MMAP
-
-        def report(share: float, _data: object) -> bool:
-            if progress is not None:
-                progress(share)
-            return True
-
-        callback = bindings.llama_progress_callback(report)
-        params.progress_callback = callback
-        with native.captured_errors() as reasons:
-            model = bindings.llama_model_load_from_file(os.fsencode(file.path), params)
-        if not model:
-            logger.error("llama.cpp cannot load %s: %s", file.path, "; ".join(reasons) or "no reason given")
-            raise InvalidRequest(
-                f"llama.cpp cannot load the model '{file.name}': {_reason(reasons)}. "
-                "Use a complete GGUF file of an architecture that this llama.cpp supports.",
-                param="model_path",
-            )
-        return model
-
     def _check_generates(self) -> None:
         """Raise InvalidRequest for a model whose first decode would abort the process.
 
@@ -244,34 +219,6 @@ class Llama:
             raise self._cannot_generate("an embedding model")
         return context
 
-    def _describe(self) -> ModelCard:
-        bindings, model, vocabulary = self._bindings, self._model, self._vocabulary
-        metadata = _metadata(bindings, model)
-        template = bindings.llama_model_chat_template(model, None)
-        description = ctypes.create_string_buffer(256)
-        bindings.llama_model_desc(model, description, len(description))
-        n_ctx_train = int(bindings.llama_model_n_ctx_train(model))
-        n_ctx = int(bindings.llama_n_ctx(self._context))
-
-        def text(token: int) -> str:
-            return "" if token < 0 else vocabulary.label(token).decode("utf-8", "replace")
-
-        return ModelCard(
-            name=self._file.name,
-            path=str(self._file.path),
-            size_bytes=self._file.size_bytes,
-            description=description.value.decode("utf-8", "replace"),
-            architecture=metadata.get("general.architecture", ""),
-            n_params=int(bindings.llama_model_n_params(model)),
-            n_vocab=vocabulary.n_tokens,
-            n_ctx=min(n_ctx, n_ctx_train) if n_ctx_train > 0 else n_ctx,
-            n_ctx_train=n_ctx_train,
-            chat_template=None if not template else template.decode("utf-8", "replace"),
-            bos=text(vocabulary.bos),
-            eos=text(vocabulary.eos),
-            metadata={**metadata, "tokenizer.ggml.add_bos_token": "true" if vocabulary.adds_bos else "false"},
-        )
-
     def _prepare(self) -> None:
         """Read the control names, and build the grammar tokenizer in the background.
 
@@ -296,34 +243,3 @@ class Llama:
         # of a CPU.
         with contextlib.suppress(ModelUnavailable):  # the model was closed meanwhile
             self._grammars.prepare(lambda: time.sleep(REST_S))
-
-
-def _metadata(bindings: Bindings, model: Model) -> dict[str, str]:
-    """Return the GGUF's scalar metadata as text, without arrays (such as the vocabulary), which begin with "["."""
-    metadata = {}
-    buffer = ctypes.create_string_buffer(1 << 16)
-    for index in range(bindings.llama_model_meta_count(model)):
-        bindings.llama_model_meta_key_by_index(model, index, buffer, len(buffer))
-        key = buffer.value.decode("utf-8", "replace")
-        bindings.llama_model_meta_val_str_by_index(model, index, buffer, len(buffer))
-        value = buffer.value.decode("utf-8", "replace")
-        if not value.startswith("[") and key != "tokenizer.chat_template":
-            metadata[key] = value
-    return metadata
-
-
-def _reason(lines: list[str]) -> str:
-    """Return our own message for why a load failed. llama.cpp's lines hold paths and are for the log only."""
-    text = " ".join(lines)
-    for line, reason in (
-        ("unknown model architecture", "its architecture is unknown"),
-        ("not within the file bounds", "it is truncated"),
-        ("corrupted or incomplete", "it is truncated or damaged"),
-        ("missing tensor", "tensors are missing"),
-        ("vocab", "its vocabulary cannot be read"),
-        ("invalid magic", "it is not a GGUF file"),
-        ("failed to allocate", "it does not fit in memory"),
-    ):
-        if line in text:
-            return reason
-    return "the log has the reason"
