@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from core.engine.prompt import budget, templates
 from core.engine.prompt import sandbox as jinja
-from core.engine.prompt.budget import Broken, Refused, Runaway
+from core.engine.prompt import templates
+from core.engine.prompt.sandbox import Broken, Refused, Runaway
 from core.errors import InvalidRequest, ModelUnavailable
 from tests.fakes import CARD, ScriptedEngine
 
@@ -290,7 +290,7 @@ def test_a_hostile_template_is_stopped(name: str) -> None:
     began = time.thread_time()  # not the clock: the machine may be busy
 
     with pytest.raises((Runaway, Broken)):
-        jinja.render(HOSTILE[name], {"messages": [said("Hi")]}, steps=budget.STEPS // 10, seconds=math.inf)
+        jinja.render(HOSTILE[name], {"messages": [said("Hi")]}, steps=jinja.STEPS // 10, seconds=math.inf)
     assert time.thread_time() - began < 2
 
 

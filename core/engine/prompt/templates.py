@@ -17,7 +17,6 @@ from typing import Any
 
 from core.engine.cache import common_prefix
 from core.engine.interface import Engine, ModelCard
-from core.engine.prompt.budget import Broken, Refused, Runaway
 from core.errors import InvalidRequest, ModelUnavailable
 
 logger = logging.getLogger("slm.templates")
@@ -103,16 +102,18 @@ def _render(card: ModelCard, messages: Messages) -> str:
     source = card.chat_template
     if source is None:
         return _chatml(messages)
+    from core.engine.prompt import sandbox  # imports Jinja
+
     messages = _adapted(source, messages)
     try:
         return _run(card, source, messages)
-    except Refused as error:
+    except sandbox.Refused as error:
         # Gemma 1 and 2 among others refuse the system role. Put its text in front of the first user message.
         merged = _without_system(messages)
         if merged is not None:
             try:
                 return _run(card, source, merged)
-            except Refused:
+            except sandbox.Refused:
                 pass
         raise InvalidRequest(f"The model's chat template refuses these messages: {error}", param="messages") from None
 
@@ -130,15 +131,15 @@ def _run(card: ModelCard, source: str, messages: Messages) -> str:
     }
     try:
         return sandbox.render(source, variables)
-    except (Runaway, Broken) as error:
+    except (sandbox.Runaway, sandbox.Broken) as error:
         if _works(source):
             logger.info("The chat template of %s failed on these messages: %s", card.name, error)
-            reason = error if isinstance(error, Runaway) else "fails on them"
+            reason = error if isinstance(error, sandbox.Runaway) else "fails on them"
             raise InvalidRequest(
                 f"The model's chat template cannot format these messages: it {reason}.", param="messages"
             ) from error
         logger.error("The chat template of %s failed: %s", card.name, error)
-        reason = f"it {error}" if isinstance(error, Runaway) else "it is broken"
+        reason = f"it {error}" if isinstance(error, sandbox.Runaway) else "it is broken"
         raise ModelUnavailable(
             f"The chat template of model '{card.name}' cannot be used: {reason}. Serve another file of this model.",
             retry_after=None,
@@ -153,7 +154,7 @@ def _works(source: str) -> bool:
     messages = [{"role": "user", "content": "Hello"}]
     try:
         sandbox.render(source, {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""})
-    except (Refused, Runaway, Broken):
+    except (sandbox.Refused, sandbox.Runaway, sandbox.Broken):
         return False
     return True
 
