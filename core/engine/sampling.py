@@ -1,4 +1,7 @@
-"""Sample a sequence's next token: sampler chain, grammar, logprobs, and whether the answer ends."""
+"""Sample a sequence's next token: sampler chain, grammar, logprobs, and whether the answer ends.
+
+The parameters and their defaults are `core.engine.interface.Sampling`.
+"""
 
 from __future__ import annotations
 
