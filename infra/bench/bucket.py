@@ -1,10 +1,10 @@
-"""Bucket: a folder that nginx serves as S3 would serve a bucket, at loopback's speed or behind a link of limited speed.
+"""Serve a folder with nginx as S3 would serve a bucket, at full loopback speed or over a link of limited bandwidth.
 
-nginx knows no signatures and ignores them; ranges, If-Match and 404 it does as S3 does. `apt-get install nginx-light`.
+nginx ignores signatures, and handles ranges, If-Match and 404 as S3 does. To install it: `apt-get install nginx-light`.
 
-The link is a network namespace of its own with a veth pair and a token bucket filter (`tc tbf`), so the total of all
-connections is limited and nothing else on the machine is. nginx's own `limit_rate` cannot do it: it counts each request
-anew and lets a whole second's worth through at once, which an 8 MiB range never exceeds. The link needs root.
+The link is a network namespace with a veth pair and a token bucket filter (`tc tbf`). This limits all connections
+together and nothing else on the machine. nginx's `limit_rate` is not enough: it limits each request separately and lets
+the bytes of the first second through at once, which is more than a range of 8 MiB. The link needs root.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ http {{
 
 
 def lay_out(root: Path, model: Path, repo: str) -> str:
-    """Put `model` into the mirror's layout under `root`, with manifest and ref. Returns its key."""
+    """Copy `model` into the mirror's layout under `root`, and add its manifest and ref. Return its key."""
     reference, layout, bucket = HuggingFace(repo, model.name), Layout(PREFIX), root / BUCKET
     whole, blocks = hashlib.sha256(), []
     with model.open("rb") as file:
@@ -63,7 +63,7 @@ def lay_out(root: Path, model: Path, repo: str) -> str:
         key=key,
         size_bytes=stat.st_size,
         sha256=whole.hexdigest(),
-        etag=f'"{int(stat.st_mtime):x}-{stat.st_size:x}"',  # as nginx makes it
+        etag=f'"{int(stat.st_mtime):x}-{stat.st_size:x}"',  # nginx's format
         header_bytes=gguf.read_header(copy).data_offset,
         block_bytes=BLOCK_BYTES,
         blocks=tuple(blocks),
@@ -80,8 +80,11 @@ def lay_out(root: Path, model: Path, repo: str) -> str:
 
 
 class Server:
-    """nginx over `root`. Use as a context manager; `url` is what S3_ENDPOINT_URL is to be, `environ` is what to add to
-    a client's environment. `tls`: as S3 is, with a certificate made for the occasion (needs `openssl`)."""
+    """An nginx that serves `root`, as a context manager.
+
+    Set S3_ENDPOINT_URL to `url`, and add `environ` to a client's environment. With `tls` it uses a new self-signed
+    certificate, which needs `openssl`.
+    """
 
     def __init__(self, root: Path, *, megabytes_s: float | None = None, tls: bool = False) -> None:
         self._root, self._megabytes_s = root, megabytes_s
@@ -110,7 +113,7 @@ class Server:
     def _start(self) -> None:
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
         if nginx is None:
-            raise SystemExit("no nginx: apt-get install nginx-light")
+            raise SystemExit("nginx is not installed; run: apt-get install nginx-light")
         command = [nginx]
         if self._namespace is not None:
             self._link(self._namespace)
@@ -125,7 +128,7 @@ class Server:
                 tls=self._certify() if self._certificate else "",
             )
         )
-        if os.geteuid() == 0:  # the workers would be nobody, who may not look into our folders
+        if os.geteuid() == 0:  # by default the workers run as the user "nobody", who cannot read these folders
             config.write_text("user root;\n" + config.read_text())
         self._nginx = subprocess.Popen([*command, "-c", str(config)], stdin=subprocess.DEVNULL)
         self._await()
@@ -135,14 +138,14 @@ class Server:
             self._nginx.terminate()
             self._nginx.wait()
         if self._namespace is not None:
-            # The link first: left to the namespace, it would be gone a moment after the command has returned.
+            # Delete the link first. Deleting the namespace would remove it too, but only after the command returns.
             subprocess.run(["ip", "link", "del", f"n{os.getpid()}"], check=False)
             subprocess.run(["ip", "netns", "del", self._namespace], check=False)
         self._folder.cleanup()
 
     def _link(self, namespace: str) -> None:
         if os.geteuid() != 0:
-            raise SystemExit("limiting the bandwidth takes a network namespace, and that takes root: run it with sudo")
+            raise SystemExit("limiting the bandwidth needs a network namespace, and that needs root: run it with sudo")
         near, far = f"n{os.getpid()}", f"f{os.getpid()}"
         bits = int((self._megabytes_s or 0) * 8e6)
         inside = ["ip", "netns", "exec", namespace]
@@ -160,7 +163,7 @@ class Server:
             subprocess.run(command, check=True)
 
     def _certify(self) -> str:
-        """What `listen` needs for TLS."""
+        """Create a certificate. Return the parameters that nginx's `listen` needs for TLS."""
         key = f"{self._folder.name}/key.pem"
         subject = ["-subj", "/CN=bench", "-addext", f"subjectAltName=IP:{self._address}"]
         files = ["-keyout", key, "-out", str(self._certificate)]
@@ -173,4 +176,4 @@ class Server:
             with contextlib.suppress(OSError), socket.create_connection((self._address, self._port), timeout=1):
                 return
             time.sleep(0.02)
-        raise SystemExit("nginx does not answer")
+        raise SystemExit(f"nginx did not open port {self._port} within 8 s; its errors are above")

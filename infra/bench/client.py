@@ -1,8 +1,8 @@
-"""Client: chat requests over HTTP, timed at the socket.
+"""Send chat requests over HTTP and time them at the socket.
 
-It shares the machine's few cores with the servers it measures, so it does next to nothing while an answer streams: it
-keeps (time, bytes) of each read and parses them when the answer is over. No HTTP library, no `openai` client, whose
-event parsing costs more per token than a small model's decode step leaves free.
+The client shares a few cores with the servers it measures. While an answer streams, it only records the time and bytes
+of each read, and it parses them afterwards. It does not use the `openai` client, because parsing events with it costs
+more per token than a small model's decode step leaves free.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ TIMEOUT_S = 120.0
 
 
 class RequestFailed(RuntimeError):
-    """A server refused, or broke off, a request that it should have answered."""
+    """A server rejected a request, or did not complete its answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed answer. Times are seconds since the request began (connecting included)."""
+    """One streamed answer. Times are in seconds since the request began, including the connect."""
 
     text: str
-    first: float  # the first delta with content
-    last: float  # the last one
-    end: float  # the stream's end
+    first: float  # when the first delta with content arrived
+    last: float  # when the last one arrived
+    end: float  # when the stream ended
     begun: float  # on time.monotonic()'s clock
     deltas: int
     tokens: int
     finish: str | None
-    cached_tokens: int | None  # None: the server does not say
+    cached_tokens: int | None  # None: the server does not report it
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second after the first delta; right where each delta is one token (no constraint, plain text)."""
+        """Tokens per second after the first delta. Correct only if each delta is one token (plain text, no schema)."""
         return (self.tokens - 1) / (self.last - self.first)
 
 
 def stream(port: int, body: Mapping[str, Any]) -> Answer:
     """POST `body` to /v1/chat/completions as a stream and read it to its end.
 
-    Tokens are the server's `usage` if it sends one, else `max_tokens` if that ended the answer, else the number of
-    deltas (the servers without usage send one delta a token). Raises RequestFailed, OSError.
+    `tokens` comes from the server's `usage`. Without one it is `max_tokens` if that ended the answer, else the number
+    of deltas: servers without usage send one delta per token. Raises RequestFailed or OSError.
     """
     payload = json.dumps({**body, "stream": True})
     begun = time.monotonic()
@@ -67,7 +67,10 @@ def stream(port: int, body: Mapping[str, Any]) -> Answer:
 
 
 def parsed(reads: Sequence[tuple[float, bytes]], begun: float, max_tokens: int) -> Answer:
-    """The answer in timed reads of an event stream, cut anywhere. Raises RequestFailed: an error event, no content."""
+    """Return the answer in the timed reads of an event stream. A read may end anywhere in an event.
+
+    Raises RequestFailed for an error event or an answer without content.
+    """
     text: list[str] = []
     times: list[float] = []
     finish: str | None = None
@@ -104,19 +107,19 @@ def parsed(reads: Sequence[tuple[float, bytes]], begun: float, max_tokens: int) 
 
 
 def stream_many(port: int, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
-    """`stream` all bodies at once, a thread each. Raises the first failure after all threads have ended."""
+    """Call `stream` for all bodies at once, each in its own thread. Raises the first failure when all have ended."""
     answers: list[Answer | None] = [None] * len(bodies)
     failures: list[Exception] = []
     barrier = threading.Barrier(len(bodies))
 
-    def one(index: int) -> None:
+    def run(index: int) -> None:
         barrier.wait()
         try:
             answers[index] = stream(port, bodies[index])
         except (RequestFailed, OSError) as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(bodies))]
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(bodies))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -127,7 +130,7 @@ def stream_many(port: int, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
 
 
 def count_prompt(port: int, body: Mapping[str, Any]) -> int:
-    """Prompt tokens of `body`, from the usage of an unstreamed answer of one token."""
+    """Return the prompt tokens of `body`, from the usage of a non-streaming answer of one token."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         payload = json.dumps({**body, "max_tokens": 1})

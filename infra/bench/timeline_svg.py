@@ -1,4 +1,4 @@
-"""Timeline as SVG: the phases of a cold start as bars over seconds. Plain strings, no library; light and dark pages."""
+"""Draw the phases of a cold start as bars in an SVG, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One cold start. Times are in seconds since the process began; `ideal` is what the network alone would take."""
+    """One cold start. Times are in seconds since the process began; `ideal` is the transfer time alone."""
 
     title: str
     phases: Mapping[str, tuple[float, float]]  # name -> (begin, end)
@@ -32,7 +32,7 @@ class Start:
 
 
 def draw(starts: Sequence[Start], note: str) -> str:
-    """All starts, one below the other, on one scale."""
+    """Return an SVG with all starts, one below the other, on one time scale."""
     longest = max(max(end for _, end in start.phases.values()) for start in starts)
     longest = max(longest, *(max(start.first_token, start.ideal) for start in starts)) * 1.02
     scale = (WIDTH - LEFT - RIGHT) / longest

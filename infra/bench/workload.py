@@ -1,4 +1,4 @@
-"""Workload: the requests, and what is read off their answers. The same bytes go to every server."""
+"""Send the benchmark's requests and compute metrics from the answers. Every server gets the same requests."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ STRUCTURE_SCHEMA: Mapping[str, Any] = {
 
 
 def chat(content: str, max_tokens: int, **more: Any) -> dict[str, Any]:
-    """A greedy chat request of one user message. Usage is asked for; a server that knows no such option ignores it."""
+    """Return a chat request with one user message and temperature 0. Servers without `include_usage` ignore it."""
     messages = [{"role": "user", "content": content}]
     options = {"stream_options": {"include_usage": True}}
     return {"messages": messages, "temperature": 0, "max_tokens": max_tokens, **options, **more}
 
 
-FIRST = chat("Say hello.", 4)  # what a server is asked when it has just been started
+FIRST = chat("Say hello.", 4)  # the first request after a start
 
 
 def long_text(words: int, seed: int) -> str:
-    """`words` common words, other ones for each seed from the first word on: no cache knows them."""
+    """Return `words` common words. Texts with different seeds differ from the start, so they share no cached prefix."""
     return " ".join(random.Random(seed).choices(WORDS.split(), k=words))  # noqa: S311 - text, not a secret
 
 
@@ -114,13 +114,13 @@ class Target:
 
 @dataclass(slots=True)
 class Workload:
-    """Everything asked of a server in one round. `words` is how many words of `long_text` make PROMPT_TOKENS tokens."""
+    """All requests of a round. `words` is the number of words of `long_text` that give PROMPT_TOKENS tokens."""
 
     words: int = 900
     prompt_tokens: int = 0
 
     def calibrate(self, target: Target) -> None:
-        """Fit `words` to PROMPT_TOKENS by this server's own count; two unmeasured requests."""
+        """Fit `words` to PROMPT_TOKENS by this server's token count. The requests are not measured."""
         for _ in range(2):
             self.prompt_tokens = self._count(target)
             self.words = round(self.words * PROMPT_TOKENS / self.prompt_tokens)
@@ -128,16 +128,16 @@ class Workload:
 
     def _count(self, target: Target) -> int:
         body = chat(long_text(self.words, seed=-1), 1)
-        body.pop("stream_options")  # refused without `stream`
+        body.pop("stream_options")  # only allowed with `stream`
         return count_prompt(target.port, body)
 
     def steps(self, seed: int) -> tuple[Callable[[Target], dict[str, float]], ...]:
-        """The measurements of one round, each a function of the server; `seed` makes the round's prompts its own."""
+        """Return the measurements of one round, each a function of the server. `seed` makes the prompts unique."""
 
         def decode_one(target: Target) -> dict[str, float]:
             answer = stream(target.port, chat(f"{STORY} Begin with the number {seed}.", DECODE_TOKENS))
             if answer.tokens < DECODE_TOKENS // 2:
-                raise RequestFailed(f"only {answer.tokens} tokens came: too few to measure")
+                raise RequestFailed(f"the answer has only {answer.tokens} tokens: too few to measure")
             return {"decode_1_tok_s": answer.decode_rate}
 
         def decode_many(target: Target) -> dict[str, float]:
@@ -163,22 +163,22 @@ class Workload:
         return decode_one, decode_many, prompt, extract, self.constrained
 
     def constrained(self, target: Target) -> dict[str, float]:
-        """Milliseconds a token with and without a schema: the same prompt, in the cache before any of the three.
+        """Return the milliseconds per token without a schema and with two schemas, for the same cached prompt.
 
-        Whole requests are timed and divided by their tokens: with the prompt cached no prefill is in them, and what a
-        grammar costs before the first token is.
+        The time of the whole request is divided by its tokens. It includes no prefill, because the prompt is cached,
+        but it includes what a grammar costs before the first token.
         """
         stream(target.port, chat(STORY, 1))
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, schema in (("text", None), ("free_text", FREE_TEXT_SCHEMA), ("structure", STRUCTURE_SCHEMA)):
-            more = {} if schema is None else {"response_format": target.contender.response_format(schema)}
-            answer = stream(target.port, chat(STORY, CONSTRAINED_TOKENS, **more))
+            fields = {} if schema is None else {"response_format": target.contender.response_format(schema)}
+            answer = stream(target.port, chat(STORY, CONSTRAINED_TOKENS, **fields))
             if answer.tokens < CONSTRAINED_TOKENS * 2 // 3:
                 raise RequestFailed(f"the {name} answer has only {answer.tokens} tokens: too few to measure")
-            found[f"{name}_ms_tok"] = answer.end / answer.tokens * 1e3
-        found["constrained_free_text_x"] = found["free_text_ms_tok"] / found["text_ms_tok"]
-        found["constrained_structure_x"] = found["structure_ms_tok"] / found["text_ms_tok"]
-        return found
+            metrics[f"{name}_ms_tok"] = answer.end / answer.tokens * 1e3
+        metrics["constrained_free_text_x"] = metrics["free_text_ms_tok"] / metrics["text_ms_tok"]
+        metrics["constrained_structure_x"] = metrics["structure_ms_tok"] / metrics["text_ms_tok"]
+        return metrics
 
 
 def _is_json(text: str) -> bool:

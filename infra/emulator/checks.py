@@ -1,5 +1,8 @@
-"""What a runtime may send to the Runtime API, as checks that say what is wrong. Sources: AWS's Runtime API pages, the
-Node.js and Rust runtimes, and what the Runtime Interface Emulator was seen to refuse or drop."""
+"""Check what a runtime sends to the Runtime API. Each check yields a sentence for each violation.
+
+The rules come from AWS's Runtime API pages, from Amazon's Node.js and Rust runtimes, and from what the Runtime
+Interface Emulator was seen to reject or drop.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +34,18 @@ def request_head(version: str, headers: Mapping[str, str]) -> Iterator[str]:
 
 
 def answer_head(headers: Mapping[str, str], invocation_id: str | None) -> Iterator[str]:
-    """The head of `/response` and `/error`."""
-    given = headers.get("lambda-runtime-invocation-id")
-    if given != invocation_id:
-        yield f"Lambda-Runtime-Invocation-Id is {given!r}, not {invocation_id!r}"
+    """Check the head of `/response` or `/error`."""
+    sent_id = headers.get("lambda-runtime-invocation-id")
+    if sent_id != invocation_id:
+        yield f"Lambda-Runtime-Invocation-Id is {sent_id!r}, not {invocation_id!r}"
     if "content-type" not in headers:
         yield "no Content-Type"
 
 
 def stream_head(headers: Mapping[str, str]) -> Iterator[str]:
-    """The head of a `/response` that has a response mode."""
+    """Check the head of a `/response` that has a response mode."""
     if (mode := headers["lambda-runtime-function-response-mode"]) != "streaming":
-        yield f"the response mode is {mode!r}; only 'streaming' is one"
+        yield f"the response mode is {mode!r}; the only one is 'streaming'"
     if headers.get("transfer-encoding") != "chunked" or "content-length" in headers:
         yield "a streamed response must be chunked, without Content-Length"
     if headers.get("content-type") != STREAM_TYPE:
@@ -50,7 +53,7 @@ def stream_head(headers: Mapping[str, str]) -> Iterator[str]:
 
 
 def prelude(raw: bytes) -> Iterator[str]:
-    """The JSON before the separator."""
+    """Check the JSON before the separator."""
     if len(raw) > MAX_PRELUDE:
         yield f"the prelude has {len(raw)} bytes; the most is {MAX_PRELUDE}"
     try:
@@ -73,23 +76,23 @@ def prelude(raw: bytes) -> Iterator[str]:
         yield f"cookies is {cookies!r}"
 
 
-def trailers(given: Mapping[str, str], declared: str) -> Iterator[str]:
-    """Trailers that are not declared, or not in shape, are dropped silently by Lambda."""
-    known = {name.strip().lower() for name in declared.split(",")}
-    for name in given:
-        if name not in known:
+def trailers(sent: Mapping[str, str], declared: str) -> Iterator[str]:
+    """Check the trailers. Lambda silently drops those that are not declared or malformed."""
+    declared_names = {name.strip().lower() for name in declared.split(",")}
+    for name in sent:
+        if name not in declared_names:
             yield f"the trailer {name!r} was not declared"
-    if given:
-        if not _TYPE.fullmatch(given.get(ERROR_TYPE, "")):
-            yield f"the error type in the trailer is {given.get(ERROR_TYPE)!r}"
+    if sent:
+        if not _TYPE.fullmatch(sent.get(ERROR_TYPE, "")):
+            yield f"the error type in the trailer is {sent.get(ERROR_TYPE)!r}"
         try:
-            json.loads(base64.b64decode(given.get(ERROR_BODY, ""), validate=True))
+            json.loads(base64.b64decode(sent.get(ERROR_BODY, ""), validate=True))
         except ValueError:
             yield "the error body in the trailer is not JSON in base64"
 
 
 def buffered(body: bytes) -> Iterator[str]:
-    """A whole answer to an HTTP event."""
+    """Check a buffered answer."""
     if len(body) > MAX_BUFFERED:
         yield f"a buffered answer has {len(body)} bytes; the most is {MAX_BUFFERED}"
     try:
@@ -98,7 +101,7 @@ def buffered(body: bytes) -> Iterator[str]:
         yield "a buffered answer is not JSON"
         return
     if not isinstance(record, dict) or "statusCode" not in record:
-        return  # the plain answer to a direct invoke
+        return  # the answer to a direct invoke has no HTTP envelope
     if not isinstance(record["statusCode"], int) or not 100 <= record["statusCode"] <= 599:
         yield f"statusCode is {record['statusCode']!r}"
     content = record.get("body", "")
@@ -108,14 +111,14 @@ def buffered(body: bytes) -> Iterator[str]:
         try:
             base64.b64decode(content, validate=True)
         except ValueError:
-            yield "body is not base64, though isBase64Encoded"
+            yield "isBase64Encoded is true, but the body is not base64"
     for name, value in (record.get("headers") or {}).items():
         if not isinstance(value, str) or re.search(r"[\r\n\0]", value):
             yield f"the value of {name!r} is {value!r}"
 
 
 def failure(headers: Mapping[str, str], body: bytes) -> Iterator[str]:
-    """`/error`, `/init/error` and `/restore/error`."""
+    """Check a report to `/error`, `/init/error` or `/restore/error`."""
     kind = headers.get(ERROR_TYPE, "")
     if not _TYPE.fullmatch(kind):
         yield f"the error type is {kind!r}"

@@ -82,7 +82,7 @@ class Environment:
             await self._start()
             if not await self._initialised():
                 await self.close()
-                await self._start()  # as on Lambda: again, within the invocation's time
+                await self._start()  # as on Lambda: init runs again, within the invocation's time
         self._signal(signal.SIGCONT)
         assert self._server is not None
         exchange = self._server.invoke(event, timeout_s=self._timeout_s, keep=False)

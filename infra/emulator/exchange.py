@@ -1,4 +1,4 @@
-"""One event and its answer, and the faults that the Runtime API double injects into it."""
+"""One event and its answer, and the faults that the Runtime API emulator injects into it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Exchange:
     kind: Literal["stream", "buffered", "error"] | None = None
     prelude: dict[str, Any] | None = None
     body: bytearray = field(default_factory=bytearray)  # without the prelude
-    chunks: list[tuple[float, bytes]] = field(default_factory=list)  # as they came, when
+    chunks: list[tuple[float, bytes]] = field(default_factory=list)  # (arrival time, bytes)
     trailers: dict[str, str] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     handed_out: float | None = None

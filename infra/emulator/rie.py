@@ -1,7 +1,7 @@
-"""Amazon's Runtime Interface Emulator: fetched out of the aws-sam-cli wheel (`make rie`), and driven.
+"""Download Amazon's Runtime Interface Emulator from the aws-sam-cli wheel (`make rie`), and run it.
 
-It buffers everything, gives the whole payload (prelude, NULs and body of a stream included), and dies of two
-invocations at once: `Emulator.invoke` sends one after the other.
+The emulator buffers every answer and returns the whole payload, for a stream with its prelude and NULs. Two invocations
+at once crash it, so `Emulator.invoke` must not be called concurrently.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHA256 = {
 
 
 def fetch() -> Path:
-    """The emulator's binary, downloaded unless it is there. Raises RuntimeError when it cannot be had."""
+    """Return the path of the emulator. The first call downloads it. Raises RuntimeError if that fails."""
     machine = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
     target = BUILD / f"aws-lambda-rie-{machine}"
     if target.exists():
@@ -41,11 +41,11 @@ def fetch() -> Path:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("aws_sam_cli-*.whl"))
         if ended.returncode != 0 or not wheels:
-            raise RuntimeError(f"{WHEEL}, which holds the emulator, cannot be downloaded:\n{ended.stderr.strip()}")
+            raise RuntimeError(f"{WHEEL}, which contains the emulator, cannot be downloaded:\n{ended.stderr.strip()}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             binary = wheel.read(f"samcli/local/rapid/aws-lambda-rie-{machine}")
         if hashlib.sha256(binary).hexdigest() != SHA256[machine]:
-            raise RuntimeError(f"The emulator in {WHEEL} is not the one that is known here.")
+            raise RuntimeError(f"The emulator in {WHEEL} does not have the expected SHA-256 {SHA256[machine]}.")
         unpacked = Path(folder) / "rie"
         unpacked.write_bytes(binary)
         unpacked.chmod(0o755)
@@ -83,7 +83,7 @@ class Emulator:
         self.close()
 
     def close(self) -> None:
-        """End the emulator and with it the runtime."""
+        """Stop the emulator, which stops the runtime."""
         self._process.terminate()
         try:
             self._process.wait(5)
@@ -93,7 +93,7 @@ class Emulator:
         self.log.close()
 
     def invoke(self, event: bytes) -> tuple[int, bytes]:
-        """Status and payload. Waits for the whole answer: one that is abandoned would kill the emulator."""
+        """Return status and payload. Waits for the whole answer, because an abandoned one would crash the emulator."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=self._timeout_s + 30)
         try:
             connection.request("POST", "/2015-03-31/functions/function/invocations", event)
@@ -103,13 +103,13 @@ class Emulator:
             connection.close()
 
     def printed(self) -> str:
-        """What emulator and runtime have written so far."""
+        """Return what the emulator and the runtime have printed so far."""
         self.log.seek(0)
         return self.log.read().decode(errors="replace")
 
 
 def _free_ports() -> tuple[int, int]:
-    """Return two free ports below 32768: the kernel gives none of these to a process that binds port 0."""
+    """Return two free ports below 32768. The kernel does not assign these to a process that binds port 0."""
     free = []
     for port in random.sample(range(20_000, 32_768), 100):
         with socket.socket() as probe, suppress(OSError):

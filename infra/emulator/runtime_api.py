@@ -1,7 +1,7 @@
 """A local server for the Lambda Runtime API: strict, and able to inject faults.
 
 The tests and the local function URL (`infra.emulator.function_url`) use it. It checks everything that a runtime sends
-(`infra.emulator.checks`) and collects what is wrong in `violations`. The tests fail if there are any.
+(`infra.emulator.checks`) and collects the violations. The tests fail if there are any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from infra.emulator import checks, wire
 from infra.emulator.exchange import Behaviour, Exchange
 
 _VERSION = "/2018-06-01/runtime/"
-_CHUNKED_OVER = 2048  # as the real one: Go's net/http writes larger bodies chunked
+_CHUNKED_OVER = 2048  # as on Lambda: Go's net/http writes larger bodies chunked
 
 
 class RuntimeAPIServer:
@@ -87,8 +87,7 @@ class RuntimeAPIServer:
         return [exchange for exchange in self._open.values() if not exchange.finished.is_set()]
 
     async def close_resting(self) -> None:
-        """Hang up on every connection without a request, as a server with an idle limit does; return when the runtime
-        has seen it."""
+        """Close every idle connection, as a server with an idle limit does. Return when the runtime has noticed."""
         resting = dict(self._resting)
         for writer in resting.values():
             writer.write_eof()
@@ -115,7 +114,7 @@ class RuntimeAPIServer:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         except asyncio.CancelledError:
-            pass  # the server is closing; asyncio would log a handler that ends so
+            pass  # the server is closing; asyncio would log the cancellation of a handler
         finally:
             self._connections.discard(task)
             writer.transport.abort()
@@ -301,5 +300,5 @@ class RuntimeAPIServer:
             and not behaviour.close_after_reply
         )
 
-    def _blame(self, found: Iterable[str], where: str) -> None:
-        self.violations += [f"{where}: {violation}" for violation in found]
+    def _blame(self, violations: Iterable[str], where: str) -> None:
+        self.violations += [f"{where}: {violation}" for violation in violations]

@@ -1,4 +1,4 @@
-"""Read and write HTTP/1.1 for the Runtime API double: strictly, and in segments of any size."""
+"""Read and write HTTP/1.1 for the Runtime API emulator: strictly, and in segments of any size."""
 
 from __future__ import annotations
 

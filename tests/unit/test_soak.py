@@ -58,6 +58,6 @@ def test_what_must_not_happen_is_a_failure(break_it: object, words: str) -> None
 def test_a_lease_that_is_out_at_the_end_is_a_failure(leases: int | None) -> None:
     """Also if nobody could say how many there are."""
     assert summary(soaked(leases=leases), exit_status=-9)["failures"] == [
-        "leases did not come back",
-        "the server did not end as asked",
+        "leases were not released",
+        "the server did not exit with 0",
     ]
