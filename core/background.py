@@ -1,7 +1,7 @@
-"""Background: a thread of its own for work that takes minutes.
+"""Run work that takes minutes in a thread of its own.
 
-asyncio's default executor has six threads on two CPUs, and every prompt is built in one of them: work that keeps such a
-thread for long stops all answers.
+asyncio's default executor has six threads on two CPUs, and every prompt is built in one of them. Long work there would
+block all requests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def start(name: str, function: Callable[[], T]) -> Future[T]:
-    """Run `function` in a thread. The future cannot be cancelled: a caller that gives up leaves the thread at work."""
+    """Run `function` in a new thread. The future cannot be cancelled: the thread continues if the caller gives up."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
     context = contextvars.copy_context()  # the request's id, for the log

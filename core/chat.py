@@ -1,4 +1,4 @@
-"""Chat: messages in, a completion or its chunks out. A completion is folded from the chunks that a stream sends."""
+"""Answer a chat with a completion or a stream of chunks. A completion is folded from the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def new_id(kind: str) -> str:
 
 
 def fingerprint(session: Session) -> str:
-    """Identify the model file and its configuration. With another fingerprint a seed may give another text."""
+    """Identify the model file and its configuration. If the fingerprint changes, a seed may give another text."""
     card = session.card
     identity = f"{card.path} {card.size_bytes} {card.description} {session.config}"
     return "fp_" + sha256(identity.encode()).hexdigest()[:10]

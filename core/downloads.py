@@ -1,4 +1,4 @@
-"""Downloads: the models that requests are bringing to this machine now."""
+"""Download models for requests. Requests for the same model share one download."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
     Key = tuple[HuggingFace | S3, str | None]
 
-MOST = 2  # at once: each has connections, buffers and a disk to share
+MOST = 2  # downloads at once: they share connections, memory and the disk
 RETRY_S = 10
 
 
 class Downloads:
-    """Thread-safe. Each download has a thread of its own; requests for the same model share one."""
+    """The running downloads, each in its own thread. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._running: dict[Key, _Download] = {}
-        self._threads: set[Future[Fetched]] = set()  # also of downloads that are given up and not at their end yet
+        self._threads: set[Future[Fetched]] = set()  # including cancelled downloads that have not ended yet
 
     async def fetch(
         self, reference: HuggingFace | S3, *, sha256: str | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """Fetch as `Store.fetch` does. `progress` is called in the download's thread.
+        """Download a model with `Store.fetch`, or join a download of it. `progress` is called in the download's thread.
 
-        Cancelling the last request for a model stops its download; what can be resumed stays. Raises Busy if MOST other
-        downloads are running, and what `Store.fetch` raises.
+        The download stops when the last request for it is cancelled; a later one can resume it. Raises Busy if MOST
+        other downloads are running, and what `Store.fetch` raises.
         """
         key, request = (reference, sha256), object()
         with self._lock:
@@ -60,7 +60,7 @@ class Downloads:
     def _start(self, download: _Download, key: Key) -> None:
         if len(self._threads) >= MOST:
             names = " and ".join(str(reference) for reference, _ in self._running) or "downloads that are ending"
-            raise Busy(f"At most {MOST} downloads run at once, now {names}; try again later.", retry_after=RETRY_S)
+            raise Busy(f"At most {MOST} downloads run at once (now: {names}). Try again later.", retry_after=RETRY_S)
         reference, sha256 = key
         download.future = background.start(
             "download",
@@ -74,7 +74,7 @@ class Downloads:
 
 
 class _Download:
-    """One download and who waits for it."""
+    """One download and the requests that wait for it."""
 
     future: Future[Fetched]
 
@@ -84,7 +84,7 @@ class _Download:
         self._reached: tuple[int, int] | None = None
 
     def join(self, request: object, progress: Progress | None) -> None:
-        """One more request waits; it is told at once how far the download is."""
+        """Add a request that waits, and report the current progress to it."""
         self.requests[request] = progress
         if progress is not None and self._reached is not None:
             progress(*self._reached)

@@ -1,4 +1,4 @@
-"""Extract: a text in, JSON out. The schema constrains generation, and the result is validated against it."""
+"""Extract JSON from a text. The schema constrains generation, and the result is validated against it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health: whether a model can answer, what it is doing, and what to do next."""
+"""Report whether a model can answer, what it is doing, and what to do next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host: load, swap and lend the served model.
+"""Load, swap and lend the served model.
 
 States: `unloaded` (no local model) -> `available` (a local model that is not in memory) -> `ready`.
 `loading` and `error` are reported in addition to the state.
@@ -113,8 +113,8 @@ class Host:
         if load:
             if not self._begin(lambda: self._load(selection, config_of(self._settings))):
                 return
-            # In this thread, beside the file's check in the other one: the load in C begins as soon as both are done,
-            # and whatever the caller imports next no longer takes turns with it.
+            # Import in this thread while the load thread checks the file. The load in C begins when both are done, and
+            # then does not compete with the caller's next imports for the interpreter lock.
             self._loader.import_bindings()
         elif not selection.is_local:
             self._begin(lambda: self._download(selection))

@@ -1,4 +1,4 @@
-"""Load: download a model to this machine. `core.reload` switches to it."""
+"""Download a model to this machine. `core.reload` switches to it."""
 
 from __future__ import annotations
 

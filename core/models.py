@@ -1,4 +1,4 @@
-"""Models: the served model, the models on this machine, and how the server started."""
+"""Report the served model, the models on this machine, and how the server started."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def model_list(service: Service) -> ModelList:
 
 
 def model_entry(service: Service, name: str) -> ModelEntry:
-    """Raises ModelNotFound with the names that exist."""
+    """Return the entry of one name. Raises ModelNotFound with the names that exist."""
     check_model(service, name)
     return ModelEntry(name, _created(service))
 

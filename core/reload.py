@@ -1,4 +1,4 @@
-"""Reload: switch to another model or another configuration while requests are running."""
+"""Switch to another model or another configuration while requests are running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection: the model that the settings name. Looks at the disk, loads nothing."""
+"""Select the model to serve from the settings. This looks at the disk, but loads and downloads nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from core.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to serve and why. `reference` None: nothing; `error` then says what is wrong with the settings, if anything
-    is. `is_local` is False where the model has to be downloaded first."""
+    """The model to serve, and why. Without a `reference` there is none, and `error` may say what is misconfigured.
+
+    `is_local` is False if the model must be downloaded first.
+    """
 
     chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing", "/reload"]
     reason: str
@@ -39,7 +41,7 @@ class Selection:
         return model_name(name.rpartition("/")[2])
 
     def report(self) -> dict[str, str | None]:
-        """What `GET /models` says of the selection."""
+        """Return the selection as `GET /models` reports it."""
         return {
             "chosen_by": self.chosen_by,
             "reason": self.reason,
@@ -49,9 +51,9 @@ class Selection:
 
 
 def select(settings: Settings, store: Store) -> Selection:
-    """MODEL_PATH if it is there, else AUTO_REPO_ID/AUTO_FILENAME, else the embedded model if nothing is configured.
+    """Return MODEL_PATH if it exists, else AUTO_REPO_ID/AUTO_FILENAME, or the embedded model if nothing is configured.
 
-    A MODEL_PATH that is set but missing never falls back to the embedded model. Looks at the disk, not at the network.
+    If MODEL_PATH is set but missing, the embedded model is not used. This uses the disk, not the network.
     """
     auto = _auto(settings, store)
     if settings.model_path is not None:
@@ -61,14 +63,14 @@ def select(settings: Settings, store: Store) -> Selection:
         except ApiError as error:
             return Selection("MODEL_PATH", "MODEL_PATH cannot be served", error=f"MODEL_PATH: {error.message}")
         if path is not None:
-            return Selection("MODEL_PATH", "MODEL_PATH is there", reference, is_local=True, path=str(path))
+            return Selection("MODEL_PATH", "MODEL_PATH exists", reference, is_local=True, path=str(path))
         if not isinstance(reference, File):
             return Selection("MODEL_PATH", "MODEL_PATH names a model to download", reference)
         if auto is not None and auto.reference is not None:
             return auto
         return Selection(
             "MODEL_PATH",
-            "MODEL_PATH is not there",
+            "MODEL_PATH does not exist",
             error=f"MODEL_PATH={settings.model_path}: there is no such file. Fix the path (in a container, the path "
             "inside the container), or set AUTO_REPO_ID and AUTO_FILENAME.",
         )

@@ -1,4 +1,4 @@
-"""Service: what the operations work on. Built once by `adapters.wiring`, passed by hand."""
+"""The objects that all operations use. `adapters.wiring` builds them once and passes them explicitly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: one frozen value, read once from the environment at the entry point and passed explicitly.
+"""The settings: one frozen value, read from the environment once at the entry point and passed explicitly.
 
 An unusable value stops the start with the variable's name and the allowed values. `python -m infra.settings_table`
 generates `docs/settings.md` and `.env.example` from this file; a test checks that they are up to date.

@@ -1,4 +1,4 @@
-"""Timeline: the phases of one start, on one clock that begins with the process."""
+"""Record the phases of a start, on a clock that begins with the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 def process_started() -> float:
-    """When the kernel started this process, on `time.monotonic()`'s clock (Linux; elsewhere: now)."""
+    """Return when the kernel started this process, on `time.monotonic()`'s clock. Outside Linux: now."""
     try:
         with open("/proc/self/stat", "rb") as file:  # noqa: PTH123 - pathlib costs an import on the cold path
             ticks = int(file.read().rsplit(b")", 1)[1].split()[19])
@@ -22,7 +22,7 @@ def process_started() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A named stretch of the start, in seconds since the process began. `end` is None while it runs."""
+    """A named part of the start, in seconds since the process began. `end` is None while it runs."""
 
     name: str
     start: float
@@ -30,7 +30,7 @@ class Phase:
 
 
 class Timeline:
-    """Phases may overlap and come from any thread; each name is kept once, in order of its start."""
+    """The phases by name. They may overlap and be recorded from any thread."""
 
     def __init__(self, origin: float | None = None) -> None:
         self._origin = process_started() if origin is None else origin
@@ -38,23 +38,23 @@ class Timeline:
         self._phases: dict[str, Phase] = {}
 
     def restart(self) -> None:
-        """Begin anew, now: for a process restored from a snapshot, whose start was another machine's."""
+        """Restart the clock and forget all phases, after the process was restored from a snapshot."""
         with self._lock:
             self._origin = time.monotonic()
             self._phases.clear()
 
     def now(self) -> float:
-        """Seconds since the process began."""
+        """Return the seconds since the process began."""
         return time.monotonic() - self._origin
 
     def mark(self, name: str, start: float, end: float | None = None) -> None:
-        """Record a phase by times already taken with `now()`."""
+        """Record a phase with times that were measured with `now()`."""
         with self._lock:
             self._phases[name] = Phase(name, start, end)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block."""
+        """Record the duration of a `with` block."""
         start = self.now()
         self.mark(name, start)
         try:
@@ -67,7 +67,7 @@ class Timeline:
             return tuple(sorted(self._phases.values(), key=lambda phase: phase.start))
 
     def report(self) -> dict[str, dict[str, float | None]]:
-        """`{name: {start_ms, duration_ms}}`; duration is null while the phase runs."""
+        """Return `{name: {start_ms, duration_ms}}`. The duration is None while the phase runs."""
         return {
             phase.name: {
                 "start_ms": round(phase.start * 1e3, 1),

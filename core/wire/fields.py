@@ -1,4 +1,4 @@
-"""Fields: the value ranges that chat and extract share, as types. What is wrong with a value is told by the decoder."""
+"""Define the fields that chat and extract share, as types with ranges. `handlers.validation` explains violations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.errors import InvalidRequest
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepeatPenalty = Annotated[float, Meta(ge=0.1, le=2)]  # 1: off; towards 0 llama.cpp divides by it
+RepeatPenalty = Annotated[float, Meta(ge=0.1, le=2)]  # 1: off; llama.cpp divides by it
 TopK = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]  # 0 and -1: all
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
@@ -46,7 +46,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usa
 
 
 class JsonSchema(Struct):
-    """OpenAI's wrapper round a schema. `strict` or not, the schema always holds here."""
+    """OpenAI's wrapper of a schema. The schema is always enforced, with or without `strict`."""
 
     schema: dict[str, Any] | None = None
     name: str | None = None
@@ -57,7 +57,7 @@ class JsonSchema(Struct):
 class ResponseFormat(Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema: dict[str, Any] | None = None  # llama-server's place for it, beside json_object
+    schema: dict[str, Any] | None = None  # used by llama-server, with type json_object
 
     def __post_init__(self) -> None:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema is None):
@@ -108,7 +108,7 @@ def sampling(request: SamplingFields, n_vocab: int) -> Sampling:
 
 
 def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, float]:
-    """`logit_bias` by token id. Raises InvalidRequest for a key that is not a token of this model."""
+    """Return `logit_bias` with token ids as keys. Raises InvalidRequest for a key that is not a token of this model."""
     biases: dict[int, float] = {}
     for key, bias in (logit_bias or {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
@@ -121,17 +121,17 @@ def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, f
 
 
 def sampler_temperature(temperature: float) -> float:
-    """llama.cpp divides logits by a 32-bit temperature: below 1e-5 they overflow, and the likeliest token is meant."""
+    """Return the temperature, or 0 below 1e-5: llama.cpp divides the logits by it, and they would overflow."""
     return 0.0 if temperature < 1e-5 else temperature
 
 
 def sampler_seed(seed: int | None) -> int | None:
-    """A 64-bit seed for llama.cpp, which has 32 bits and takes the highest value for "any seed"."""
+    """Reduce a 64-bit seed to llama.cpp's 32 bits. The highest value is left out, because it means a random seed."""
     return None if seed is None else seed % 0xFFFF_FFFF
 
 
 def nested_beyond(value: Any, levels: int) -> bool:
-    """Whether arrays and objects lie in each other more than `levels` deep; without recursion, for hostile values."""
+    """Return whether arrays and objects are nested more than `levels` deep. Works without recursion."""
     layer = [value]
     for _ in range(levels + 1):
         layer = [
@@ -158,7 +158,7 @@ INSTEAD: Mapping[str, str] = {
 
 
 class UnsupportedFields(Struct, kw_only=True):
-    """The default of each is the value that changes nothing; null is another."""
+    """Fields of other servers that are rejected, unless they have their default or null: these change nothing."""
 
     # The prompt's form
     chat_template: Any = None
@@ -185,7 +185,7 @@ class UnsupportedFields(Struct, kw_only=True):
     guided_grammar: Any = None
     structured_outputs: Any = None
 
-    # Where it ends
+    # The end of the answer
     max_new_tokens: Any = None
     max_output_tokens: Any = None
     n_predict: Any = None
@@ -193,7 +193,7 @@ class UnsupportedFields(Struct, kw_only=True):
     ignore_eos: Any = False
     stop_token_ids: Any = []
 
-    # How tokens are drawn
+    # Sampling
     repetition_penalty: Any = 1
     typical_p: Any = 1
     mirostat: Any = 0
@@ -213,6 +213,4 @@ def check_unsupported(fields: UnsupportedFields) -> None:
         value = getattr(fields, name)
         if value is not None and value != getattr(defaults, name):
             instead = INSTEAD.get(name, "leave it out")
-            raise InvalidRequest(
-                f"'{name}' is not supported, and without it the answer would be another; {instead}.", param=name
-            )
+            raise InvalidRequest(f"'{name}' is not supported and would change the answer; {instead}.", param=name)

@@ -146,7 +146,7 @@ async def no_such_route(peer: Peer) -> None:
         (unknown_id, "never handed out"),
         (unanswered, "while an event was unanswered"),
         (no_echo, "Lambda-Runtime-Invocation-Id"),
-        (wrong_mode, "only 'streaming'"),
+        (wrong_mode, "the only one is 'streaming'"),
         (wrong_type, "content type"),
         (split_prelude, "whole prelude"),
         (no_prelude, "before its prelude"),

@@ -343,9 +343,7 @@ def test_fields_that_would_change_the_answer_are_refused(field: str, value: Any,
     status, body = post(fake, **{field: value})
 
     assert (status, body["error"]["param"]) == (400, field)
-    assert body["error"]["message"] == (
-        f"'{field}' is not supported, and without it the answer would be another; {instead}."
-    )
+    assert body["error"]["message"] == (f"'{field}' is not supported and would change the answer; {instead}.")
     assert fake.engine.requests == []
 
 
