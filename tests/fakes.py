@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from core.downloads import Downloads
-from core.engine.interface import Cause, Delta, EngineConfig, FinishReason, GenerationRequest, ModelCard, Timings
+from core.engine.interface import (
+    Cause,
+    Delta,
+    EngineConfig,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    ModelCard,
+    Text,
+    Timings,
+)
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
@@ -125,7 +135,7 @@ class ScriptedGeneration:
         last = len(script) - 1
         end: tuple[FinishReason, Cause | None] = ("length", "max_tokens") if cut else ("stop", None)
         return [
-            (Delta(index, text, 1, (), *end) if at == last else Delta(index, text, 1))
+            (Delta(index, _text(text), 1, (), *end) if at == last else Delta(index, _text(text), 1))
             for at, text in enumerate(script)
             for index in range(request.n)
         ]
@@ -299,3 +309,7 @@ def fake_service(
     chosen = Settings(**{"local_admin": True, **settings})
     service = Service(chosen, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)
+
+
+def _text(text: str) -> tuple[Event, ...]:
+    return (Text(text),) if text else ()

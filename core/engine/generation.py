@@ -1,21 +1,19 @@
-"""A running generation: the stream of its deltas, its n sequences, and the text that their tokens make.
-
-`GenerationStream` belongs to the event loop that reads it, `Sequence` and its `TextStream` to the engine thread.
-"""
+"""A running generation: the asyncio stream of its deltas, and the n sequences that the engine thread works on."""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.engine.interface import Delta, GenerationRequest, Timings
 
 if TYPE_CHECKING:
     from core.engine.cache import Slot
+    from core.engine.grammar.compiler import Matcher
+    from core.engine.output.reader import OutputReader
     from core.engine.sampling import Sampler
 
 
@@ -127,55 +125,6 @@ def _put_all(items: list[tuple[GenerationStream, Delta | Exception]]) -> None:
         stream.put(item)
 
 
-class TextStream:
-    """Takes token bytes and returns the text that can be sent so far.
-
-    The bytes of an incomplete character are held back, and dropped if it is never completed. Text that may begin a
-    stop string is held back until that is decided. Bytes that are not UTF-8 become U+FFFD.
-    """
-
-    __slots__ = ("_decode", "_longest", "_stops", "_withheld", "stopped")
-
-    def __init__(self, stops: tuple[str, ...] = ()) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._stops = stops
-        self._longest = max(map(len, stops), default=0)
-        self._withheld = ""
-        self.stopped = False  # a stop string was found; no more text comes
-
-    def push(self, piece: bytes) -> str:
-        """Add the bytes of a token. Return the text that can be sent now."""
-        text = self._decode(piece)
-        if not self._stops:
-            return text
-        if self.stopped:
-            return ""
-        # 1) A stop string ends the text, the earliest one if there are several.
-        text = self._withheld + text
-        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if places:
-            self.stopped = True
-            self._withheld = ""
-            return text[: min(places)]
-        # 2) Hold back what may begin one.
-        length = len(text) - self._may_begin_stop(text)
-        self._withheld = text[length:]
-        return text[:length]
-
-    def finish(self) -> str:
-        """Return the text that was held back: it is no stop string after all. Drops an incomplete character."""
-        text, self._withheld = self._withheld, ""
-        return text
-
-    def _may_begin_stop(self, text: str) -> int:
-        """Return the length of the longest end of `text` that begins a stop string."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
-
-
 class Sequence:
     """One of a request's n answers. Belongs to the engine thread once submitted.
 
@@ -186,17 +135,20 @@ class Sequence:
     __slots__ = (
         "admission",
         "admitted_once",
+        "call_matcher",
         "index",
         "matcher",
         "n_prefill",
         "n_prompt",
+        "output",
         "parent",
+        "reasoning_tokens",
         "request",
         "sampler",
         "slot",
         "stream",
-        "text",
         "tokens",
+        "whole_calls",
     )
 
     def __init__(
@@ -205,16 +157,22 @@ class Sequence:
         index: int,
         stream: GenerationStream,
         sampler: Sampler,
-        matcher: Any,
+        output: OutputReader,
         parent: Sequence | None,
+        *,
+        matcher: Matcher | None = None,
+        call_matcher: Matcher | None = None,
     ) -> None:
         self.request = request
         self.index = index
         self.stream = stream
         self.sampler = sampler
-        self.matcher = matcher  # llguidance's, or None
+        self.output = output
+        self.matcher = matcher  # of the request's grammar, then of each call's; None: no constraint
+        self.call_matcher = call_matcher  # copied for each call that the model opens
         self.parent = parent
-        self.text = TextStream(request.stop)
+        self.reasoning_tokens = 0
+        self.whole_calls = 0
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
         self.n_prefill = self.n_prompt  # tokens to prefill: the prompt, and after a preemption the answer so far

@@ -6,13 +6,14 @@ computes the prompt's tokens, *decode* makes new ones. A *delta* is what a seque
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from core.errors import ApiError
 
-FinishReason = Literal["stop", "length"]
+# "tool_calls": the sequence ended by itself and made at least one whole call. "length": it was cut, even inside a call.
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 # Why a sequence ended with "length": its own `max_tokens`, the context size, its deadline, or no KV cells left.
 Cause = Literal["max_tokens", "context", "deadline", "memory"]
@@ -34,13 +35,109 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """The next part of the answer's content: whole characters."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The next part of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call begins. Its arguments and a CallEnd follow. `id` is the model's own, if it writes one."""
+
+    name: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The next part of the call's arguments: a piece of the JSON text of an object."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """The call is complete. A call without this event was cut."""
+
+
+Event = Text | Reasoning | Call | Arguments | CallEnd
+
+
+class Piece(NamedTuple):
+    """What a parser reads: text, or a marker, which is one token of the vocabulary and never text that spells it."""
+
+    text: str
+    marker: bool = False
+
+
+class Parser(Protocol):
+    """Reads the pieces of one sequence and returns its events. Holds back only what may begin a marker.
+
+    Pieces may be cut anywhere: the events add up to the same text, reasoning and calls.
+    """
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the next piece is reasoning."""
+        ...
+
+    @property
+    def calling(self) -> bool:
+        """Whether a call has been opened and not ended. From there on the call's grammar holds."""
+        ...
+
+    @property
+    def overrun(self) -> str:
+        """The text that the piece which opened the call had after the opener. It belongs to the call."""
+        ...
+
+    def feed(self, piece: Piece) -> list[Event]: ...
+
+    def reject(self) -> list[Event]:
+        """Return the text since the call was opened: it is no call after all."""
+        ...
+
+    def finish(self, *, cut: bool) -> list[Event]:
+        """Return what was held back. `cut` means that a limit ended the sequence, not the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How a sequence's tokens become events. Without one, all of them are text.
+
+    `parser` makes the parser of one sequence. `markers` are the texts of the tokens that it reads as markers.
+    `call_grammar` holds from the end of a call's opener to the end of the call (tool_choice "auto"). With
+    `end_after_call`, the first call ends the sequence. `reasoning_budget` is the most tokens of reasoning; `closer` is
+    forced then.
+    """
+
+    parser: Callable[[], Parser]
+    markers: frozenset[str] = frozenset()
+    call_grammar: str | None = None
+    end_after_call: bool = False
+    reasoning_budget: int | None = None
+    closer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A prompt and how to continue it.
 
     `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (see `core.engine.grammar`).
-    `top_logprobs` None means no logprobs, 0 those of the chosen tokens only. A prompt prefix is never shared between
-    tenants. `deadline` is on `time.monotonic()`'s clock. At the deadline a sequence ends with finish_reason "length";
-    if there is no token yet, the request fails with DeadlineExceeded or ModelUnavailable.
+    It holds from the first token, or from the end of the reasoning if the prompt ends in reasoning. Stop strings are
+    looked for in text, not in reasoning or calls. `top_logprobs` None means no logprobs, 0 those of the chosen tokens
+    only. A prompt prefix is never shared between tenants. `deadline` is on `time.monotonic()`'s clock. At the deadline
+    a sequence ends with finish_reason "length"; if there is no token yet, the request fails with DeadlineExceeded or
+    ModelUnavailable.
     """
 
     prompt: tuple[int, ...]
@@ -52,6 +149,7 @@ class GenerationRequest:
     top_logprobs: int | None = None
     tenant: str = ""
     deadline: float | None = None
+    output: OutputFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +163,26 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one sequence gained in a step: whole characters (perhaps none yet) and the number of tokens behind them.
+    """What one sequence gained in a step: events (perhaps none yet) and the number of tokens behind them.
 
     `tokens` counts sampled and forced tokens, without the end-of-turn token. Over a sequence they add up to
-    `completion_tokens`. The last delta of a sequence has a `finish_reason`, and for "length" its `cause`.
+    `completion_tokens`; `reasoning_tokens` of them are reasoning. The last delta of a sequence has a `finish_reason`,
+    for "length" its `cause`, and `stop` if a stop string of the request ended it.
     """
 
     index: int  # which of the n sequences
-    text: str
+    events: tuple[Event, ...] = ()
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     cause: Cause | None = None
+    stop: str | None = None
+    reasoning_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The content that it adds."""
+        return "".join([event.text for event in self.events if isinstance(event, Text)])
 
 
 @dataclass(frozen=True, slots=True)

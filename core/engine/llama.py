@@ -15,6 +15,7 @@ from core.engine import cpus, gguf_model, native
 from core.engine.generation import GenerationStream, Sequence
 from core.engine.grammar.compiler import GrammarCompiler
 from core.engine.interface import EngineConfig, GenerationRequest
+from core.engine.output.reader import OutputReader
 from core.engine.prompt import templates
 from core.engine.sampling import Sampler, TokenStep
 from core.engine.vocabulary import Vocabulary
@@ -120,7 +121,9 @@ class Llama:
                 f"'logit_bias' has token {unknown[0]}, but this model's tokens are 0 to {n_vocab - 1}.",
                 param="logit_bias",
             )
-        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
+        grammar = None if request.grammar is None else self._grammars.matcher(request.grammar)
+        calls = request.output.call_grammar if request.output else None
+        call_matcher = None if calls is None else self._grammars.matcher(calls)
         stream = GenerationStream(request, self._worker.interrupt)
         samplers: list[Sampler] = []
         sequences: list[Sequence] = []
@@ -135,8 +138,17 @@ class Llama:
                     index=index,
                 )
                 samplers.append(sampler)
-                fork = matcher if matcher is None or index == 0 else matcher.deep_copy()
-                sequences.append(Sequence(request, index, stream, sampler, fork, sequences[0] if sequences else None))
+                sequence = Sequence(
+                    request,
+                    index,
+                    stream,
+                    sampler,
+                    OutputReader(self._vocabulary, request),
+                    sequences[0] if sequences else None,
+                    matcher=grammar if grammar is None or index == 0 else grammar.deep_copy(),
+                    call_matcher=call_matcher,
+                )
+                sequences.append(sequence)
             self._worker.submit(sequences)
         except BaseException:
             for sampler in samplers:

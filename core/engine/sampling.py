@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from core.engine.interface import TokenLogprob
+from core.engine.interface import CallEnd, Delta, Event, TokenLogprob
 from core.errors import ApiError
 
 if TYPE_CHECKING:
     from core.engine.bindings import Bindings, Context, SamplerChain, SamplerLink
     from core.engine.generation import Sequence
-    from core.engine.interface import Cause, FinishReason, Sampling
+    from core.engine.grammar.compiler import Matcher
+    from core.engine.interface import Cause, Sampling
     from core.engine.vocabulary import Vocabulary
 
 SEED_SPACE = 1 << 32
@@ -132,40 +133,96 @@ class TokenStep:
         self._vocabulary = vocabulary
         self._n_limit = n_limit
 
-    def advance(
-        self, sequence: Sequence, output: int
-    ) -> tuple[str, int, tuple[TokenLogprob, ...], FinishReason | None, Cause | None]:
-        """Draw the next token and append the tokens that the grammar then forces.
+    def advance(self, sequence: Sequence, row: int) -> Delta:
+        """Draw the next token and append the tokens that the grammar then forces. Return what they say.
 
-        Returns (text, tokens, logprobs, finish_reason, cause). Raises ApiError if the grammar allows no token, or
-        exceeds llguidance's limits.
+        Raises ApiError if the grammar allows no token, or exceeds llguidance's limits.
         """
-        request = sequence.request
+        request, output = sequence.request, sequence.output
         # 1) Logprobs, before the grammar masks any logits: they are the model's own probabilities.
         logprobs = None
         if request.top_logprobs is not None:
-            logprobs = log_softmax(logits_of(self._bindings, self._context, output, self._vocabulary.n_tokens))
-        # 2) Draw a token.
-        token = self._draw(sequence, output)
-        if self._vocabulary.is_end(token):
-            return sequence.text.finish(), 0, (), "stop", None
+            logprobs = log_softmax(logits_of(self._bindings, self._context, row, self._vocabulary.n_tokens))
+        # 2) Draw a token. At the end of the reasoning's budget the closer replaces it.
+        reasoning = output.parser is not None and output.parser.reasoning
+        token = self._draw(sequence, None if reasoning else sequence.matcher, row)
+        if reasoning and self._closes_reasoning(sequence, token):
+            assert request.output is not None
+            drawn = list(request.output.closer)
+        elif self._vocabulary.is_end(token):
+            return self._end(sequence, output.finish(cut=False))
+        else:
+            drawn = [token, *([] if reasoning else self._forced(sequence))]
         entries = () if logprobs is None else (self._entry(logprobs, token, request.top_logprobs or 0),)
         # 3) Append it and the forced tokens, up to the limit.
-        drawn = [token, *self._forced(sequence)]
         limit, limit_cause = self._limit(sequence)
         gained = drawn[:limit]
         sequence.tokens.extend(gained)
-        text = sequence.text.push(b"".join(map(self._vocabulary.piece, gained)))
-        # 4) End on a stop string, a complete grammar or the limit.
-        finish_reason: FinishReason | None = None
-        cause: Cause | None = None
-        if sequence.text.stopped or (sequence.matcher is not None and len(drawn) <= limit and self._complete(sequence)):
-            finish_reason = "stop"
-        elif len(drawn) >= limit:
-            finish_reason, cause = "length", limit_cause
-        if finish_reason is not None:
-            text += sequence.text.finish()
-        return text, len(gained), entries, finish_reason, cause
+        events = output.push(gained)
+        if output.parser is not None:
+            events += self._follow_call(sequence)
+        # 4) End on a stop string, a complete grammar or call, or the limit.
+        reasoning_tokens = len(gained) if reasoning else 0
+        sequence.whole_calls += sum(isinstance(event, CallEnd) for event in events)
+        if output.stop is not None or (len(drawn) <= limit and self._complete(sequence)):
+            return self._end(sequence, [*events, *output.finish(cut=False)], len(gained), entries, reasoning_tokens)
+        if len(drawn) >= limit:
+            events += output.finish(cut=True)
+            return Delta(
+                sequence.index, tuple(events), len(gained), entries, "length", limit_cause, None, reasoning_tokens
+            )
+        return Delta(sequence.index, tuple(events), len(gained), entries, reasoning_tokens=reasoning_tokens)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        events: list[Event],
+        tokens: int = 0,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        reasoning_tokens: int = 0,
+    ) -> Delta:
+        """Return the last delta of a sequence that ended by itself."""
+        called = sequence.whole_calls or any(isinstance(event, CallEnd) for event in events)
+        return Delta(
+            sequence.index,
+            tuple(events),
+            tokens,
+            logprobs,
+            "tool_calls" if called else "stop",
+            stop=sequence.output.stop,
+            reasoning_tokens=reasoning_tokens,
+        )
+
+    def _closes_reasoning(self, sequence: Sequence, token: int) -> bool:
+        """Return whether the reasoning's closer has to replace `token`.
+
+        It does at the end of the budget, and where the model would end its turn before a grammar was satisfied.
+        """
+        output = sequence.request.output
+        if output is None or not output.closer:
+            return False
+        if sequence.matcher is not None and self._vocabulary.is_end(token):
+            return True
+        budget = output.reasoning_budget
+        return budget is not None and sequence.reasoning_tokens >= budget
+
+    def _follow_call(self, sequence: Sequence) -> list[Event]:
+        """Constrain a call that the model has just opened, and lift the constraint from one that it has ended."""
+        parser = sequence.output.parser
+        if parser is None or sequence.call_matcher is None:
+            return []
+        if sequence.matcher is not None:
+            if not parser.calling:
+                sequence.matcher = None
+            return []
+        if not parser.calling:
+            return []
+        matcher = sequence.call_matcher.deep_copy()
+        overrun = self._vocabulary.tokenize(parser.overrun, special=False, continued=True)
+        if overrun and matcher.try_consume_tokens(overrun) < len(overrun):
+            return sequence.output.reject()
+        sequence.matcher = matcher
+        return []
 
     def _limit(self, sequence: Sequence) -> tuple[int, Cause]:
         """Return how many tokens the sequence may still gain, and which limit that is."""
@@ -174,7 +231,7 @@ class TokenStep:
             return max_tokens - sequence.produced, "max_tokens"
         return room, "context"
 
-    def _draw(self, sequence: Sequence, output: int) -> int:
+    def _draw(self, sequence: Sequence, matcher: Matcher | None, row: int) -> int:
         """Draw a token that the grammar allows, if there is a grammar.
 
         Most draws need no mask, which costs 0.2-0.4 ms. So draw freely first: keep the token if the grammar allows it,
@@ -183,30 +240,30 @@ class TokenStep:
         the tail of unmasked logits, as in llama.cpp's own grammar sampling. With penalties the mask always comes
         first, because a rejected draw would count for them.
         """
-        sampler, matcher = sequence.sampler, sequence.matcher
+        sampler = sequence.sampler
         if matcher is None:
-            return sampler.sample(self._context, output)
+            return sampler.sample(self._context, row)
         if not sampler.penalised:
-            token = sampler.sample(self._context, output)
+            token = sampler.sample(self._context, row)
             if self._accepts(matcher, token):
                 return token
-        self._mask(matcher, output)
-        token = sampler.sample(self._context, output)
+        self._mask(matcher, row)
+        token = sampler.sample(self._context, row)
         if not self._accepts(matcher, token):
             raise ApiError(f"the grammar allows no token that could be drawn: {matcher.get_error() or 'mask is empty'}")
         return token
 
-    def _accepts(self, matcher: Any, token: int) -> bool:
+    def _accepts(self, matcher: Matcher, token: int) -> bool:
         """Return whether the grammar allows the token, and advance the grammar if so."""
         if self._vocabulary.is_end(token):
             return bool(matcher.is_accepting())
         return bool(matcher.try_consume_tokens([token]) == 1)
 
-    def _mask(self, matcher: Any, output: int) -> None:
+    def _mask(self, matcher: Matcher, row: int) -> None:
         import numpy as np
 
         n_vocab = self._vocabulary.n_tokens
-        logits = logits_of(self._bindings, self._context, output, n_vocab)
+        logits = logits_of(self._bindings, self._context, row, n_vocab)
         allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=n_vocab, bitorder="little")
         logits[allowed == 0] = -np.inf
 
@@ -218,7 +275,7 @@ class TokenStep:
         matcher = sequence.matcher
         if matcher is None or sequence.request.top_logprobs is not None or matcher.is_stopped():
             return []
-        tokens: list[int] = matcher.compute_ff_tokens()
+        tokens = matcher.compute_ff_tokens()
         if tokens:
             tokens = tokens[: matcher.try_consume_tokens(tokens)]
             for token in tokens:
@@ -226,11 +283,18 @@ class TokenStep:
         return tokens
 
     def _complete(self, sequence: Sequence) -> bool:
-        """Return whether the grammar is satisfied and allows no more tokens."""
-        matcher = sequence.matcher
+        """Return whether the sequence has all that its grammar, or its one allowed call, asks for."""
+        matcher, output = sequence.matcher, sequence.request.output
+        if matcher is None:
+            return output is not None and output.end_after_call and sequence.whole_calls > 0
         if matcher.is_error():
             raise ApiError(f"the grammar failed: {matcher.get_error()}")
-        return bool(matcher.is_stopped())
+        if not matcher.is_stopped():
+            return False
+        if sequence.call_matcher is None:
+            return True
+        sequence.matcher = None  # a call of several is complete
+        return output is not None and output.end_after_call
 
     def _entry(self, logprobs: Any, token: int, top: int) -> TokenLogprob:
         label = self._vocabulary.label

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from core.engine import native, schedule
 from core.engine.cache import Cache
 from core.engine.generation import GenerationStream, Sequence, deliver
-from core.engine.interface import Cause, Delta, FinishReason, TokenLogprob
+from core.engine.interface import Cause, Delta
 from core.engine.sampling import TokenStep
 from core.errors import ApiError, Busy, DeadlineExceeded, ModelUnavailable
 
@@ -360,7 +360,7 @@ class Worker:
     def _advance(self, sequence: Sequence, output: int) -> None:
         """Sample the sequence's next token, and end the sequence if it is complete. An exception ends only this one."""
         try:
-            text, tokens, logprobs, finish_reason, cause = self._step.advance(sequence, output)
+            delta = self._step.advance(sequence, output)
         except ApiError as error:
             self._fail(sequence, error)
             return
@@ -368,13 +368,14 @@ class Worker:
             logger.exception("A sequence failed after %s tokens.", len(sequence.tokens))
             self._fail(sequence, ApiError(f"the next token could not be made: {type(error).__name__}"))
             return
-        self.counters.completion_tokens += tokens
+        sequence.reasoning_tokens += delta.reasoning_tokens
+        self.counters.completion_tokens += delta.tokens
         stream = sequence.stream
         stream.latest_token_at = time.monotonic()
         if stream.first_token_at is None:
             stream.first_token_at = stream.latest_token_at
-        self._emit(sequence, text, tokens, logprobs, finish_reason, cause)
-        if finish_reason is not None:
+        self._out.append((stream, delta))
+        if delta.finish_reason is not None:
             self._retire(sequence)
 
     def _prefill_template(self) -> None:
@@ -430,21 +431,11 @@ class Worker:
 
     def _cut(self, sequence: Sequence, cause: Cause) -> None:
         """End the sequence with the text that it has."""
-        self._emit(sequence, sequence.text.finish(), finish_reason="length", cause=cause)
+        events = tuple(sequence.output.finish(cut=True))
+        self._out.append((sequence.stream, Delta(sequence.index, events, finish_reason="length", cause=cause)))
         self._retire(sequence)
 
     # In the engine thread: results
-
-    def _emit(
-        self,
-        sequence: Sequence,
-        text: str,
-        tokens: int = 0,
-        logprobs: tuple[TokenLogprob, ...] = (),
-        finish_reason: FinishReason | None = None,
-        cause: Cause | None = None,
-    ) -> None:
-        self._out.append((sequence.stream, Delta(sequence.index, text, tokens, logprobs, finish_reason, cause)))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self._out.append((sequence.stream, error))

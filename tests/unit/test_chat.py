@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.interface import Delta, GenerationRequest, Sampling, TokenLogprob
+from core.engine.interface import Delta, GenerationRequest, Sampling, Text, TokenLogprob
 from core.errors import ModelUnavailable
 from core.loader import Loading
 from handlers import generate, sse
@@ -219,8 +219,8 @@ class LogprobEngine(ScriptedEngine):
         generation = super().generate(request)
         top = ((b"\xc3", -0.1), (b"x", -2.5))
         generation._todo = [
-            Delta(0, "", 1, (TokenLogprob(b"\xc3", -0.1, top),)),
-            Delta(0, "é", 1, (TokenLogprob(b"\xa9", -0.2),), "stop"),
+            Delta(0, (), 1, (TokenLogprob(b"\xc3", -0.1, top),)),
+            Delta(0, (Text("é"),), 1, (TokenLogprob(b"\xa9", -0.2),), "stop"),
         ]
         return generation
 

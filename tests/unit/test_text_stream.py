@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.engine.generation import TextStream
+from core.engine.output.reader import TextStream
 
 
 def feed(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
     stream = TextStream(stops)
     out = [stream.push(piece) for piece in pieces]
-    return out, "".join(out) + stream.finish(), stream.stopped
+    return out, "".join(out) + stream.finish(), stream.stop is not None
 
 
 def test_a_character_split_over_tokens_is_emitted_whole() -> None:

@@ -170,10 +170,10 @@ def test_an_exception_ends_one_sequence(
     engine = tiny_engine("llama")
     draw = engine._worker._step._draw
 
-    def broken(sequence: Any, row: int) -> int:
+    def broken(sequence: Any, matcher: Any, row: int) -> int:
         if sequence.request.tenant == "1":
             raise MemoryError
-        return draw(sequence, row)
+        return draw(sequence, matcher, row)
 
     monkeypatch.setattr(engine._worker._step, "_draw", broken)
 

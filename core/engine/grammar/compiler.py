@@ -6,7 +6,7 @@ import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from core.errors import InvalidRequest, ModelUnavailable
 
@@ -17,6 +17,26 @@ CACHE_SIZE = 32  # compiled grammars, the most recently used
 _SLICE = 1 << 12  # tokens read under one lock: 5-10 ms
 
 
+class Matcher(Protocol):
+    """llguidance's state of one sequence: which tokens the grammar allows next."""
+
+    def deep_copy(self) -> Matcher: ...
+
+    def compute_bitmask(self) -> bytes: ...
+
+    def compute_ff_tokens(self) -> list[int]: ...
+
+    def try_consume_tokens(self, tokens: list[int]) -> int: ...
+
+    def is_accepting(self) -> bool: ...
+
+    def is_stopped(self) -> bool: ...
+
+    def is_error(self) -> bool: ...
+
+    def get_error(self) -> str: ...
+
+
 class GrammarCompiler:
     """Holds llguidance's tokenizer and the compiled grammars. Thread-safe."""
 
@@ -24,26 +44,26 @@ class GrammarCompiler:
         self._bindings = bindings
         self._vocab = bindings.llama_model_get_vocab(model)
         self._n_tokens = int(bindings.llama_vocab_n_tokens(self._vocab))
-        self._matchers: OrderedDict[str, Any] = OrderedDict()
+        self._matchers: OrderedDict[str, Matcher] = OrderedDict()
         self._matchers_lock = threading.Lock()
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()
         self._token_bytes: list[bytes] = []  # read for the tokenizer so far
         self._closing = False
 
-    def matcher(self, grammar: str) -> Any:
+    def matcher(self, grammar: str) -> Matcher:
         """Return a fresh llguidance matcher. A grammar is compiled once, then copied. Raises InvalidRequest.
 
         The first call for a model builds the tokenizer (see `tokenizer`). Call it off the event loop.
         """
         with self._matchers_lock:
-            compiled = self._matchers.get(grammar)
-            if compiled is not None:
+            cached = self._matchers.get(grammar)
+            if cached is not None:
                 self._matchers.move_to_end(grammar)
-                return compiled.deep_copy()
+                return cached.deep_copy()
         from llguidance import LLMatcher
 
-        compiled = LLMatcher(self.tokenizer(), grammar, log_level=0)
+        compiled: Matcher = LLMatcher(self.tokenizer(), grammar, log_level=0)
         if compiled.is_error():
             reason = str(compiled.get_error()).partition("\n")[0][:300]
             raise InvalidRequest(f"The grammar cannot be used: {reason}", param="response_format")
