@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from core import session as sessions
 from core.engine.grammar import json_schema
-from core.engine.interface import Engine, GenerationRequest
+from core.engine.interface import Engine, GenerationRequest, Text
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
@@ -91,9 +91,10 @@ async def _chunks(session: Session, request: ChatRequest, *, with_usage: bool) -
             started.add(delta.index)
             yield head.chunk(wire.ChunkChoice(delta.index, wire.ChunkDelta("assistant", "", None)), no_usage)
         # 2) The text.
-        if delta.text or delta.logprobs:
+        text = "".join([event.text for event in delta.events if isinstance(event, Text)])
+        if text or delta.logprobs:
             logprobs = wire.logprobs(delta.logprobs) if request.logprobs else None
-            yield head.chunk(wire.ChunkChoice(delta.index, wire.ChunkDelta(content=delta.text), logprobs), no_usage)
+            yield head.chunk(wire.ChunkChoice(delta.index, wire.ChunkDelta(content=text), logprobs), no_usage)
         # 3) Why the choice ended.
         if delta.finish_reason is not None:
             cause = UNSET if delta.cause is None else delta.cause
