@@ -292,6 +292,8 @@ class Host:
                 )
                 self._served.fail(error)
                 raise error
+            if file.in_memory and self._settings.repack == "auto" and not self._room_for(file, config):
+                config = replace(config, repack=False)  # a repacked copy of the weights does not fit beside them
             try:
                 loaded = self._loader.load(file, selection.reference, config)
             except Exception:

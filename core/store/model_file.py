@@ -44,6 +44,11 @@ class ModelFile:
     arrival: Arrival | None = None
     release: Callable[[], None] = _keep
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether `path` is a memfd's. Its bytes take up memory; those of a file are cached and can be dropped."""
+        return str(self.path).startswith("/proc/self/fd/")
+
     def discard(self) -> None:
         """Release a file that will not be loaded."""
         if self.arrival is not None:

@@ -14,6 +14,7 @@ from core.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from core.store import sidecar, target
 from core.store.directory import Directory, LocalModel, is_file
 from core.store.download import Download, Published, check_pins, is_sound, origin, places
+from core.store.memory import Memory
 from core.store.model_file import ModelFile
 from core.store.partial import sha256_of
 from core.store.reference import S3, File, HuggingFace, Reference, is_commit, model_name, pin
@@ -58,6 +59,7 @@ class Store:
         self._mirror = mirror
         self._target = target
         self._prefer_memory = prefer_memory
+        self._memory = Memory()
         self._lock = threading.Lock()
         self._digests: dict[Path, tuple[tuple[int, int, int], str]] = {}  # file: (inode, size, mtime), its sha256
 
@@ -130,7 +132,11 @@ class Store:
     def open(
         self, reference: Reference, *, progress: Progress | None = None, cancelled: Cancelled | None = None
     ) -> ModelFile:
-        """What llama.cpp can open now: a local file at once, else downloaded to MODEL_TARGET, perhaps arriving yet."""
+        """Return a model that llama.cpp can open now: a local file, or one in memory, or a download to MODEL_TARGET.
+
+        A model in memory is shared if the first source that answers still has its bytes, or if none answers. A download
+        may still be arriving.
+        """
         if isinstance(reference, File):
             return self._local(reference, self._locate_pinned(reference))
         if (path := self._find(reference)) is not None:
@@ -149,24 +155,42 @@ class Store:
         return self._mirror is None or self._mirror.run_pending(deadline)
 
     def _open_memory(self, reference: HuggingFace | S3, progress: Progress, cancelled: Cancelled) -> ModelFile | None:
-        """Download into memory. Return None if the target is the disk, or if no source can download into memory."""
+        """Return the model in memory, downloaded unless its bytes are there. Return None if it must go to the disk."""
         if self._target == "disk":
             return None
-        for source, remote in self._sources.find(reference, refresh=False, cancelled=cancelled):
-            where = target.choose(
-                self._target, self._directory.root, remote.size_bytes, prefer_memory=self._prefer_memory
-            )
-            if where == "disk" or len(remote.files) > 1 or not target.has_memfd():  # parts need their file names
-                return None
-            target.need_memory(remote.size_bytes)
-            model = self._sources.attempt(source, remote, partial(_open_memory, source, remote, progress, cancelled))
-            if isinstance(model, ModelFile):
-                if model.arrival is not None:
-                    model = replace(model, arrival=self._sources.watch(model.arrival, source, remote))
-                if isinstance(reference, HuggingFace) and self._mirror is not None:
-                    self._mirror.offer(reference, remote, (model.path,))
-                return model
+        answered = False
+        try:
+            for source, remote in self._sources.find(reference, refresh=False, cancelled=cancelled):
+                answered = True
+                if (shared := self._memory.share(reference, remote)) is not None:
+                    return shared
+                where = target.choose(
+                    self._target, self._directory.root, remote.size_bytes, prefer_memory=self._prefer_memory
+                )
+                if where == "disk" or len(remote.files) > 1 or not target.has_memfd():  # parts need their file names
+                    return None
+                target.need_memory(remote.size_bytes)
+                model = self._sources.attempt(
+                    source, remote, partial(_open_memory, source, remote, progress, cancelled)
+                )
+                if isinstance(model, ModelFile):
+                    return self._keep(source, remote, model)
+        except DownloadCancelled:
+            raise
+        except ModelUnavailable:
+            if answered or (shared := self._memory.share(reference, None)) is None:
+                raise
+            logger.warning("%s is served as it is in memory: no source answered", reference)
+            return shared
         return None
+
+    def _keep(self, source: Source, remote: RemoteModel, model: ModelFile) -> ModelFile:
+        """Watch the arrival of a model that goes to memory, offer it to the mirror, and keep it for `open`."""
+        if model.arrival is not None:
+            model = replace(model, arrival=self._sources.watch(model.arrival, source, remote))
+        if isinstance(remote.reference, HuggingFace) and self._mirror is not None:
+            self._mirror.offer(remote.reference, remote, (model.path,))
+        return self._memory.add(remote, model)
 
     def _find(self, reference: HuggingFace | S3) -> Path | None:
         """Return the file that `fetch` would publish for `reference`, if it is there and right."""

@@ -153,6 +153,34 @@ def test_release_while_arriving(memory_store, proxy):
     assert not is_open(model.path, memory)
 
 
+@pytest.mark.parametrize("reference", [REFERENCE, S3(BUCKET, "plain.gguf")], ids=str)
+def test_a_model_in_memory_is_not_read_again(memory_store, proxy, reference):
+    """Opened again, it is all there: by the manifest's sha256, or by the ETag of an object without a manifest."""
+    proxy.plan(Stall(after=0, seconds=0.4), matching=r"bytes=6291456-")
+    model = memory_store.open(reference)
+    again = memory_store.open(reference)
+
+    assert (again.path, again.arrival) == (model.path, None)
+    memory = model.path.stat()
+    model.discard()
+    assert again.path.read_bytes() == MODEL
+    again.release()
+    assert not is_open(again.path, memory)
+
+
+def test_a_model_that_did_not_arrive_is_not_shared(memory_store, proxy):
+    """It is downloaded again, and its bytes are freed."""
+    proxy.plan(Status(403), times=200, matching=r"bytes=6291456-")
+    model = memory_store.open(REFERENCE)
+    with pytest.raises(ModelUnavailable):
+        model.arrival.wait()
+    again = memory_store.open(REFERENCE)
+
+    assert again.path != model.path
+    model.release()
+    again.discard()
+
+
 FAULTS = [
     Reset(after=100_000),
     Short(after=100_000),

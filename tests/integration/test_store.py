@@ -619,7 +619,8 @@ def _fetch_slowly(folder: Path) -> None:
 
 
 def memory_store(hub: HubDouble, folder: Path, mirror: _Mirror | None = None) -> Store:
-    return Store(folder, (Hub(hub.url, token="t", threads=3, part_bytes=1 << 20),), mirror, target="memory")
+    source = Hub(hub.url, token="t", threads=3, part_bytes=1 << 20, policy=QUICK)
+    return Store(folder, (source,), mirror, target="memory")
 
 
 def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
@@ -637,6 +638,59 @@ def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
     model.release()
     model.release()
     assert not is_open(model.path, memory)
+
+
+def test_a_model_in_memory_is_not_downloaded_again(
+    hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened again, as POST /reload does, it shares the bytes, without room for two. The last release frees them."""
+    store = memory_store(hub, folder)
+    model = store.open(REFERENCE)
+    memory = model.path.stat()
+    monkeypatch.setattr(target, "free_memory", lambda: 1_000_000)
+    downloads = len(hub.gets())
+    again = store.open(REFERENCE)
+
+    assert len(hub.gets()) == downloads
+    assert (again.path, again.sha256, again.commit) == (model.path, SHA256, "c" * 40)
+    model.release()
+    model.release()
+    assert again.path.read_bytes() == CONTENT
+    again.release()
+    assert not is_open(again.path, memory)
+    with pytest.raises(ModelUnavailable, match="does not fit in memory"):
+        store.open(REFERENCE)
+
+
+def test_a_branch_that_moved_replaces_the_model_in_memory(hub: HubDouble, folder: Path) -> None:
+    """Other bytes are downloaded beside the old ones; the same bytes in a new commit are not."""
+    store = memory_store(hub, folder)
+    model = store.open(REFERENCE)
+    hub.add(REPO, {NAME: CONTENT}, commit="d" * 40)
+    downloads = len(hub.gets())
+    moved = store.open(REFERENCE)
+    assert (moved.path, moved.commit, len(hub.gets())) == (model.path, "d" * 40, downloads)
+
+    hub.add(REPO, {NAME: OTHER}, commit="e" * 40)
+    new = store.open(REFERENCE)
+    assert (new.path.read_bytes(), new.commit) == (OTHER, "e" * 40)
+    assert model.path.read_bytes() == CONTENT
+    for each in (model, moved, new):
+        each.release()
+
+
+def test_an_unreachable_hub_leaves_what_is_in_memory(hub: HubDouble, folder: Path) -> None:
+    """As with a model on the disk: it is served as it is."""
+    store = memory_store(hub, folder)
+    model = store.open(REFERENCE)
+    hub.faults.append(Fault(on="HEAD", status=503, times=100))
+    again = store.open(REFERENCE)
+
+    assert again.path == model.path
+    model.release()
+    again.release()
+    with pytest.raises(ModelUnavailable):
+        store.open(REFERENCE)
 
 
 @pytest.mark.parametrize(

@@ -421,10 +421,14 @@ def test_a_lease_that_does_not_come_back_fails_the_swap(models: Path, monkeypatc
     asyncio.run(main())
 
 
-def test_a_model_in_memory_is_reloaded_by_its_reference(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its path is a descriptor's that nobody can open again."""
+@pytest.mark.parametrize(("free", "repack", "repacks"), [(1, "auto", False), (1, "on", True), (1 << 40, "auto", True)])
+def test_a_model_in_memory_is_reloaded_by_its_reference(
+    models: Path, monkeypatch: pytest.MonkeyPatch, free: int, repack: str, repacks: bool
+) -> None:
+    """Its path is a descriptor's that nobody can open again. A repacked copy is made only if there is room for it."""
+    monkeypatch.setattr(core.host, "free_memory", lambda: free)
     loader = Loader()
-    host = make(models, loader)
+    host = make(models, loader, repack=repack)
     opened = host._store.open
     references: list[str] = []
 
@@ -441,6 +445,7 @@ def test_a_model_in_memory_is_reloaded_by_its_reference(models: Path, monkeypatc
 
     asyncio.run(main())
     assert references == [str(models / "a.gguf")] * 2
+    assert loader.engines[1].config.repack == repacks
 
 
 def test_no_more_requests_wait_for_a_load_than_the_engine_would_take(models: Path) -> None:
