@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from core.engine.interface import ModelCard
@@ -126,6 +127,8 @@ async def models(service: Service, *, paths: bool = False) -> Models:
 def active(service: Service, state: HostState, *, paths: bool) -> ActiveModel:
     path = state.path
     config = state.engine.config if state.engine is not None else config_of(service.settings)
+    active_config = msgspec.convert(config, ActiveConfig, from_attributes=True)
+    active_config.model_path = path if paths else UNSET
     return ActiveModel(
         name=state.model,
         path=path if paths else UNSET,
@@ -135,15 +138,7 @@ def active(service: Service, state: HostState, *, paths: bool) -> ActiveModel:
         state=state.status,
         loading=loading_report(state.loading),
         error=state.error,
-        config=ActiveConfig(
-            model_path=path if paths else UNSET,
-            n_ctx=config.n_ctx,
-            n_batch=config.n_batch,
-            n_threads=config.n_threads,
-            n_gpu_layers=config.n_gpu_layers,
-            n_parallel=config.n_parallel,
-            verbose=config.verbose,
-        ),
+        config=active_config,
         model=UNSET if state.engine is None else _details(state.engine.card),
     )
 

@@ -43,7 +43,7 @@ def tiny_engine(tiny: MakeModel) -> Iterator[Callable[..., Llama]]:
 
     def load(kind: str, **config: Any) -> Llama:
         path = tiny(kind)
-        file = ModelFile(path.stem, path, path.stat().st_size, str(path), "file")
+        file = ModelFile(path.stem, path, path.stat().st_size, "file")
         config = {"n_ctx": 1024, "n_threads": 1, **config}
         engines.append(Llama(file, EngineConfig(**config)))
         return engines[-1]

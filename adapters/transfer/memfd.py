@@ -96,7 +96,6 @@ def receive(
         name=name,
         path=target.path,
         size_bytes=file.size_bytes,
-        reference=str(remote.reference),
         source=remote.source,
         sha256=file.sha256,
         commit=remote.commit,

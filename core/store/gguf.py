@@ -43,7 +43,7 @@ BLOCKS: Mapping[int, tuple[int, int]] = {
 
 
 class MalformedGGUF(ValueError):
-    """Not a GGUF file that llama.cpp can be given. The message completes "<file> ..." and may go to a client."""
+    """Not a GGUF file that llama.cpp can load. The message completes "<file> ..." and may go to a client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +75,8 @@ class Header:
     tensors: tuple[Tensor, ...]
 
     @property
-    def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture", ""))
-
-    @property
-    def name(self) -> str | None:
-        name = self.metadata.get("general.name")
-        return name if isinstance(name, str) else None
-
-    @property
-    def has_chat_template(self) -> bool:
-        return isinstance(self.metadata.get("tokenizer.chat_template"), str)
-
-    @property
     def split(self) -> tuple[int, int]:
-        """(index from 0, count) of this file in its split model; (0, 1) if it is whole."""
+        """Return the index (from 0) of this file in its split model, and the number of files: (0, 1) if not split."""
         count = self.metadata.get("split.count")
         index = self.metadata.get("split.no", 0)
         return (index, count) if isinstance(count, int) and isinstance(index, int) and count > 1 else (0, 1)

@@ -37,8 +37,7 @@ class ModelFile:
     name: str  # what clients call the model: the file's name without .gguf
     path: Path
     size_bytes: int
-    reference: str  # as requested
-    source: str  # "file", "memory", "huggingface", "s3", "embedded"
+    source: str  # where its bytes came from: "huggingface", "s3" or "file" (unknown)
     sha256: str | None = None
     commit: str | None = None
     arrival: Arrival | None = None

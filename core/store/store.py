@@ -1,4 +1,4 @@
-"""Bring models onto this machine, verified and atomically, and find those that are here."""
+"""Download models, verified and atomically, and find those on this machine."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ class Store:
         may still be arriving.
         """
         if isinstance(reference, File):
-            return self._local(reference, self._locate_pinned(reference))
+            return self._local(self._locate_pinned(reference))
         if (path := self._find(reference)) is not None:
-            return self._local(reference, path)
+            return self._local(path)
         if (model := self._open_memory(reference, progress or _ignore, cancelled or never)) is not None:
             return model
         fetched = self.fetch(reference, refresh=False, progress=progress, cancelled=cancelled)
-        return self._local(reference, fetched.path)
+        return self._local(fetched.path)
 
     def idle(self, deadline: float | None) -> bool:
         """Upload models from Hugging Face to the mirror, until `deadline` (monotonic clock). Never raise.
@@ -248,14 +248,13 @@ class Store:
         with first.open("rb") as file:
             return Fetched("present", path, size, sha256_of(file.fileno(), cancelled), "file")
 
-    def _local(self, reference: Reference, path: Path) -> ModelFile:
+    def _local(self, path: Path) -> ModelFile:
         first = current(path)
         described = sidecar.read(first)
         return ModelFile(
             name=model_name(first.name),
             path=first,
             size_bytes=sum(part.stat().st_size for part in parts(first)),
-            reference=str(reference),
             source=described.source if described else "file",
             sha256=described.sha256 if described else None,
             commit=described.commit if described else None,
