@@ -106,7 +106,8 @@ class Host:
         load = self._settings.auto_preload if load is None else load
         if selection.reference is None:
             if selection.error is not None:
-                logger.error("%s", selection.error)
+                # Clients see the error, so it has no folders. The log has them.
+                logger.error("%s MODEL_PATH is %r.", selection.error, self._settings.model_path)
             return
         if not selection.is_local and self._settings.model_target == "memory":
             load = True  # a download into memory exists only as a loaded model

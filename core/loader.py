@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from core.engine.interface import Engine, EngineConfig
+from core.errors import ApiError
 from core.lending import Loaded
 from core.selection import Selection
 from core.settings import Settings
@@ -87,10 +88,14 @@ class Loader:
         if not selection.is_local:
             # The bindings' import and the first bytes' way over the network take the same time: do both at once.
             threading.Thread(target=self.import_bindings, name="import", daemon=True).start()
-        with self._timeline.phase("open"):
-            return self._store.open(
-                selection.reference, progress=self._download_progress(selection), cancelled=self._stopping
-            )
+        try:
+            with self._timeline.phase("open"):
+                return self._store.open(
+                    selection.reference, progress=self._download_progress(selection), cancelled=self._stopping
+                )
+        except ApiError:
+            log.error("%s cannot be opened", selection.reference)  # clients see the error, so it has no folders
+            raise
 
     def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
         """Turn a file into an engine; the file is released if that fails. Raises what the engine raises."""

@@ -8,7 +8,7 @@ from typing import Literal
 from core.errors import ApiError
 from core.settings import Settings
 from core.store.embedded import embedded_model
-from core.store.reference import File, HuggingFace, Reference, model_name, parse, pin
+from core.store.reference import File, HuggingFace, Reference, model_name, parse, pin, quote_path
 from core.store.store import Store
 
 
@@ -71,8 +71,8 @@ def select(settings: Settings, store: Store) -> Selection:
         return Selection(
             "MODEL_PATH",
             "MODEL_PATH does not exist",
-            error=f"MODEL_PATH={settings.model_path}: there is no such file. Fix the path (in a container, the path "
-            "inside the container), or set AUTO_REPO_ID and AUTO_FILENAME.",
+            error=f"MODEL_PATH names {quote_path(settings.model_path)}, which does not exist. Fix the path (in a "
+            "container, the path inside the container), or set AUTO_REPO_ID and AUTO_FILENAME.",
         )
     if auto is not None:
         return auto

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.errors import InvalidRequest, ModelNotFound
 from core.store import gguf, sidecar, versions
-from core.store.reference import split_part
+from core.store.reference import quote_path, split_part
 from core.store.versions import current, parts, place_of
 
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -63,10 +63,10 @@ class Directory:
             raise InvalidRequest("A model is named by a path without control characters.", param="model_path")
         path = self._resolve(str(place_of(Path(name))))
         if not name.lower().endswith(".gguf"):
-            raise InvalidRequest(f"Models are .gguf files, got {name[:200]!r}.", param="model_path")
+            raise InvalidRequest(f"Models are .gguf files, got {quote_path(name)}.", param="model_path")
         first = current(parts(path)[0])
         if not is_file(path) and not is_file(first):
-            raise ModelNotFound(f"There is no model {name[:200]!r}. {self._names()}", param="model_path")
+            raise ModelNotFound(f"There is no model {quote_path(name)}. {self._names()}", param="model_path")
         self.check(first, name)
         return first
 
@@ -86,7 +86,8 @@ class Directory:
                     gguf.read_header(part)
             except FileNotFoundError:
                 raise InvalidRequest(
-                    f"{name[:200]!r} is a split model and {part.name!r} is missing; POST /load downloads all parts.",
+                    f"{quote_path(name)} is a split model, and {part.name!r} is missing. POST /load downloads all "
+                    "parts.",
                     param="model_path",
                 ) from None
             except (gguf.MalformedGGUF, OSError) as error:
@@ -103,7 +104,7 @@ class Directory:
         allowed = [path for path in (self._served_as(candidate) for candidate in candidates) if path is not None]
         if not allowed:
             raise InvalidRequest(
-                f"{name[:200]!r} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
+                f"{quote_path(name)} is outside MODELS_DIR; use a name from GET /models.", param="model_path"
             )
         return next((path for path in allowed if is_file(path) or is_file(current(parts(path)[0]))), allowed[0])
 

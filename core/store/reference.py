@@ -64,7 +64,7 @@ R = TypeVar("R", bound=Reference)
 def parse(reference: str) -> Reference:
     """Return the reference. Raise InvalidRequest if it has none of the three forms."""
     if not reference or len(reference) > 1024 or _CONTROL.search(reference) or _SURROGATE.search(reference):
-        raise InvalidRequest(f"A model is named by {FORMS}; got {_quote(reference)}.")
+        raise InvalidRequest(f"A model is named by {FORMS}; got {quote_path(reference)}.")
     scheme, separator, rest = reference.partition("://")
     if not separator:
         return File(reference)
@@ -77,7 +77,7 @@ def parse(reference: str) -> Reference:
         case "s3":
             bucket, _, key = rest.partition("/")
             return pin(s3(bucket, key), digests)
-    raise InvalidRequest(f"{_quote(scheme + '://')} is not a source of models; use {FORMS}.")
+    raise InvalidRequest(f"{quote_path(scheme + '://')} is not a source of models; use {FORMS}.")
 
 
 def hugging_face(repo_id: str, filename: str, revision: str = "main") -> HuggingFace:
@@ -114,7 +114,7 @@ def pin(reference: R, sha256: tuple[str, ...]) -> R:
     if not sha256 or sha256 == reference.sha256:
         return reference
     if reference.sha256:
-        raise InvalidRequest(f"{_quote(str(reference))} is pinned to another sha256 already.", param="sha256")
+        raise InvalidRequest(f"{quote_path(str(reference))} is pinned to another sha256 already.", param="sha256")
     for digest in sha256:
         if not _SHA256.fullmatch(digest):
             raise InvalidRequest(f"A sha256 has 64 hexadecimal digits, got {_quote(digest)}.", param="sha256")
@@ -159,7 +159,7 @@ def split_files(filename: str) -> tuple[str, ...]:
         return (filename,)
     count = part_of[1]
     if count > 1000:
-        raise InvalidRequest(f"{_quote(filename)} claims {count} parts; at most 1000 are supported.")
+        raise InvalidRequest(f"{quote_path(filename)} claims {count} parts; at most 1000 are supported.")
     stem = filename[: -len("-00001-of-00001.gguf")]
     suffix = filename[-len(".gguf") :]
     return tuple(f"{stem}-{part:05d}-of-{count:05d}{suffix}" for part in range(1, count + 1))
@@ -203,6 +203,11 @@ def _is_model_path(path: str) -> bool:
 
 def _fragment(sha256: tuple[str, ...]) -> str:
     return f"#sha256:{','.join(sha256)}" if sha256 else ""
+
+
+def quote_path(path: str) -> str:
+    """Return a path for an error message: of an absolute one only the name, because clients may see the message."""
+    return _quote(path.rstrip("/").rpartition("/")[2] if path.startswith("/") else path)
 
 
 def _quote(text: str) -> str:

@@ -133,7 +133,7 @@ def test_env_is_read_and_the_environment_wins(tmp_path: Path) -> None:
     with process(tmp_path) as (_, address, lines):
         assert httpx.get(f"{address}/v1/models").status_code == 401
         assert httpx.get(f"{address}/v1/models", headers={"x-api-key": "from-file"}).status_code == 200
-        assert "MODEL_PATH=absent.gguf" in lines[1]
+        assert "MODEL_PATH names 'absent.gguf'" in lines[1]
 
 
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
