@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
@@ -10,11 +9,8 @@ from hashlib import sha256
 
 from msgspec import UNSET
 
-from core import session as sessions
-from core.engine.grammar import json_schema
-from core.engine.interface import Engine, GenerationRequest, Text
-from core.engine.prompt import templates
-from core.errors import InvalidRequest
+from core import conversation
+from core.engine.interface import Text
 from core.service import Service
 from core.session import Session
 from core.wire import chat as wire
@@ -23,13 +19,8 @@ from core.wire.chat import ChatRequest, Chunk, Completion
 
 
 async def check(service: Service, request: ChatRequest) -> None:
-    """Check what needs no loaded model: its name, `n` and the schema. Raises InvalidRequest or ModelNotFound."""
-    sessions.check_model(service, request.model)
-    n_max = service.settings.n_parallel
-    if (request.n or 1) > n_max:
-        raise InvalidRequest(f"'n' must be from 1 to {n_max} (N_PARALLEL), got {request.n}.", param="n")
-    if request.response_format is not None and (schema := request.response_format.answer_schema) is not None:
-        await asyncio.to_thread(json_schema.grammar, schema, "response_format")
+    """Check what needs no loaded model. Raises InvalidRequest or ModelNotFound."""
+    await conversation.check(service, request.model, wire.conversation(request))
 
 
 async def begin(service: Service, request: ChatRequest, *, tenant: str = "", ends: float | None = None) -> Session:
@@ -37,34 +28,7 @@ async def begin(service: Service, request: ChatRequest, *, tenant: str = "", end
 
     Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
     """
-    # Without a limit, a small model that repeats itself fills the context and slows down every other request.
-    max_tokens = request.max_completion_tokens or request.max_tokens or service.settings.max_tokens or None
-
-    def build(engine: Engine) -> GenerationRequest:
-        return _generation_request(engine, request, max_tokens, tenant, ends)
-
-    return await sessions.begin(service, request.model, build, ends)
-
-
-def _generation_request(
-    engine: Engine, request: ChatRequest, max_tokens: int | None, tenant: str, ends: float | None
-) -> GenerationRequest:
-    grammar = None
-    if request.response_format is not None and (schema := request.response_format.answer_schema) is not None:
-        grammar = json_schema.grammar(schema, "response_format")
-        engine.check_grammar(grammar)
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return GenerationRequest(
-        prompt=templates.prompt(engine, wire.template_messages(request.messages)),
-        sampling=fields.sampling(request, engine.card.n_vocab),
-        max_tokens=max_tokens,
-        n=request.n or 1,
-        stop=(*stop, *templates.stops(engine.card)),
-        grammar=grammar,
-        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        tenant=tenant,
-        deadline=ends,
-    )
+    return await conversation.begin(service, request.model, wire.conversation(request), tenant=tenant, ends=ends)
 
 
 async def complete(session: Session, request: ChatRequest) -> Completion:

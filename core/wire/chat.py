@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from core.conversation import Conversation
 from core.engine.interface import Cause, FinishReason, TokenLogprob
 from core.errors import InvalidRequest
 from core.wire.fields import (
@@ -34,6 +35,7 @@ from core.wire.fields import (
     Usage,
     check_unsupported,
     nested_beyond,
+    sampling,
 )
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -158,6 +160,20 @@ def text_of(message: Message) -> str:
     if isinstance(content, list):
         return "\n".join((part.text if part.type == "text" else part.refusal) or "" for part in content)
     return message.refusal or ""
+
+
+def conversation(request: ChatRequest) -> Conversation:
+    """Translate the request."""
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return Conversation(
+        messages=template_messages(request.messages),
+        schema=None if request.response_format is None else request.response_format.answer_schema,
+        sampling=sampling(request),
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        n=request.n or 1,
+        stop=tuple(stop),
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:

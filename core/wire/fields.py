@@ -91,8 +91,11 @@ class SamplingFields(Protocol):
     logit_bias: dict[str, float] | None
 
 
-def sampling(request: SamplingFields, n_vocab: int) -> Sampling:
-    """Translate the request's sampling fields. The defaults of absent fields are those of `Sampling`."""
+def sampling(request: SamplingFields, n_vocab: int | None = None) -> Sampling:
+    """Translate the request's sampling fields. The defaults of absent fields are those of `Sampling`.
+
+    Without `n_vocab`, the engine checks that the tokens of `logit_bias` are in the vocabulary.
+    """
     fields = {
         "temperature": None if request.temperature is None else sampler_temperature(request.temperature),
         "top_p": request.top_p,
@@ -107,15 +110,14 @@ def sampling(request: SamplingFields, n_vocab: int) -> Sampling:
     return Sampling(**{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]
 
 
-def token_bias(logit_bias: dict[str, float] | None, n_vocab: int) -> dict[int, float]:
+def token_bias(logit_bias: dict[str, float] | None, n_vocab: int | None) -> dict[int, float]:
     """Return `logit_bias` with token ids as keys. Raises InvalidRequest for a key that is not a token of this model."""
     biases: dict[int, float] = {}
     for key, bias in (logit_bias or {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
-        if not 0 <= token < n_vocab:
-            raise InvalidRequest(
-                f"'logit_bias' keys must be token ids from 0 to {n_vocab - 1}, got {key[:40]!r}.", param="logit_bias"
-            )
+        if token < 0 or (n_vocab is not None and token >= n_vocab):
+            allowed = "token ids" if n_vocab is None else f"token ids from 0 to {n_vocab - 1}"
+            raise InvalidRequest(f"'logit_bias' keys must be {allowed}, got {key[:40]!r}.", param="logit_bias")
         biases[token] = bias
     return biases
 

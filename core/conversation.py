@@ -1,0 +1,133 @@
+"""A conversation: the neutral request of all protocols that hold one, and the session that answers it.
+
+Each protocol translates its own request to a `Conversation` and writes its own answer from the session's events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from core import session as sessions
+from core.engine.grammar import json_schema
+from core.engine.interface import Engine, GenerationRequest, Sampling
+from core.engine.prompt import templates
+from core.errors import InvalidRequest
+from core.service import Service
+from core.session import Session
+
+Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is the JSON Schema of an object.
+
+    With `strict`, every keyword of the schema is enforced or refused; without it, one that cannot be is left out of the
+    grammar.
+    """
+
+    name: str
+    description: str | None
+    parameters: Schema
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model calls a tool. `names` narrows which of the tools it may call; None allows all."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningOptions:
+    """What the client says about reasoning.
+
+    `enabled` None leaves it to the template. `budget` is the most tokens of reasoning. `variables` reach the template
+    as they are (`chat_template_kwargs`).
+    """
+
+    enabled: bool | None = None
+    effort: str | None = None
+    budget: int | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates expect them, and how to answer the last one.
+
+    A message is a dict with `role` and `content` (a string), and optionally `name`, `reasoning_content`, `tool_calls`
+    (each `{"id", "type": "function", "function": {"name", "arguments"}}`, the arguments an object) and `tool_call_id`.
+    `schema` constrains the content, `schema_field` is its name in error messages.
+    """
+
+    messages: templates.Messages
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel: bool = True
+    schema: dict[str, Any] | None = None
+    schema_field: str = "response_format"
+    reasoning: ReasoningOptions = ReasoningOptions()
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+
+async def check(service: Service, model: str | None, conversation: Conversation) -> None:
+    """Check what needs no loaded model. Raises InvalidRequest or ModelNotFound."""
+    sessions.check_model(service, model)
+    n_max = service.settings.n_parallel
+    if conversation.n > n_max:
+        raise InvalidRequest(f"'n' must be from 1 to {n_max} (N_PARALLEL), got {conversation.n}.", param="n")
+    if conversation.schema is not None:
+        await asyncio.to_thread(json_schema.grammar, conversation.schema, conversation.schema_field)
+
+
+async def begin(
+    service: Service, model: str | None, conversation: Conversation, *, tenant: str = "", ends: float | None = None
+) -> Session:
+    """Start the generation and wait for its first delta. The caller closes the Session.
+
+    Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
+    """
+    # Without a limit, a small model that repeats itself fills the context and slows down every other request.
+    max_tokens = conversation.max_tokens or service.settings.max_tokens or None
+
+    def build(engine: Engine) -> GenerationRequest:
+        return _generation_request(engine, conversation, max_tokens, tenant, ends)
+
+    return await sessions.begin(service, model, build, ends)
+
+
+def _generation_request(
+    engine: Engine, conversation: Conversation, max_tokens: int | None, tenant: str, ends: float | None
+) -> GenerationRequest:
+    """Translate the conversation for the engine. Blocks: it renders the template and compiles the grammar."""
+    beyond = [token for token in conversation.sampling.logit_bias if token >= engine.card.n_vocab]
+    if beyond:
+        raise InvalidRequest(
+            f"'logit_bias' keys must be token ids from 0 to {engine.card.n_vocab - 1}, got '{beyond[0]}'.",
+            param="logit_bias",
+        )
+    grammar = None
+    if conversation.schema is not None:
+        grammar = json_schema.grammar(conversation.schema, conversation.schema_field)
+        engine.check_grammar(grammar)
+    return GenerationRequest(
+        prompt=templates.prompt(engine, conversation.messages),
+        sampling=conversation.sampling,
+        max_tokens=max_tokens,
+        n=conversation.n,
+        stop=(*conversation.stop, *templates.stops(engine.card)),
+        grammar=grammar,
+        top_logprobs=conversation.top_logprobs,
+        tenant=tenant,
+        deadline=ends,
+    )
