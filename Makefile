@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAM := build/sam/bin/sam
 UV := build/uv/bin/uv
+# Processes that run the tests. More than two gain little below four cores.
+WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help dev install run url test check lint format settings bench rie sam image image-test lock lock-check clean
 
@@ -21,8 +23,8 @@ run: | $(VENV)/.installed ## serve with the settings of the environment and .env
 url: $(VENV)/.installed-embedded ## serve the Lambda runtime behind a local function URL on http://127.0.0.1:9000
 	$(BIN)/python -m infra.emulator.function_url
 
-test: $(VENV)/.installed-dev rie ## run the tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.installed-dev rie ## run the tests in two processes; WORKERS=4 for four
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: lint test ## run what CI runs: lint, then test
 

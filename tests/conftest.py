@@ -17,6 +17,12 @@ from core.store.model_file import ModelFile
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the random seed, which `pytest -q` omits."""
+    terminalreporter.write_line(f"random seed: {config.getoption('randomly_seed', None)}")
+
+
 MakeModel = Callable[[str], Path]
 
 

@@ -35,6 +35,10 @@ WHOLE = HuggingFace("org/repo", "model.gguf")
 SPLIT = HuggingFace("org/repo", "big-00002-of-00003.gguf")
 Contents = Mapping[str, bytes]
 
+# pytest-xdist's workers have a thread that reads from a pipe. The forked child takes none of its locks, and ends in
+# os._exit or by a signal. Python 3.12 and later warn of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
+
 
 @functools.cache
 def version(number: int, reference: HuggingFace) -> dict[str, bytes]:

@@ -555,6 +555,8 @@ def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> Non
     assert (folder / NAME).read_bytes() == CONTENT
 
 
+# A forked child takes no lock of the threads that pytest-xdist's workers have. Python 3.12 and later warn of them.
+@pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
 def test_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
     """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds.
 

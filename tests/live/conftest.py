@@ -26,16 +26,13 @@ READY_S = 180  # the machine may be busy; nothing here is timed
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start `python -m adapters.local` without configuration, wait for its model and yield its address."""
     folder = tmp_path_factory.mktemp("server")
-    environ = {
-        name: os.environ[name]
-        for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "N_THREADS")
-        if name in os.environ
-    }
+    environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
     environ |= {
         "PYTHONPATH": str(ROOT),
         "MODELS_DIR": str(folder / "models"),
         "LOG_FORMAT": "text",
         "LOCAL_ADMIN": "true",
+        "N_THREADS": "1",  # threads spin at barriers: two test processes with one for each CPU stall each other
     }
     log = (folder / "log").open("w+")
     process = subprocess.Popen(
@@ -79,7 +76,7 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="session")
 def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Wire the service as in production, inside this process, and wait for its model."""
-    service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=1024))
+    service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=1024, n_threads=1))
     state = runner.run(service.host.wait_ready(READY_S))
     assert state.status == "ready", state
     yield service

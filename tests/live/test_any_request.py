@@ -218,6 +218,7 @@ def tiny_service(
             model_path=str(tiny("llama-49k")),
             model_aliases=(MODEL,),
             n_ctx=1024,
+            max_queue=4 * BATCH,  # `n` is at most 4: no batch is refused because the machine is slow
             n_threads=1,  # a second thread gains a tiny model nothing, and waits at barriers on a busy machine
             local_admin=True,
         )
@@ -256,8 +257,17 @@ def judge(case: Case, status: int, body: bytes) -> None:
         assert json.loads(body)["choices"]
 
 
+async def idle(stats: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Wait until nothing runs, and return the engine's counters: the engine drops a cancelled sequence by itself."""
+    for _ in range(600):
+        if stats()["sequences"]["running"] == 0 and stats()["queued"] == 0:
+            break
+        await asyncio.sleep(0.05)
+    return stats()
+
+
 def test_every_request_is_answered_as_documented(
-    tiny_service: Service, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tiny_service: Service, runner: asyncio.Runner, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At least 2,000 requests, a quarter of them valid: none is a 500, none keeps its slot, and a chat works."""
     service, counts = tiny_service, Counter[str]()
@@ -282,16 +292,13 @@ def test_every_request_is_answered_as_documented(
 
     engine = service.host.state().engine
     assert engine is not None
-    stats = engine.stats()
+    stats = runner.run(idle(engine.stats))
     total = counts.total()
     valid = sum(count for name, count in counts.items() if name.endswith("2xx"))
-    with capsys.disabled():
-        print(f"\n{total} requests, {valid / total:.0%} valid: {dict(sorted(counts.items()))}")
-    assert total >= 2000
-    assert valid >= 0.25 * total
-    assert counts[f"{CHAT} 2xx"] >= 0.1 * total
-    assert stats["sequences"]["running"] == 0
-    assert stats["queued"] == 0
+    assert total >= 2000, counts
+    assert valid >= 0.25 * total, counts
+    assert counts[f"{CHAT} 2xx"] >= 0.1 * total, counts
+    assert (stats["sequences"]["running"], stats["queued"]) == (0, 0)
     assert "Traceback" not in caplog.text
 
     hello = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
@@ -322,7 +329,7 @@ def test_every_request_is_answered_over_the_socket(server: str) -> None:
             count += 1
 
         one()
-        engine = client.get("/health").json()["engine"]
+        stats = asyncio.run(idle(lambda: client.get("/health").json()["engine"]))
 
     assert count >= 50
-    assert engine["sequences"]["running"] == 0
+    assert stats["sequences"]["running"] == 0

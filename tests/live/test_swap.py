@@ -35,6 +35,7 @@ def test_forty_requests_survive_four_reloads(tmp_path: Path) -> None:
             model_path=str(tmp_path / "smollm2.gguf"),
             model_aliases=("*",),
             n_ctx=2048,
+            n_threads=1,
             local_admin=True,
         )
     )
