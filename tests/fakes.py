@@ -190,7 +190,7 @@ class FakeHost:
         self.selection = NOTHING if engine is None else EMBEDDED
         self.leases = 0
         self.started = False
-        self.told_to_load: bool | None = None
+        self.load_argument: bool | None = None
         self.closed: float | None = None
 
     @property
@@ -206,7 +206,7 @@ class FakeHost:
 
     def start(self, *, load: bool | None = None) -> None:
         self.started = True
-        self.told_to_load = load
+        self.load_argument = load
 
     async def lease(self, deadline: float | None = None) -> FakeLease:
         if self.engine is None:
@@ -287,7 +287,7 @@ class FakeStore:
 
 @dataclass
 class FakeService:
-    """A Service over fakes, with the fakes at hand: `service` goes into the code under test."""
+    """A Service made of fakes, and the fakes themselves. The code under test gets `service`."""
 
     service: Service
     host: FakeHost
@@ -302,12 +302,12 @@ def fake_service(
     store: FakeStore | None = None,
     **settings: Any,
 ) -> FakeService:
-    """Settings by keyword, e.g. `fake_service(api_keys=keys("secret"))`. LOCAL_ADMIN is on, as in `make dev`."""
+    """Build a service. Settings are keywords, e.g. `api_keys=keys("secret")`. LOCAL_ADMIN is on, as in `make dev`."""
     engine = engine or ScriptedEngine()
     host = host or FakeHost(engine)
     store = store or FakeStore()
-    chosen = Settings(**{"local_admin": True, **settings})
-    service = Service(chosen, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
+    parsed = Settings(**{"local_admin": True, **settings})
+    service = Service(parsed, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)
 
 

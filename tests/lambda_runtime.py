@@ -1,4 +1,4 @@
-"""Run the Lambda runtime in the test's own loop against the strict Runtime API double. A violation fails the test."""
+"""Run the Lambda runtime in the test's event loop against the strict Runtime API double. A violation fails the test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 20.0
 
 
 class Bench:
-    """The double (`server`), the runtime under test and its running task."""
+    """The Runtime API double (`server`), the runtime under test and its task."""
 
     def __init__(self, server: RuntimeAPIServer, runtime: Runtime, running: asyncio.Task[int]) -> None:
         self.server = server
@@ -25,11 +25,11 @@ class Bench:
         self.running = running
 
     async def ended(self) -> int:
-        """Wait until the runtime ends by itself, and return its exit status."""
+        """Wait until the runtime ends by itself and return its exit status."""
         return await asyncio.wait_for(asyncio.shield(self.running), PATIENCE_S)
 
     async def invoke(self, event: Any, **options: Any) -> Exchange:
-        """Invoke the function and wait for the whole answer."""
+        """Invoke the function and wait for the complete answer."""
         exchange = self.server.invoke(event, **options)
         await asyncio.wait_for(exchange.finished.wait(), PATIENCE_S)
         return exchange
@@ -37,12 +37,12 @@ class Bench:
     async def get(
         self, path: str = "/", *, method: str = "GET", behaviour: Behaviour | None = None, **event: Any
     ) -> Exchange:
-        """Send a function URL event and wait for the whole answer."""
+        """Send a function URL event and wait for the complete answer."""
         timeout_s = event.pop("timeout_s", 30.0)
         return await self.invoke(to_event(method, path, **event), timeout_s=timeout_s, behaviour=behaviour)
 
-    async def is_well(self) -> None:
-        """Check that two further invocations succeed. Every test of a failure ends with it."""
+    async def still_serves(self) -> None:
+        """Check that two further invocations succeed. Every test of a failure ends with this check."""
         for _ in range(2):
             exchange = await self.get("/ping")
             assert exchange.error is None
@@ -51,7 +51,7 @@ class Bench:
 
 @asynccontextmanager
 async def runtime(app: Any, *, environ: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Bench]:
-    """Run a runtime that serves `app`, and `/ping` by itself."""
+    """Run a runtime that serves `app`. `/ping` always answers 200."""
 
     async def with_ping(scope: Any, receive: Any, send: Any) -> None:
         await (ping if scope.get("path") == "/ping" else app)(scope, receive, send)
@@ -76,7 +76,7 @@ async def runtime(app: Any, *, environ: dict[str, str] | None = None, **options:
 
 
 def json_app(body: bytes = b'{"ok":true}', *, status: int = 200, headers: Any = None) -> Any:
-    """Return an application that gives the same answer to every request."""
+    """Return an ASGI application that gives the same answer to every request."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"

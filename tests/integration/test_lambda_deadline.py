@@ -21,7 +21,7 @@ def answer(app: Any, *, mode: str = "auto", timeout_s: float = SHORT) -> Exchang
     async def go() -> Exchange:
         async with runtime(app, mode=mode) as bench:
             exchange = await bench.get(timeout_s=timeout_s)
-            await bench.is_well()
+            await bench.still_serves()
             return exchange
 
     return asyncio.run(go())
@@ -98,11 +98,11 @@ def test_an_application_that_ignores_cancellation_is_left_behind() -> None:
         async with runtime(app) as bench:
             exchange = await bench.get(timeout_s=SHORT)
             assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
-            await bench.is_well()
+            await bench.still_serves()
             release.set()
             await asyncio.sleep(0.02)
             assert len(raised) == 1
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 
@@ -152,7 +152,7 @@ def test_a_reader_that_stalls_does_not_hold_the_deadline() -> None:
             exchange = await bench.get(timeout_s=SHORT + 0.3, behaviour=Behaviour(pause_s=0.03))
             assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
             assert len(waited) < 1000  # what was not read was not produced, either
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 

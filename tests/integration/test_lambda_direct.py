@@ -21,7 +21,7 @@ def invoke(event: dict[str, Any], *, engine: ScriptedEngine | None = None, **set
         app = create_app(fake_service(engine, api_keys=keys("secret"), **settings).service)
         async with runtime(app) as bench:
             exchange = await bench.invoke(event)
-            await bench.is_well()
+            await bench.still_serves()
             return exchange
 
     return asyncio.run(go())
@@ -104,7 +104,7 @@ def test_an_iam_guarded_url_demands_the_identity_in_the_event() -> None:
                 await bench.get("/v1/models", caller="arn:aws:iam::123456789012:user/ann"),
                 await bench.get("/health"),
             ]
-            await bench.is_well()
+            await bench.still_serves()
             return [exchange.status for exchange in exchanges]
 
     assert asyncio.run(go()) == [403, 403, 200, 200]

@@ -24,7 +24,7 @@ def answer(app: Any, *, mode: str = "auto", event: Any = None, **request: Any) -
     async def go() -> Exchange:
         async with runtime(app, mode=mode) as bench:
             exchange = await (bench.invoke(event) if event is not None else bench.get(**request))
-            await bench.is_well()
+            await bench.still_serves()
             return exchange
 
     return asyncio.run(go())

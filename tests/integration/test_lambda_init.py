@@ -63,7 +63,7 @@ def test_init_does_not_wait_for_ever() -> None:
     async def go() -> None:
         loaded = asyncio.Event()
         async with runtime(json_app(), ready=loaded.wait, init_ends=time.monotonic() + 0.05) as bench:
-            await bench.is_well()
+            await bench.still_serves()
             loaded.set()
 
     asyncio.run(go())
@@ -110,7 +110,7 @@ def test_snapstart_prepares_waits_and_renews() -> None:
             assert diary == ["before"]
             assert not bench.server.polled.is_set()
             bench.server.restored.set()
-            await bench.is_well()
+            await bench.still_serves()
             assert diary == ["before", "after"]
 
     asyncio.run(go())
@@ -122,7 +122,7 @@ def test_restore_is_never_asked_for_without_snapstart() -> None:
 
     async def go() -> None:
         async with runtime(json_app(), hooks=hooks(diary)) as bench:
-            await bench.is_well()
+            await bench.still_serves()
             assert not bench.server.snapshot.is_set()
 
     asyncio.run(go())

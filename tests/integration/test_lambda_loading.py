@@ -56,7 +56,7 @@ def loading(act: Any) -> None:
         async with runtime(app, ready=host.loaded.wait, init_ends=time.monotonic()) as bench:
             await act(bench, host)
             host.loaded.set()
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 

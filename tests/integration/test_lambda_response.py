@@ -22,7 +22,7 @@ def answer(app: Any, *, mode: str = "auto", **event: Any) -> Exchange:
     async def go() -> Exchange:
         async with runtime(app, mode=mode) as bench:
             exchange = await bench.get(**event)
-            await bench.is_well()
+            await bench.still_serves()
             return exchange
 
     return asyncio.run(go())

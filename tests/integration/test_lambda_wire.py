@@ -27,7 +27,7 @@ def answer(app: Any, behaviour: Behaviour, *, mode: str = "auto") -> Exchange:
     async def go() -> Exchange:
         async with runtime(app, mode=mode) as bench:
             exchange = await bench.get(behaviour=behaviour)
-            await bench.is_well()
+            await bench.still_serves()
             return exchange
 
     return asyncio.run(go())
@@ -110,7 +110,7 @@ def test_the_process_ends_when_there_are_no_more_events(status: int) -> None:
 
     async def go() -> None:
         async with runtime(json_app()) as bench:
-            await bench.is_well()
+            await bench.still_serves()
             bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(next_status=status))
             assert await bench.ended() == 1
 
@@ -168,7 +168,7 @@ def test_several_loops_in_one_process_share_nothing() -> None:
             for exchange, name in zip(exchanges, "abcdef", strict=True):
                 await asyncio.wait_for(exchange.finished.wait(), 10)
                 assert exchange.body == b"".join(f"/{name}{number} ".encode() for number in range(5))
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 
@@ -254,11 +254,11 @@ def test_an_answer_takes_its_connection_at_its_first_byte() -> None:
     async def go() -> None:
         async with runtime(app) as bench:
             server.append(bench.server)
-            await bench.is_well()  # there is a connection to hang up
+            await bench.still_serves()  # there is a connection to hang up
             for _ in range(2):
                 exchange = await bench.get("/slow")
                 assert (exchange.error, exchange.kind, bytes(exchange.body)) == (None, "stream", b"done")
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 
@@ -276,7 +276,7 @@ def test_a_reply_that_never_comes_is_not_awaited_for_ever(mode: Any, monkeypatch
     async def go() -> None:
         async with runtime(app, mode=mode) as bench:
             await bench.get("/lost", behaviour=Behaviour(silent=True), timeout_s=0.5)
-            await bench.is_well()
+            await bench.still_serves()
 
     asyncio.run(go())
 
@@ -296,7 +296,7 @@ def test_a_hiccup_of_next_ends_no_other_answer() -> None:
             await begun.wait()
             refused = await bench.get("/", behaviour=Behaviour(next_status=500))
             assert refused.error is not None
-            await bench.is_well()  # by the loop that was refused: the other one is busy
+            await bench.still_serves()  # by the loop that was refused: the other one is busy
             released.set()
             assert bytes((await streaming).body) == b"done"
 

@@ -1,4 +1,4 @@
-"""Expansion: schemas whose references multiply, and answers that a recursion would check without end."""
+"""Expansion: schemas whose references multiply, and answers that a recursive schema cannot validate in time."""
 
 import json
 import time
@@ -15,32 +15,32 @@ from core.errors import InvalidRequest
 
 
 def chain(links: int, keyword: str = "allOf", width: int = 2) -> dict[str, Any]:
-    """Each definition refers `width` times to the next: width^links subschemas."""
+    """Return a schema in which each definition refers `width` times to the next: width^links subschemas."""
     schemas: dict[str, Any] = {f"a{at}": {keyword: [{"$ref": f"#/$defs/a{at + 1}"}] * width} for at in range(links)}
     return {"$defs": {**schemas, f"a{links}": {"type": "string"}}, "$ref": "#/$defs/a0"}
 
 
-def naive(schema: Any, root: dict[str, Any]) -> int:
-    """The size by following every reference, as a validator does."""
+def count_naively(schema: Any, root: dict[str, Any]) -> int:
+    """Count subschemas by following every reference, as a validator does."""
     if not isinstance(schema, dict):
         return 1
     total = 1
     for keyword, value in schema.items():
         if keyword == "$ref":
-            total += naive(root["$defs"][value.removeprefix("#/$defs/")], root)
+            total += count_naively(root["$defs"][value.removeprefix("#/$defs/")], root)
         elif keyword in ("allOf", "anyOf", "prefixItems"):
-            total += sum(naive(inner, root) for inner in value)
+            total += sum(count_naively(inner, root) for inner in value)
         elif keyword in ("properties", "patternProperties"):
-            total += sum(naive(inner, root) for inner in value.values())
+            total += sum(count_naively(inner, root) for inner in value.values())
         elif keyword in ("items", "additionalProperties"):
-            total += naive(value, root)
+            total += count_naively(value, root)
     return total
 
 
 @pytest.mark.parametrize("keyword", ["allOf", "anyOf", "prefixItems"])
 @pytest.mark.parametrize("links", [14, 40, 900])
-def test_a_schema_whose_references_multiply_is_refused_at_once(keyword: str, links: int) -> None:
-    """2 kB that a validator would need hours for; 64 KiB hold 900 links."""
+def test_multiplying_references_are_refused(keyword: str, links: int) -> None:
+    """A validator would need hours for these 2 kB; 64 KiB hold 900 links."""
     with pytest.raises(InvalidRequest, match=rf"subschemas once every \$ref is followed; at most {MAX_SUBSCHEMAS}"):
         constraints.grammar(chain(links, keyword), "schema")
 
@@ -60,14 +60,14 @@ def test_a_schema_whose_references_multiply_is_refused_at_once(keyword: str, lin
         },
     ],
 )
-def test_no_place_hides_multiplying_references(schema: dict[str, Any]) -> None:
-    """Members, items, annotations and anchors are looked into."""
+def test_multiplying_references_are_refused_anywhere(schema: dict[str, Any]) -> None:
+    """Properties, items, annotations and anchors are followed."""
     with pytest.raises(InvalidRequest, match="subschemas once"):
         constraints.grammar(schema, "schema")
 
 
 def test_shared_definitions_are_allowed() -> None:
-    """A definition that is used fifty times is nothing special, nor are a list and a tree."""
+    """Fifty references to one definition are fine, and so are recursive lists and trees."""
     address = {"type": "object", "properties": {f"line{at}": {"type": "string"} for at in range(20)}}
     shared = {
         "type": "object",
@@ -95,16 +95,16 @@ def test_shared_definitions_are_allowed() -> None:
         {"$ref": "#/$defs/none"},
     ],
 )
-def test_references_that_could_mean_another_place_are_refused(schema: dict[str, Any]) -> None:
-    """What cannot be followed cannot be measured."""
+def test_ambiguous_references_are_refused(schema: dict[str, Any]) -> None:
+    """A reference that cannot be followed cannot be counted."""
     with pytest.raises(InvalidRequest, match="cannot be enforced"):
         constraints.grammar(schema, "schema")
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_the_size_is_that_of_following_every_reference(data: st.DataObject) -> None:
-    """Random schemas without recursion: definitions refer to later ones only."""
+def test_subschemas_are_counted_as_by_following_every_reference(data: st.DataObject) -> None:
+    """The schemas are random and not recursive: definitions refer to later ones only."""
     count = data.draw(st.integers(1, 6))
 
     def subschema(after: int, depth: int) -> Any:
@@ -121,11 +121,11 @@ def test_the_size_is_that_of_following_every_reference(data: st.DataObject) -> N
     definitions = {f"d{at}": subschema(at + 1, 2) for at in range(count)}
     root = {"$ref": "#/$defs/d0", "$defs": definitions}
 
-    assert Expansion(root).subschemas == naive(root, root)
+    assert Expansion(root).subschemas == count_naively(root, root)
 
 
-def test_an_answer_that_a_recursion_checks_without_end_is_not_validated() -> None:
-    """Two ways at each level are 2^depth checks: the verdict is "unchecked", and comes at once."""
+def test_an_answer_that_takes_too_many_checks_is_not_validated() -> None:
+    """Two alternatives per level take 2^depth checks. The error is "unchecked" and comes at once."""
     node = {"type": "object", "properties": {"next": {"$ref": "#"}, "kind": {"const": 1}}, "required": ["next"]}
     other = {**node, "properties": {"next": {"$ref": "#"}, "kind": {"const": 2}}}
     schema = {"anyOf": [node, other, {"type": "null"}]}
@@ -139,11 +139,11 @@ def test_an_answer_that_a_recursion_checks_without_end_is_not_validated() -> Non
     assert [error.code for error in errors] == ["unchecked"]
     assert str(MAX_CHECKS) in errors[0].message
     assert json.loads(bytes(data)) == deep
-    assert time.monotonic() - began < 5  # validated, it would take 2^60 steps
+    assert time.monotonic() - began < 5  # validation would take 2^60 steps
 
 
-def test_an_ordinary_recursion_is_validated() -> None:
-    """A list of a hundred links and a wide tree are linear, and what is wrong in them is found."""
+def test_an_ordinary_recursive_schema_is_validated() -> None:
+    """A list of a hundred links takes linear time, and errors in it are reported."""
     schema = {
         "type": "object",
         "properties": {"v": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},

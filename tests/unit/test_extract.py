@@ -35,7 +35,7 @@ def post(fake: FakeService, **fields: Any) -> tuple[int, Any]:
     return status, body
 
 
-def says(*pieces: str) -> FakeService:
+def service_answering(*pieces: str) -> FakeService:
     return fake_service(ScriptedEngine(pieces=pieces, card=replace(CARD, n_ctx=2048)))
 
 
@@ -44,8 +44,8 @@ def prompt(fake: FakeService) -> str:
 
 
 def test_an_extraction_is_parsed_and_validated() -> None:
-    """The answer is told raw and as data, with usage and its verdict."""
-    fake = says('{"name": "Ann"', ', "age": 31}')
+    """The answer holds the raw text, the data, usage and whether the data is valid."""
+    fake = service_answering('{"name": "Ann"', ', "age": 31}')
 
     status, body = post(fake, schema=PERSON)
 
@@ -64,9 +64,9 @@ def test_an_extraction_is_parsed_and_validated() -> None:
     }
 
 
-def test_extraction_is_constrained_and_repeatable() -> None:
-    """The schema is the grammar, temperature is 0 and the answer is bounded unless the client says otherwise."""
-    fake = says("{}")
+def test_extraction_has_its_own_defaults() -> None:
+    """The schema becomes the grammar; temperature is 0 and max_tokens is 1024 unless the client sets them."""
+    fake = service_answering("{}")
 
     post(fake, schema=PERSON)
     post(fake, max_tokens=7, temperature=0.5)
@@ -78,9 +78,9 @@ def test_extraction_is_constrained_and_repeatable() -> None:
     assert (second.sampling.temperature, second.max_tokens) == (0.5, 7)
 
 
-def test_data_that_breaks_the_schema_is_told_where() -> None:
-    """What the grammar could not hold, the validator finds: where, and which keyword."""
-    fake = says('{"name": 5, "age": 31}')
+def test_invalid_data_is_reported_with_its_path() -> None:
+    """The validator reports the path and the keyword."""
+    fake = service_answering('{"name": 5, "age": 31}')
 
     _, body = post(fake, schema=PERSON)
 
@@ -90,8 +90,8 @@ def test_data_that_breaks_the_schema_is_told_where() -> None:
 
 
 def test_a_cut_answer_is_truncated_not_invalid() -> None:
-    """An answer cut by max_tokens has no data, keeps its raw text and says what to do."""
-    fake = says('{"name": ', '"An', 'n"}')
+    """An answer cut by max_tokens has its raw text, no data and an error that says what to do."""
+    fake = service_answering('{"name": ', '"An', 'n"}')
 
     _, body = post(fake, schema=PERSON, max_tokens=2)
 
@@ -101,9 +101,9 @@ def test_a_cut_answer_is_truncated_not_invalid() -> None:
     assert "max_tokens" in body["errors"][0]["message"]
 
 
-def test_a_number_that_may_be_cut_is_no_data() -> None:
-    """Cut after "12", a number is truncated although it parses."""
-    _, body = post(says("12", "34"), schema={"type": "integer"}, max_tokens=1)
+def test_a_cut_number_is_truncated() -> None:
+    """A number cut after "12" parses, but it is not complete."""
+    _, body = post(service_answering("12", "34"), schema={"type": "integer"}, max_tokens=1)
 
     assert (body["data"], body["errors"][0]["code"]) == (None, "truncated")
 
@@ -112,25 +112,25 @@ def test_a_number_that_may_be_cut_is_no_data() -> None:
     ("raw", "data"),
     [("123456789012345678901234567890", 123456789012345678901234567890), ("1.50", 1.5), ('"\\ud83d\\ude00"', "😀")],
 )
-def test_data_is_passed_on_as_it_was_written(raw: str, data: Any) -> None:
-    """No number and no character changes on its way, however long."""
-    status, body = post(says(raw), schema={})
+def test_numbers_and_characters_are_not_changed(raw: str, data: Any) -> None:
+    """This includes long numbers and surrogate pairs."""
+    status, body = post(service_answering(raw), schema={})
 
     assert (status, body["data"], body["valid"]) == (200, data, True)
 
 
 @pytest.mark.parametrize("raw", ['"\\ud83d"', "1" * 5000, "[" * 2000 + "]" * 2000, "no json"])
-def test_an_odd_answer_is_no_error_of_the_server(raw: str) -> None:
-    """Half a surrogate pair, a number over Python's limit, endless nesting: never valid, never a 500."""
-    status, body = post(says(raw), schema={})
+def test_an_answer_that_is_not_json_is_not_a_500(raw: str) -> None:
+    """Half a surrogate pair, a number over Python's limit and deep nesting are reported as not_json."""
+    status, body = post(service_answering(raw), schema={})
 
     assert (status, body["valid"], body["raw"]) == (200, False, raw)
     assert body["errors"][0]["code"] == "not_json"
 
 
-def test_a_stream_gives_pieces_and_then_the_extraction() -> None:
-    """Deltas add up to `raw`; the last event is what the whole answer would have been."""
-    status, stream = post(says('{"name": "Ann"', ', "age": 31}'), schema=PERSON, stream=True)
+def test_a_stream_has_deltas_and_then_the_extraction() -> None:
+    """Deltas add up to `raw`; the last event equals the non-streaming answer."""
+    status, stream = post(service_answering('{"name": "Ann"', ', "age": 31}'), schema=PERSON, stream=True)
 
     *deltas, last, done = [frame.removeprefix("data: ") for frame in stream.split("\n\n") if frame]
     final = json.loads(last)
@@ -141,9 +141,9 @@ def test_a_stream_gives_pieces_and_then_the_extraction() -> None:
     assert (final["object"], final["data"], final["valid"]) == ("extraction", {"name": "Ann", "age": 31}, True)
 
 
-def test_the_prompt_begins_with_what_documents_share() -> None:
-    """Task, schema and instructions, then examples as turns, then the text: a batch shares all but its end."""
-    fake = says("{}")
+def test_documents_share_a_prompt_prefix() -> None:
+    """Task, schema and instructions come first, then examples as turns, then the text."""
+    fake = service_answering("{}")
     example = {"text": "Bob is 4.", "data": {"name": "Bob", "age": 4}}
 
     post(fake, schema=PERSON, instructions="Ages in years.", examples=[example])
@@ -156,9 +156,9 @@ def test_the_prompt_begins_with_what_documents_share() -> None:
     assert prompt(fake).startswith(shared)
 
 
-def test_response_format_may_bring_the_schema() -> None:
-    """OpenAI's way to give a schema works here too."""
-    fake = says("{}")
+def test_response_format_may_hold_the_schema() -> None:
+    """This is OpenAI's way to pass a schema."""
+    fake = service_answering("{}")
 
     post(fake, schema=PERSON)
     post(fake, response_format={"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON}})
@@ -193,12 +193,12 @@ def test_response_format_may_bring_the_schema() -> None:
     ids=lambda value: json.dumps(value)[:50],
 )
 def test_a_bad_extraction_is_a_400_that_names_it(fields: dict[str, Any], param: str | None) -> None:
-    """Every bad field is told by name; nothing was fetched and nothing generated."""
-    fake = says("{}")
+    """No reference is fetched and no token is generated."""
+    fake = service_answering("{}")
 
     status, body = post(fake, **fields)
 
-    if param is None:  # the same thing said twice is no contradiction
+    if param is None:  # the same schema twice is no contradiction
         assert status == 200
         return
     assert (status, body["error"]["param"]) == (400, param)
@@ -206,7 +206,7 @@ def test_a_bad_extraction_is_a_400_that_names_it(fields: dict[str, Any], param: 
 
 
 def test_an_unknown_model_is_not_found() -> None:
-    """Extraction has the same names as chat."""
-    status, body = post(says("{}"), model="other")
+    """Extraction accepts the same model names as chat."""
+    status, body = post(service_answering("{}"), model="other")
 
     assert (status, body["error"]["code"]) == (404, "model_not_found")

@@ -1,4 +1,4 @@
-"""The GGUF header check: what it reads, and that it refuses every file that is not what it says."""
+"""The GGUF header check: what it reads, and which files it refuses."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def parse(content: bytes, size: int | None = None) -> gguf.Header:
     return gguf.parse_header(lambda at, length: content[at : at + length], len(content) if size is None else size)
 
 
-def whole() -> bytes:
+def valid_file() -> bytes:
     return files.gguf(files.llama_metadata(n_vocab=260), [("a", (8, 2), bytes(64)), ("b", (3,), bytes(12))])
 
 
-def changed(**entries: Any) -> bytes:
-    """A model with some metadata replaced; None takes a key away."""
-    given = {**files.llama_metadata(n_vocab=260), **{key.replace("__", "."): value for key, value in entries.items()}}
-    return files.gguf({key: value for key, value in given.items() if value}, [("a", (8,), bytes(32))])
+def file_with(**entries: Any) -> bytes:
+    """Return a model with some metadata replaced. None removes a key."""
+    merged = {**files.llama_metadata(n_vocab=260), **{key.replace("__", "."): value for key, value in entries.items()}}
+    return files.gguf({key: value for key, value in merged.items() if value}, [("a", (8,), bytes(32))])
 
 
-def test_a_header_says_what_the_model_is() -> None:
+def test_a_header_describes_the_model() -> None:
     """Architecture, name, tensors and where their data begins come from the header alone."""
-    content = whole()
+    content = valid_file()
     header = parse(content)
 
     assert (header.version, header.alignment) == (3, 32)
@@ -45,30 +45,30 @@ def test_a_header_says_what_the_model_is() -> None:
 
 
 def test_only_the_header_is_read() -> None:
-    """Of a large file no more than its header and one read-ahead is asked for."""
+    """Of a large file, only the header and one read-ahead are read."""
     content = files.padded_model(8 << 20)
-    asked = 0
+    read_end = 0
 
     def pread(at: int, length: int) -> bytes:
-        nonlocal asked
-        asked = max(asked, at + length)
+        nonlocal read_end
+        read_end = max(read_end, at + length)
         return content[at : at + length]
 
     gguf.parse_header(pread, len(content))
 
-    assert asked <= 1 << 20
+    assert read_end <= 1 << 20
 
 
-def test_short_reads_are_made_up() -> None:
-    """A reader that hands over a few bytes at a time gives the same header."""
-    content = whole()
+def test_short_reads_are_continued() -> None:
+    """A reader that returns a few bytes at a time gives the same header."""
+    content = valid_file()
 
     assert gguf.parse_header(lambda at, length: content[at : at + min(length, 7)], len(content)) == parse(content)
 
 
 def test_every_truncation_is_refused() -> None:
-    """A file cut at any byte before its last tensor ends is malformed, with a reason."""
-    content = whole()
+    """The end of the last tensor is the earliest valid end."""
+    content = valid_file()
     size = parse(content).size_bytes
     for cut in [*range(0, size, 7), *range(size - 150, size)]:
         with pytest.raises(gguf.MalformedGGUF, match=r"truncated|GGUF|can hold"):
@@ -76,9 +76,9 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_a_file_that_ends_while_it_is_read_is_refused() -> None:
-    """A size that the bytes do not bear out is no endless loop."""
+    """A file shorter than its size does not cause an endless loop."""
     with pytest.raises(gguf.MalformedGGUF, match="truncated"):
-        parse(whole()[:5000], size=1 << 20)
+        parse(valid_file()[:5000], size=1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -109,33 +109,33 @@ def test_a_file_that_ends_while_it_is_read_is_refused() -> None:
             "truncated or damaged",
         ),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * files.metadata({"k": (U8, 1)}), "duplicate metadata key"),
-        (changed(general__alignment=(U32, 48)), "alignment 48"),
-        (changed(general__alignment=(U32, 0)), "alignment 0"),
-        (changed(general__alignment=(U32, 8)), "alignment 8"),
-        (changed(general__alignment=(STRING, "32")), "alignment '32'"),
-        (changed(general__architecture=None), "no general.architecture"),
-        (changed(general__architecture=(STRING, "clip")), "not a language model"),
-        (changed(general__type=(STRING, "adapter")), "not a language model"),
-        (changed(llama__block_count=(U32, 0)), "claims 0 layers"),
-        (changed(llama__block_count=(U32, 513)), "claims 513 layers"),
-        (changed(llama__nextn_predict_layers=(U32, 2)), "2 prediction layers"),
-        (changed(llama__attention__head_count_kv=(U32, (1 << 31) + 2)), "head_count_kv = 2147483650"),
-        (changed(llama__attention__layer_norm_rms_epsilon=(F32, -1e-5)), "epsilon = -1e-05"),
-        (changed(llama__attention__layer_norm_rms_epsilon=(F32, float("nan"))), "epsilon = nan"),
-        (changed(llama__rope__scaling__type=(STRING, "linfar")), "rope scaling 'linfar'"),
-        (changed(llama__expert_count=(U32, 2000), llama__expert_used_count=(U32, 2)), "2000 experts"),
-        (changed(llama__expert_count=(U32, 4), llama__expert_used_count=(U32, 8)), "uses 8 of 4"),
-        (changed(llama__expert_used_count=(U32, 1)), "uses 1 of 0"),
+        (file_with(general__alignment=(U32, 48)), "alignment 48"),
+        (file_with(general__alignment=(U32, 0)), "alignment 0"),
+        (file_with(general__alignment=(U32, 8)), "alignment 8"),
+        (file_with(general__alignment=(STRING, "32")), "alignment '32'"),
+        (file_with(general__architecture=None), "no general.architecture"),
+        (file_with(general__architecture=(STRING, "clip")), "not a language model"),
+        (file_with(general__type=(STRING, "adapter")), "not a language model"),
+        (file_with(llama__block_count=(U32, 0)), "claims 0 layers"),
+        (file_with(llama__block_count=(U32, 513)), "claims 513 layers"),
+        (file_with(llama__nextn_predict_layers=(U32, 2)), "2 prediction layers"),
+        (file_with(llama__attention__head_count_kv=(U32, (1 << 31) + 2)), "head_count_kv = 2147483650"),
+        (file_with(llama__attention__layer_norm_rms_epsilon=(F32, -1e-5)), "epsilon = -1e-05"),
+        (file_with(llama__attention__layer_norm_rms_epsilon=(F32, float("nan"))), "epsilon = nan"),
+        (file_with(llama__rope__scaling__type=(STRING, "linfar")), "rope scaling 'linfar'"),
+        (file_with(llama__expert_count=(U32, 2000), llama__expert_used_count=(U32, 2)), "2000 experts"),
+        (file_with(llama__expert_count=(U32, 4), llama__expert_used_count=(U32, 8)), "uses 8 of 4"),
+        (file_with(llama__expert_used_count=(U32, 1)), "uses 1 of 0"),
         (
-            changed(
+            file_with(
                 llama__expert_count=(U32, 4), llama__expert_used_count=(U32, 2), llama__expert_group_count=(U32, 3)
             ),
             "3 groups",
         ),
         (files.gguf(files.llama_metadata(n_vocab=260)), "no tensors"),
-        (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["a", "b", "a"])), "1 duplicate tokens"),
-        (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "[EMPTY_0]"])), "1 duplicate tokens"),
-        (changed(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "", "a", "", "a"])), "1 duplicate tokens"),
+        (file_with(tokenizer__ggml__tokens=(ARRAY, STRING, ["a", "b", "a"])), "1 duplicate tokens"),
+        (file_with(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "[EMPTY_0]"])), "1 duplicate tokens"),
+        (file_with(tokenizer__ggml__tokens=(ARRAY, STRING, ["", "", "a", "", "a"])), "1 duplicate tokens"),
         (files.gguf(files.llama_metadata(), [("a", (2,), bytes(8)), ("a", (2,), bytes(8))]), "duplicate tensor"),
         (files.gguf(files.llama_metadata(), [("n" * 64, (2,), bytes(8))]), "64 bytes; at most 63"),
         (files.gguf(files.llama_metadata(), [("a", (1, 1, 1, 1, 1), bytes(4))]), "5 dimensions"),
@@ -147,13 +147,13 @@ def test_a_file_that_ends_while_it_is_read_is_refused() -> None:
     ],
 )
 def test_a_malformed_file_is_refused_with_the_reason(content: bytes, reason: str) -> None:
-    """Absurd counts, hostile strings, types and offsets: each is named."""
+    """Absurd counts, hostile strings, types and offsets each have their own message."""
     with pytest.raises(gguf.MalformedGGUF, match=reason):
         parse(content)
 
 
 def test_a_tensor_of_an_unknown_type_is_refused() -> None:
-    """A type that this llama.cpp does not know, or has removed, is no surprise at load time."""
+    """llama.cpp does not know this type or has removed it, so loading would fail later."""
     content = bytearray(files.gguf({**files.llama_metadata()}, [("a", (8,), bytes(32))]))
     at = content.index(files.string("a") + struct.pack("<Iq", 1, 8)) + 8 + 1 + 4 + 8
     content[at : at + 4] = struct.pack("<I", 31)
@@ -162,8 +162,8 @@ def test_a_tensor_of_an_unknown_type_is_refused() -> None:
         parse(bytes(content))
 
 
-def test_rows_that_are_not_whole_blocks_are_refused() -> None:
-    """Quantised rows consist of blocks; llama.cpp would divide and be wrong."""
+def test_rows_of_partial_blocks_are_refused() -> None:
+    """Quantised rows consist of whole blocks; llama.cpp would divide and compute a wrong size."""
     content = bytearray(files.gguf({**files.llama_metadata()}, [("a", (8,), bytes(32))]))
     at = content.index(files.string("a") + struct.pack("<Iq", 1, 8)) + 8 + 1 + 4 + 8
     content[at : at + 4] = struct.pack("<I", 2)
@@ -174,7 +174,7 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("counts", [[33_000_000], [7_000_000], [(1 << 21) + 1]])
 def test_a_header_of_millions_of_strings_is_refused_unread(counts: list[int]) -> None:
-    """Zeros cost nothing on the wire, compressed, and a Python object each here: their number is bounded."""
+    """Each string would become a Python object, while a compressed file of zeros is tiny. So the number is limited."""
     refuse_strings(counts)
 
 
@@ -193,7 +193,7 @@ def refuse_strings(counts: list[int]) -> None:
 
 
 def test_a_hostile_string_is_not_read_into_memory() -> None:
-    """A string longer than the file is refused before a byte of it is asked for."""
+    """A string longer than the file is refused before it is read."""
     content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + files.string("k") + struct.pack("<IQ", STRING, 1 << 40)
 
     with pytest.raises(gguf.MalformedGGUF, match="at most"):
@@ -201,15 +201,15 @@ def test_a_hostile_string_is_not_read_into_memory() -> None:
 
 
 def test_a_header_beyond_the_bound_is_refused() -> None:
-    """An array that would make the header larger than any real one is refused, however large the file is."""
+    """An array may not make the header larger than any real one, however large the file is."""
     content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + files.string("k") + struct.pack("<IIQ", ARRAY, F32, 1 << 30)
 
     with pytest.raises(gguf.MalformedGGUF, match="header over"):
         parse(content, size=1 << 40)
 
 
-def test_text_that_is_not_utf8_is_survived() -> None:
-    """llama.cpp does not demand UTF-8 of names, so neither does the check; what it keeps can be shown."""
+def test_invalid_utf8_is_accepted() -> None:
+    """llama.cpp does not require UTF-8 names, so neither does the check; the parsed name can be encoded."""
     header = parse(
         files.gguf({**files.llama_metadata(), "general.name": (STRING, b"\xff\xfe")}, [("a", (1,), bytes(4))])
     )
@@ -217,15 +217,15 @@ def test_text_that_is_not_utf8_is_survived() -> None:
     header.metadata["general.name"].encode()
 
 
-def test_parts_of_a_split_model_are_understood() -> None:
-    """A later part needs no architecture; each part says its place."""
+def test_parts_of_a_split_model_are_accepted() -> None:
+    """Later parts need no architecture. Each part has its number and the count."""
     parts = files.split_model("big", 3)
 
     assert [parse(content).split for content in parts.values()] == [(0, 3), (1, 3), (2, 3)]
 
 
 def _mutants(seed: int, count: int) -> list[bytes]:
-    """Whole models with bits flipped, numbers made extreme, pieces cut out or doubled, or the end cut off."""
+    """Return models with flipped bits, extreme numbers, missing or doubled pieces, or a missing end."""
     draw = random.Random(seed)
     content = files.gguf(files.llama_metadata(n_vocab=260), [("a", (8, 2), bytes(64)), ("b", (3,), bytes(12))])
     mutants = []
@@ -247,8 +247,8 @@ def _mutants(seed: int, count: int) -> list[bytes]:
     return mutants
 
 
-def test_two_thousand_mutants_are_refused_or_sound() -> None:
-    """No damaged file makes the check fail in another way than by saying so, and what passes has all its tensors."""
+def test_mutated_files_are_refused_or_sound() -> None:
+    """A damaged file raises MalformedGGUF or has all its tensors."""
     refused = 0
     for mutant in _mutants(seed=1, count=2000):
         try:
@@ -264,14 +264,14 @@ def test_two_thousand_mutants_are_refused_or_sound() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=400))
-def test_no_bytes_break_the_check(tail: bytes) -> None:
-    """Arbitrary bytes behind a right beginning are refused, never an error of another kind."""
+def test_arbitrary_bytes_are_refused(tail: bytes) -> None:
+    """Bytes after a valid beginning raise MalformedGGUF and no other error."""
     with pytest.raises(gguf.MalformedGGUF):
         parse(b"GGUF" + struct.pack("<I", 3) + tail)
 
 
-def test_the_block_table_is_llama_cpps() -> None:
-    """Sizes of tensor types are those of the libggml that will read the file."""
+def test_the_block_table_matches_llama_cpp() -> None:
+    """Block and type sizes equal those of the installed libggml."""
     import ctypes
     import importlib.util
 
@@ -282,13 +282,13 @@ def test_the_block_table_is_llama_cpps() -> None:
     library.ggml_blck_size.restype = ctypes.c_int64
     library.ggml_type_size.restype = ctypes.c_size_t
     for kind in range(max(gguf.BLOCKS) + 1):
-        known = (library.ggml_blck_size(kind), library.ggml_type_size(kind))
-        assert gguf.BLOCKS.get(kind, (0, 0)) == known, kind
+        expected = (library.ggml_blck_size(kind), library.ggml_type_size(kind))
+        assert gguf.BLOCKS.get(kind, (0, 0)) == expected, kind
 
 
-def test_metadata_arrays_of_all_types_are_stepped_over() -> None:
-    """Arrays cost no memory: their type and length are kept."""
-    header = parse(changed(x=(ARRAY, I32, [1, 2, 3]), y=(ARRAY, F32, []), z=(ARRAY, STRING, ["", "é"])))
+def test_metadata_arrays_are_skipped() -> None:
+    """Only their type and length are stored, which takes no memory."""
+    header = parse(file_with(x=(ARRAY, I32, [1, 2, 3]), y=(ARRAY, F32, []), z=(ARRAY, STRING, ["", "é"])))
 
     assert header.metadata["x"] == gguf.Array(I32, 3)
     assert header.metadata["y"] == gguf.Array(F32, 0)

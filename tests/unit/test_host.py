@@ -1,4 +1,4 @@
-"""Host: loading once, lending, swapping, and what is left when something fails. Over fake engines."""
+"""Host with fake engines: loading once, leases, swapping and failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.gguf_files import tiny_model, write
 
 
 class Loader:
-    """Counts loads; fails for the names in `broken`; waits for `gate` before each load."""
+    """A loader that records loads, fails for the names in `broken` and waits for `gate` before each load."""
 
     def __init__(self) -> None:
         self.loads: list[str] = []
@@ -64,7 +64,7 @@ def make(models: Path, loader: Loader, **settings: Any) -> Host:
 
 
 def test_many_first_requests_load_once(models: Path) -> None:
-    """The first request loads the model; those that come meanwhile wait for the same load."""
+    """Requests that arrive during the load wait for it."""
     loader = Loader()
     host = make(models, loader)
 
@@ -81,8 +81,8 @@ def test_many_first_requests_load_once(models: Path) -> None:
     assert loader.engines[0].closed
 
 
-def test_no_time_left_is_a_503_with_a_hint(models: Path) -> None:
-    """A request whose deadline passes during the load gets an answer in time, and the load goes on."""
+def test_a_deadline_during_the_load_is_a_503(models: Path) -> None:
+    """The error has a Retry-After, and the load continues."""
     loader = Loader()
     loader.gate.clear()
     host = make(models, loader)
@@ -99,8 +99,8 @@ def test_no_time_left_is_a_503_with_a_hint(models: Path) -> None:
     assert loader.loads == ["a"]
 
 
-def test_a_failed_load_is_told_and_not_repeated_by_every_request(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason stands in the state; a later request tries again."""
+def test_a_failed_load_is_not_repeated_by_every_request(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state holds the error; a later request retries."""
     loader = Loader()
     loader.broken = {"a"}
     host = make(models, loader)
@@ -120,8 +120,8 @@ def test_a_failed_load_is_told_and_not_repeated_by_every_request(models: Path, m
     asyncio.run(main())
 
 
-def test_swap_lets_running_answers_finish_on_the_old_engine(models: Path) -> None:
-    """The old engine is freed when its last lease is back, not before."""
+def test_running_answers_finish_on_the_old_engine(models: Path) -> None:
+    """After a swap, the old engine is freed when its last lease is released."""
     loader = Loader()
     host = make(models, loader)
 
@@ -142,7 +142,7 @@ def test_swap_lets_running_answers_finish_on_the_old_engine(models: Path) -> Non
 
 
 def test_an_engine_that_failed_is_dropped_and_loaded_again(models: Path) -> None:
-    """The state names the error; the next request loads the model that was served, however it came to be."""
+    """The state holds the error; the next request loads the served model again, with its config."""
     loader = Loader()
     host = make(models, loader)
 
@@ -155,12 +155,12 @@ def test_an_engine_that_failed_is_dropped_and_loaded_again(models: Path) -> None
         assert (state.status, state.model, state.error, state.engine) == ("available", "b", "The engine failed.", None)
         assert not loader.engines[0].closed
 
-        again = await host.lease()
+        new_lease = await host.lease()
         assert (host.state().status, host.state().error) == ("ready", None)
-        assert again.engine is loader.engines[1]
-        assert again.engine.config.n_ctx == 128
+        assert new_lease.engine is loader.engines[1]
+        assert new_lease.engine.config.n_ctx == 128
         lease.release()
-        again.release()
+        new_lease.release()
         await host.close(1)
 
     asyncio.run(main())
@@ -169,7 +169,7 @@ def test_an_engine_that_failed_is_dropped_and_loaded_again(models: Path) -> None
 
 
 def test_a_swap_that_fails_changes_nothing(models: Path) -> None:
-    """The old model goes on serving, and the caller is told why."""
+    """The old model continues to serve, and the caller gets the error."""
     loader = Loader()
     loader.broken = {"b"}
     host = make(models, loader)
@@ -186,10 +186,10 @@ def test_a_swap_that_fails_changes_nothing(models: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_without_room_for_two_the_old_one_goes_first(
+def test_without_memory_for_both_the_old_model_is_freed_first(
     models: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Answers finish, new requests wait; if the new model fails, the old one is loaded again before the error."""
+    """Running answers finish and new requests wait. If the new model fails, the old one is loaded again."""
     monkeypatch.setattr(core.host, "free_memory", lambda: 1)
     loader = Loader()
     loader.broken = {"b"} if fails else set()
@@ -220,8 +220,8 @@ def test_without_room_for_two_the_old_one_goes_first(
     assert (["a", "b", "a"] if fails else ["a", "b"]) == loader.loads
 
 
-def test_a_model_path_that_is_missing_never_falls_back(models: Path) -> None:
-    """MODEL_PATH was asked for; serving the embedded model in its place would be a lie."""
+def test_a_missing_model_path_never_falls_back(models: Path) -> None:
+    """The embedded model must not answer in place of MODEL_PATH."""
     host = make(models, Loader(), model_path=str(models / "missing.gguf"))
 
     async def main() -> None:
@@ -234,8 +234,8 @@ def test_a_model_path_that_is_missing_never_falls_back(models: Path) -> None:
     asyncio.run(main())
 
 
-def test_nothing_configured_and_no_embedded_model_is_unloaded_with_hints(models: Path) -> None:
-    """The error of a request says what to set."""
+def test_without_any_model_the_host_is_unloaded(models: Path) -> None:
+    """The error of a request says which variable to set."""
     host = make(models, Loader(), model_path=None, embedded_model="off")
 
     async def main() -> None:
@@ -248,7 +248,7 @@ def test_nothing_configured_and_no_embedded_model_is_unloaded_with_hints(models:
 
 
 class SlowArrival:
-    """Tensors that come when `arrived` is set, or fail."""
+    """A background download that completes, or fails, when `arrived` is set."""
 
     def __init__(self) -> None:
         self.arrived = threading.Event()
@@ -267,8 +267,8 @@ class SlowArrival:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_model_is_lent_while_its_tensors_arrive(models: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """Templates and tokens need no weights; if they never come, the model is given up and the state says so."""
+def test_a_model_is_leased_while_its_tensors_arrive(models: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Templates and the tokenizer need no weights. If the download fails, the engine is dropped with the error."""
     arrival = SlowArrival()
     arrival.error = ModelUnavailable("The bytes do not match.") if fails else None
     loader = Loader()
@@ -307,7 +307,7 @@ async def eventually(true: Callable[[], bool]) -> None:
 
 
 class Opening:
-    """Stands before `Store.open`: the n-th file that is opened arrives as `arrivals[n]` says; counts releases."""
+    """A wrapper of `Store.open` that gives the n-th opened file `arrivals[n]` and counts releases."""
 
     def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch, *arrivals: SlowArrival | None) -> None:
         self._open = host._store.open
@@ -324,23 +324,23 @@ class Opening:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_old_model_may_arrive_again_after_a_failed_swap(
+def test_after_a_failed_swap_the_old_model_is_downloaded_again(
     models: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """The old model's tensors come anew: it is ready when they are there, and given up if they do not come."""
+    """It is ready when its tensors have arrived and dropped if their download fails."""
     monkeypatch.setattr(core.host, "free_memory", lambda: 1)
     loader = Loader()
     loader.broken = {"b"}
     host = make(models, loader)
-    again = SlowArrival()
-    again.error = ModelUnavailable("The bytes do not match.") if fails else None
-    Opening(host, monkeypatch, None, None, again)
+    second_arrival = SlowArrival()
+    second_arrival.error = ModelUnavailable("The bytes do not match.") if fails else None
+    Opening(host, monkeypatch, None, None, second_arrival)
 
     async def main() -> None:
         (await host.lease()).release()
         swap = asyncio.create_task(host.swap(File("b.gguf"), EngineConfig()))
         await eventually(lambda: host.state().status == "available" and host.state().engine is not None)
-        again.arrived.set()
+        second_arrival.arrived.set()
         with pytest.raises(InvalidRequest, match="cannot be loaded"):
             await swap
         state = host.state()
@@ -354,8 +354,8 @@ def test_the_old_model_may_arrive_again_after_a_failed_swap(
     assert loader.loads == ["a", "b", "a"]
 
 
-def test_if_the_old_model_fails_too_the_next_request_loads_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state says why; it is the model served last that is tried again, not the one that the settings name."""
+def test_if_both_models_of_a_swap_fail_the_next_request_retries(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state holds the error. The model served last is loaded, not the one in the settings."""
     monkeypatch.setattr(core.lending, "RETRY_S", 0.0)
     loader = Loader()
     host = make(models, loader)
@@ -381,8 +381,8 @@ def test_if_the_old_model_fails_too_the_next_request_loads_it(models: Path, monk
     assert loader.loads == ["a", "b", "c", "b", "b"]
 
 
-def test_a_swap_in_place_cuts_answers_that_outlast_its_grace(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every new request waits meanwhile, so one endless answer must not hold the swap for ever."""
+def test_a_swap_in_place_cuts_answers_after_the_grace(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New requests wait for the swap, so an endless answer must not block it."""
     monkeypatch.setattr(core.host, "free_memory", lambda: 1)
     loader = Loader()
     host = make(models, loader, reload_grace_s=0.01)
@@ -390,7 +390,7 @@ def test_a_swap_in_place_cuts_answers_that_outlast_its_grace(models: Path, monke
     async def main() -> None:
         endless = await host.lease()
         swap = asyncio.create_task(host.swap(File("b.gguf"), EngineConfig()))
-        await eventually(lambda: loader.engines[0].closed)  # stopped: its answers fail, their leases come back
+        await eventually(lambda: loader.engines[0].closed)  # stopped: its answers fail and release their leases
         assert loader.loads == ["a"]
         endless.release()
         assert (await swap).model == "b"
@@ -399,8 +399,8 @@ def test_a_swap_in_place_cuts_answers_that_outlast_its_grace(models: Path, monke
     asyncio.run(main())
 
 
-def test_a_lease_that_does_not_come_back_fails_the_swap(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its model cannot be freed, so nothing is loaded beside it; what was opened is released."""
+def test_a_lease_that_is_never_released_fails_the_swap(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old model cannot be freed, so the new one is not loaded and its file is released."""
     monkeypatch.setattr(core.host, "free_memory", lambda: 1)
     monkeypatch.setattr(core.lending, "CUT_S", 0.01)
     loader = Loader()
@@ -425,7 +425,7 @@ def test_a_lease_that_does_not_come_back_fails_the_swap(models: Path, monkeypatc
 def test_a_model_in_memory_is_reloaded_by_its_reference(
     models: Path, monkeypatch: pytest.MonkeyPatch, free: int, repack: str, repacks: bool
 ) -> None:
-    """Its path is a descriptor's that nobody can open again. A repacked copy is made only if there is room for it."""
+    """Its path is a file descriptor that cannot be opened again. Weights are repacked only if memory allows."""
     monkeypatch.setattr(core.host, "free_memory", lambda: free)
     loader = Loader()
     host = make(models, loader, repack=repack)
@@ -448,8 +448,8 @@ def test_a_model_in_memory_is_reloaded_by_its_reference(
     assert loader.engines[1].config.repack == repacks
 
 
-def test_no_more_requests_wait_for_a_load_than_the_engine_would_take(models: Path) -> None:
-    """The one too many is told to come back; the others are served when the model is there."""
+def test_requests_that_wait_for_a_load_are_limited(models: Path) -> None:
+    """The limit is the engine's: N_PARALLEL and MAX_QUEUE. Further requests are Busy with a Retry-After."""
     loader = Loader()
     loader.gate.clear()
     host = make(models, loader, n_parallel=2, max_queue=1)
@@ -469,14 +469,14 @@ def test_no_more_requests_wait_for_a_load_than_the_engine_would_take(models: Pat
     asyncio.run(main())
 
 
-def test_a_lease_is_given_back_once(models: Path) -> None:
-    """Two threads that release at the same moment count as one, or a model would be freed under another request."""
+def test_a_lease_is_released_once(models: Path) -> None:
+    """Two threads that release it at once count once; otherwise a model in use could be freed."""
     host = make(models, Loader())
     lease = asyncio.run(host.lease())
-    held, both = lease._loaded, threading.Barrier(2)
+    loaded, both = lease._loaded, threading.Barrier(2)
 
     class Slow(type(lease)):  # type: ignore[misc]
-        """Two threads reach the moment between reading and clearing, unless a lock keeps one of them out."""
+        """Both threads reach the point between reading and clearing, unless a lock excludes one."""
 
         __slots__ = ("value",)
 
@@ -491,24 +491,24 @@ def test_a_lease_is_given_back_once(models: Path) -> None:
         def _loaded(self, value: Any) -> None:
             self.value = value
 
-    twice = Slow(host._served._lender, held)
-    assert held is not None
+    twice = Slow(host._served._lender, loaded)
+    assert loaded is not None
     threads = [threading.Thread(target=twice.release) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert held.leases == 0
+    assert loaded.leases == 0
     asyncio.run(host.close(1))
 
 
 @pytest.mark.parametrize("weights", ["repacked", "on a GPU"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_weights_that_are_read_at_load_are_waited_for(
+def test_the_load_waits_for_weights_that_it_reads(
     models: Path, monkeypatch: pytest.MonkeyPatch, weights: str, fails: bool
 ) -> None:
-    """llama.cpp repacks them, or copies them to the GPU, while it loads: they must be there. If they do not come, the
-    memory that held them is given back."""
+    """llama.cpp repacks weights or copies them to the GPU while it loads, so they must have arrived. If their download
+    fails, the memory is released."""
     monkeypatch.setattr(native, "bindings", lambda: SimpleNamespace(llama_supports_gpu_offload=lambda: True))
     arrival = SlowArrival()
     arrival.error = ModelUnavailable("The bytes do not match.") if fails else None
@@ -534,10 +534,8 @@ def test_weights_that_are_read_at_load_are_waited_for(
     asyncio.run(main())
 
 
-def test_without_a_gpu_in_the_build_nothing_waits_for_the_weights(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """N_GPU_LAYERS has no effect then; the model is lent while its tensors arrive."""
+def test_a_build_without_gpu_does_not_wait_for_weights(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N_GPU_LAYERS has no effect then, and the model is leased while its tensors arrive."""
     monkeypatch.setattr(native, "bindings", lambda: SimpleNamespace(llama_supports_gpu_offload=lambda: False))
     arrival = SlowArrival()
     host = make(models, Loader(), n_gpu_layers=1)
@@ -552,8 +550,8 @@ def test_without_a_gpu_in_the_build_nothing_waits_for_the_weights(
     asyncio.run(main())
 
 
-def test_reloads_queue_up_but_not_without_end(models: Path) -> None:
-    """One at a time; a few wait, and the one too many is told to come back. None holds a thread that prompts need."""
+def test_waiting_reloads_are_limited(models: Path) -> None:
+    """Reloads run one at a time. A few wait, further ones are Busy with a Retry-After."""
     loader = Loader()
     host = make(models, loader)
 

@@ -1,4 +1,4 @@
-"""Lambda events as ASGI scopes, and answers in the shape their senders want."""
+"""Lambda events become ASGI scopes, and answers get the format of the event's sender."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FILES = Path(__file__).parents[1] / "events"
 
 
 def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FILES / f"{name}.json").read_text())
-    return found
+    event: dict[str, Any] = json.loads((FILES / f"{name}.json").read_text())
+    return event
 
 
 def read(event: dict[str, Any]) -> HTTPEvent:
-    found = HTTPEvent.read(event)
-    assert found is not None
-    return found
+    http_event = HTTPEvent.read(event)
+    assert http_event is not None
+    return http_event
 
 
 def headers(event: HTTPEvent) -> dict[bytes, bytes]:
@@ -47,8 +47,8 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_scope_of_each_sender(name: str) -> None:
-    """Method, path, query, scheme, port and peer are found wherever the event keeps them."""
+def test_each_senders_event_becomes_a_scope(name: str) -> None:
+    """Method, path, query, scheme, port and peer are in different places of each sender's event."""
     event = load(name)
     scope = read(event).scope
 
@@ -61,7 +61,7 @@ def test_scope_of_each_sender(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_bodies_are_bytes(name: str) -> None:
-    """Text, base64 and no body at all."""
+    """The event holds text, base64 or no body."""
     expected = {"http_api_v2": b"\0\1\2\xff", "function_url_iam": b"", "http_api_v1": b"", "alb": b""}
 
     assert read(load(name)).body == expected.get(
@@ -70,7 +70,7 @@ def test_bodies_are_bytes(name: str) -> None:
 
 
 def test_sqs_is_not_http() -> None:
-    """Records are nobody's request."""
+    """An event with Records is not an HTTP request."""
     assert HTTPEvent.read(load("sqs")) is None
 
 
@@ -90,7 +90,7 @@ def test_sqs_is_not_http() -> None:
     ],
 )
 def test_paths_of_function_urls_are_decoded_once(raw: str, path: str) -> None:
-    """A function URL sends the path as it was typed; raw_path keeps it."""
+    """A function URL sends the path encoded, and raw_path is that path."""
     scope = read(to_event("GET", raw)).scope
 
     assert scope["path"] == path
@@ -98,7 +98,7 @@ def test_paths_of_function_urls_are_decoded_once(raw: str, path: str) -> None:
 
 
 def test_paths_of_http_apis_are_not_decoded_again() -> None:
-    """An HTTP API has decoded already: a percent sign that is left was one."""
+    """An HTTP API sends the path decoded, so a remaining percent sign is literal."""
     event = load("http_api_v2")
     event["rawPath"] = event["requestContext"]["http"]["path"] = "/a%20b"
 
@@ -106,31 +106,31 @@ def test_paths_of_http_apis_are_not_decoded_again() -> None:
 
 
 def test_cookies_become_one_header() -> None:
-    """The cookies list wins over a header, several cookie headers are joined with semicolons."""
+    """The cookies list takes precedence over a header. Several cookie headers are joined with semicolons."""
     assert headers(read(load("function_url")))[b"cookie"] == b"session=1; theme=dark"
     assert headers(read(load("rest_api")))[b"cookie"] == b"a=1; b=2"
     assert headers(read(url(cookies=None, headers={"Cookie": "x=1"})))[b"cookie"] == b"x=1"
 
 
-def test_repeated_headers_stay_apart() -> None:
-    """multiValueHeaders are separate headers, each once."""
+def test_repeated_headers_stay_separate() -> None:
+    """multiValueHeaders become separate headers without duplicates."""
     accept = [value for name, value in read(load("alb_multi_value")).scope["headers"] if name == b"accept"]
 
     assert accept == [b"application/json", b"text/plain"]
 
 
-def test_header_values_are_latin_1_where_they_can_be() -> None:
-    """ASGI headers are latin-1 bytes; what is beyond travels as UTF-8."""
-    found = headers(read(url(headers={"X-Latin": "café", "X-Wide": "東", "X-Number": 5, "X-None": None})))
+def test_header_values_are_latin_1_if_possible() -> None:
+    """ASGI headers are latin-1 bytes. Other characters are sent as UTF-8."""
+    values = headers(read(url(headers={"X-Latin": "café", "X-Wide": "東", "X-Number": 5, "X-None": None})))
 
-    assert found[b"x-latin"] == b"caf\xe9"
-    assert found[b"x-wide"] == "東".encode()
-    assert found[b"x-number"] == b"5"
-    assert b"x-none" not in found
+    assert values[b"x-latin"] == b"caf\xe9"
+    assert values[b"x-wide"] == "東".encode()
+    assert values[b"x-number"] == b"5"
+    assert b"x-none" not in values
 
 
 @pytest.mark.parametrize(
-    ("given", "server"),
+    ("sent_headers", "server"),
     [
         ({"host": "a.example"}, ("a.example", 443)),
         ({"host": "a.example:8080"}, ("a.example", 8080)),
@@ -143,13 +143,13 @@ def test_header_values_are_latin_1_where_they_can_be() -> None:
         (None, ("localhost", 443)),
     ],
 )
-def test_any_host_header_is_survived(given: Any, server: tuple[str, int | None]) -> None:
-    """No Host that a client may send makes the event unreadable."""
-    assert read(url(headers=given)).scope["server"] == server
+def test_any_host_header_is_accepted(sent_headers: Any, server: tuple[str, int | None]) -> None:
+    """No Host header makes an event unreadable."""
+    assert read(url(headers=sent_headers)).scope["server"] == server
 
 
-def test_nothing_but_the_request_line_is_needed() -> None:
-    """No headers, no source address, no query, no body."""
+def test_only_method_and_path_are_required() -> None:
+    """Headers, source address, query and body may be missing."""
     event = {"version": "2.0", "requestContext": {"http": {"method": "GET", "path": "/"}, "domainName": "x"}}
 
     scope = read(event).scope
@@ -158,8 +158,8 @@ def test_nothing_but_the_request_line_is_needed() -> None:
 
 
 @pytest.mark.parametrize("query", ["", "a=1&a=2", "k%C3%A9y=v", "kéy=v", "=&&", None])
-def test_query_strings_are_passed_as_they_are(query: str | None) -> None:
-    """The raw query string is the application's to read."""
+def test_query_strings_are_not_changed(query: str | None) -> None:
+    """The application parses the raw query string."""
     assert read(url(rawQueryString=query)).scope["query_string"] == (query or "").encode()
 
 
@@ -174,7 +174,7 @@ def test_query_strings_are_passed_as_they_are(query: str | None) -> None:
     ids=["no method", "base64", "body", "path"],
 )
 def test_unreadable_events_are_bad_events(event: dict[str, Any]) -> None:
-    """What Mangum cannot read raises one error, whatever it stumbled over."""
+    """Every error that Mangum raises becomes a BadEvent."""
     with pytest.raises(BadEvent):
         read(event)
 
@@ -203,18 +203,18 @@ def test_unreadable_events_are_bad_events(event: dict[str, Any]) -> None:
     ],
 )
 def test_which_events_are_streamed(name: str, mode: Any, sam: str | None, expected: bool) -> None:
-    """Left alone, function URLs are streamed unless SAM CLI sent the event; a setting decides for all."""
+    """By default only function URLs are streamed, unless SAM CLI sent the event. RESPONSE_MODE overrides this."""
     environ = {"AWS_SAM_LOCAL": sam} if sam else {}
 
     assert streamed(load(name), mode, environ) is expected
 
 
 @pytest.mark.parametrize(
-    ("name", "waited", "left"),
+    ("name", "age_s", "left_s"),
     [
         ("http_api_v2", 0, 29),
         ("http_api_v2", 12, 17),
-        ("http_api_v2", 86400, 29),  # an event that was kept
+        ("http_api_v2", 86400, 29),  # an event that was delayed by a day
         ("http_api_v2", -5, 29),  # clocks differ
         ("http_api_v2", None, 29),
         ("http_api_v1", 3, 26),
@@ -223,15 +223,15 @@ def test_which_events_are_streamed(name: str, mode: Any, sam: str | None, expect
         ("alb", None, 300),
     ],
 )
-def test_an_http_apis_thirty_seconds_are_the_deadline(name: str, waited: float | None, left: float) -> None:
-    """Counted from when the gateway got the request; other senders wait as long as the function may take."""
+def test_an_http_api_has_a_deadline_of_thirty_seconds(name: str, age_s: float | None, left_s: float) -> None:
+    """They count from the gateway's receipt of the request. Other senders wait as long as the function may run."""
     event, now = load(name), time.monotonic()
     key = "requestTimeEpoch" if name == "http_api_v1" else "timeEpoch"
     event["requestContext"].pop(key, None)
-    if waited is not None:
-        event["requestContext"][key] = (time.time() - waited) * 1000
+    if age_s is not None:
+        event["requestContext"][key] = (time.time() - age_s) * 1000
 
-    assert answer_by(event, now + 300, {}) - now == pytest.approx(left, abs=0.5)
+    assert answer_by(event, now + 300, {}) - now == pytest.approx(left_s, abs=0.5)
     assert answer_by(event, now + 5, {}) == now + 5
     assert answer_by(event, now + 300, {"AWS_SAM_LOCAL": "true"}) == now + 300
 
@@ -241,7 +241,7 @@ JSON = [(b"content-type", b"application/json")]
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_buffered_answers(name: str) -> None:
-    """Each sender's answer holds status, body and headers."""
+    """Each sender's answer has status, body and headers."""
     answer = read(load(name)).format(201, [*JSON, (b"x-a", b"caf\xe9")], '{"a":"é"}'.encode())
 
     assert (answer["statusCode"], answer["body"], answer["isBase64Encoded"]) == (201, '{"a":"é"}', False)
@@ -251,7 +251,7 @@ def test_buffered_answers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["function_url", "rest_api", "alb"])
 def test_binary_answers_are_base64(name: str) -> None:
-    """Bytes that are no text are base64, and marked so."""
+    """Bytes that are not text are encoded, and isBase64Encoded is true."""
     answer = read(load(name)).format(200, [(b"content-type", b"image/png")], b"\x89PNG\0")
 
     assert answer["isBase64Encoded"] is True
@@ -261,7 +261,7 @@ def test_binary_answers_are_base64(name: str) -> None:
 @pytest.mark.parametrize("name", ["function_url", "rest_api", "alb"])
 @pytest.mark.parametrize("status", [204, 304])
 def test_answers_without_a_body_have_no_type(name: str, status: int) -> None:
-    """Mangum calls every answer JSON; one without a body is nothing."""
+    """Mangum would add a JSON content type."""
     answer = read(load(name)).format(status, [], b"ignored")
 
     assert answer["body"] == ""
@@ -280,8 +280,8 @@ def test_answers_without_a_body_have_no_type(name: str, status: int) -> None:
         (None, None),
     ],
 )
-def test_the_principal_is_the_iam_authorizers(authorizer: Any, expected: str | None) -> None:
-    """Only what AWS writes into the event after it has checked a signature counts."""
+def test_the_principal_comes_from_the_iam_authorizer(authorizer: Any, expected: str | None) -> None:
+    """AWS adds it to the event after checking the signature. Headers and other authorizers do not count."""
     event = to_event("GET", "/health", headers=[("authorizer", "arn:aws:iam::1:user/eve")])
     event["requestContext"]["authorizer"] = authorizer
 

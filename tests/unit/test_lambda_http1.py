@@ -1,4 +1,4 @@
-"""The HTTP/1.1 client's parser, fed by hand."""
+"""The HTTP/1.1 client's parser, with replies as bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapters.aws_lambda.http1 import MAX_HEAD, Connection, ConnectionLost, Repl
 
 
 class Transport(asyncio.WriteTransport):
-    """Keeps what is written."""
+    """A transport that records what is written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Transport(asyncio.WriteTransport):
 
 
 def exchange(data: bytes, *, sizes: list[int] | None = None, eof: bool = False) -> tuple[Any, Connection, Transport]:
-    """The future's outcome after `data` has come in pieces of `sizes`, then perhaps the end."""
+    """Feed `data` in pieces of `sizes`, then perhaps the end. Return the reply or error, connection and transport."""
 
     async def go() -> tuple[Any, Connection, Transport]:
         connection, transport = Connection(), Transport()
@@ -68,8 +68,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n3
     ],
     ids=["length", "chunked", "204", "continue", "empty"],
 )
-def test_framings(data: bytes, status: int, body: bytes) -> None:
-    """Each way in which a body may be delimited; the connection is kept."""
+def test_every_framing_of_a_body_is_read(data: bytes, status: int, body: bytes) -> None:
+    """The connection is reusable after each of them."""
     reply, connection, _ = exchange(data)
 
     assert (reply.status, reply.body) == (status, body)
@@ -78,18 +78,18 @@ def test_framings(data: bytes, status: int, body: bytes) -> None:
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.sampled_from([PLAIN, CHUNKED]))
-def test_segments_do_not_matter(sizes: list[int], data: bytes) -> None:
-    """However TCP cuts it, it is the same reply."""
+def test_any_segmentation_gives_the_same_reply(sizes: list[int], data: bytes) -> None:
+    """TCP may split a reply anywhere."""
     assert exchange(data, sizes=sizes)[0] == exchange(data)[0]
 
 
 def test_header_names_are_lower_case() -> None:
-    """Lambda does not promise a case."""
+    """Lambda does not guarantee a case."""
     assert exchange(PLAIN)[0] == Reply(202, {"content-type": "a", "content-length": "5"}, b"hello")
 
 
-def test_a_body_until_the_end() -> None:
-    """Without a length the body ends with the connection."""
+def test_a_body_without_a_length_ends_with_the_connection() -> None:
+    """The connection is not reusable afterwards."""
     reply, connection, _ = exchange(b"HTTP/1.0 200 OK\r\n\r\nall of it", eof=True)
 
     assert reply.body == b"all of it"
@@ -97,8 +97,8 @@ def test_a_body_until_the_end() -> None:
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nConnection: Close", b"HTTP/1.0 200 OK"])
-def test_connections_that_are_not_kept(head: bytes) -> None:
-    """After `Connection: close`, and with HTTP/1.0, another connection is needed."""
+def test_a_connection_is_closed_when_the_reply_says_so(head: bytes) -> None:
+    """`Connection: close` and HTTP/1.0 do."""
     _, connection, transport = exchange(head + b"\r\nContent-Length: 0\r\n\r\n")
 
     assert transport.closed
@@ -106,8 +106,8 @@ def test_connections_that_are_not_kept(head: bytes) -> None:
 
 
 @pytest.mark.parametrize(("data", "untouched"), [(b"", True), (PLAIN[:10], False), (PLAIN[:-1], False)])
-def test_a_lost_connection_says_how_far_it_was(data: bytes, untouched: bool) -> None:
-    """A request may be sent again only if not a byte of its reply had come."""
+def test_a_lost_connection_says_whether_bytes_arrived(data: bytes, untouched: bool) -> None:
+    """A request is retried only if no byte of its reply arrived."""
     error, _, _ = exchange(data, eof=True)
 
     assert isinstance(error, ConnectionLost)
@@ -126,16 +126,16 @@ def test_a_lost_connection_says_how_far_it_was(data: bytes, untouched: bool) -> 
     ],
     ids=["protocol", "status", "size", "endless size", "endless head", "length"],
 )
-def test_nonsense_loses_the_connection(data: bytes) -> None:
-    """What is not HTTP/1.1 ends the connection, not the process."""
+def test_an_invalid_reply_closes_the_connection(data: bytes) -> None:
+    """It raises ConnectionLost and nothing else."""
     error, _, transport = exchange(data)
 
     assert isinstance(error, ConnectionLost)
     assert transport.closed
 
 
-def test_bytes_nobody_asked_for_close_the_connection() -> None:
-    """Bytes after a reply, or between two, mean that the peer is out of step."""
+def test_unexpected_bytes_close_the_connection() -> None:
+    """Bytes after a reply or between two mean that client and server are out of sync."""
     assert exchange(PLAIN + b"HTTP")[2].closed
 
     _, connection, transport = exchange(PLAIN)
@@ -143,8 +143,8 @@ def test_bytes_nobody_asked_for_close_the_connection() -> None:
     assert transport.closed
 
 
-def test_writing_waits_while_the_peer_does_not_read() -> None:
-    """`drained` returns when the transport says that there is room, or is gone."""
+def test_writing_waits_for_the_transport() -> None:
+    """`drained` returns when the transport resumes writing or the connection is lost."""
 
     async def go() -> None:
         for release in (Connection.resume_writing, lambda connection: connection.connection_lost(None)):

@@ -1,4 +1,4 @@
-"""Boot: what is checked, set and started before anything is served."""
+"""The start on Lambda: defaults, checks and the load."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests.fakes import FakeHost, FakeStore, ScriptedEngine
 ROOT = Path(__file__).parents[2]
 
 
-def test_only_tmp_is_written_to() -> None:
-    """Without a home that can be written to, everything goes below /tmp."""
+def test_default_folders_are_below_tmp() -> None:
+    """This applies if HOME is not writable."""
     environ = {"HOME": "/nonexistent"}
     set_defaults(environ)
 
     assert environ == {"HOME": "/tmp", "HF_HOME": "/tmp/huggingface", "MODELS_DIR": "/tmp/models"}
 
 
-def test_what_is_configured_stays(tmp_path: Path) -> None:
-    """Folders that were chosen, and a home that works, are left alone."""
+def test_configured_folders_are_not_changed(tmp_path: Path) -> None:
+    """Neither is a writable HOME."""
     environ = {"HOME": str(tmp_path), "HF_HOME": "/mnt/hf", "MODELS_DIR": "/mnt/models"}
-    given = dict(environ)
+    configured = dict(environ)
     set_defaults(environ)
 
-    assert environ == given
+    assert environ == configured
 
 
 def model_path(environ: dict[str, str]) -> str | None:
@@ -42,8 +42,8 @@ def model_path(environ: dict[str, str]) -> str | None:
     return environ.get("MODEL_PATH")
 
 
-def test_the_image_names_its_own_model(tmp_path: Path) -> None:
-    """The template sets MODEL_PATH to nothing; what the configuration does name goes first."""
+def test_the_baked_model_is_the_default(tmp_path: Path) -> None:
+    """The template sets MODEL_PATH to an empty string. A configured model takes precedence."""
     baked = {"HOME": str(tmp_path), "BAKED_MODEL": "/opt/model/a.gguf"}
 
     assert model_path({**baked, "MODEL_PATH": ""}) == "/opt/model/a.gguf"
@@ -53,7 +53,7 @@ def test_the_image_names_its_own_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "level", "form"),
+    ("variables", "level", "form"),
     [
         ({"AWS_LAMBDA_LOG_LEVEL": "WARN", "AWS_LAMBDA_LOG_FORMAT": "JSON"}, "warning", "json"),
         ({"AWS_LAMBDA_LOG_LEVEL": "FATAL", "AWS_LAMBDA_LOG_FORMAT": "Text"}, "error", "text"),
@@ -61,9 +61,9 @@ def test_the_image_names_its_own_model(tmp_path: Path) -> None:
         ({"AWS_LAMBDA_LOG_LEVEL": "LOUD", "AWS_LAMBDA_LOG_FORMAT": "XML"}, "info", "auto"),
     ],
 )
-def test_lambda_decides_level_and_form_of_the_log(given: dict[str, str], level: str, form: str) -> None:
-    """LoggingConfig counts unless our own variables say otherwise."""
-    environ = {"API_KEYS": "a", **given}
+def test_logging_config_sets_level_and_format(variables: dict[str, str], level: str, form: str) -> None:
+    """LOG_LEVEL and LOG_FORMAT override the function's LoggingConfig."""
+    environ = {"API_KEYS": "a", **variables}
     set_defaults(environ)
     settings = read_settings(environ)
 
@@ -78,21 +78,21 @@ def test_lambda_decides_level_and_form_of_the_log(given: dict[str, str], level: 
         {"IAM_AUTH": "true"},
     ],
 )
-def test_something_guards_the_url(environ: dict[str, str]) -> None:
-    """Keys, a secret with keys, or IAM."""
+def test_a_guarded_url_starts(environ: dict[str, str]) -> None:
+    """API keys, a secret with keys or IAM guard it."""
     read_settings(environ)
 
 
 @pytest.mark.parametrize("environ", [{}, {"ALLOW_ANONYMOUS": "true"}, {"ADMIN_API_KEYS": "a"}, {"IAM_AUTH": "false"}])
 def test_an_open_url_stops_the_start(environ: dict[str, str]) -> None:
-    """Admin keys alone, or being told that anyone may call, do not close a URL to the world."""
+    """Admin keys alone and ALLOW_ANONYMOUS do not guard it."""
     with pytest.raises(SettingsError, match=r"API_KEYS or API_KEYS_SECRET must be set.*IAM_AUTH=true"):
         read_settings(environ)
 
 
 @pytest.fixture
 def wiring(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
-    """A composition root over fakes."""
+    """Replace `adapters.wiring` by one that builds fakes."""
     host = FakeHost(ScriptedEngine())
     module = types.ModuleType("adapters.wiring")
 
@@ -106,11 +106,11 @@ def wiring(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     return host
 
 
-def test_the_load_has_begun_when_boot_returns_a_service(wiring: FakeHost) -> None:
-    """Loading is started by boot itself, whatever AUTO_PRELOAD says."""
+def test_the_start_begins_the_load(wiring: FakeHost) -> None:
+    """It does so whatever AUTO_PRELOAD says."""
     service = Start({"API_KEYS": "a"}).service()
 
-    assert wiring.told_to_load
+    assert wiring.load_argument
     assert service.settings.api_keys == keys("a")
     assert [phase.name for phase in service.timeline.phases()] == ["wiring"]
 
@@ -129,8 +129,8 @@ def test_weak_keys_are_logged(wiring: FakeHost, caplog: pytest.LogCaptureFixture
     assert len(caplog.records) == 1
 
 
-def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The secret is read beside the load; its keys count like those in API_KEYS, and can be renewed."""
+def test_keys_of_the_secret_are_added(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count like those in API_KEYS and can be renewed."""
     from adapters.aws import secrets as secret
 
     monkeypatch.setattr(secret, "read_keys", lambda arn, environ: keys("from-secret"))
@@ -143,7 +143,7 @@ def test_keys_of_the_secret_join_the_others(wiring: FakeHost, monkeypatch: pytes
 
 
 def test_a_secret_that_cannot_be_read_stops_the_start(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL without its keys is not served."""
+    """Without its keys the URL is not served."""
     from adapters.aws import secrets as secret
 
     def fail(arn: str, environ: Any) -> Any:
@@ -155,8 +155,8 @@ def test_a_secret_that_cannot_be_read_stops_the_start(wiring: FakeHost, monkeypa
         Start({"API_KEYS_SECRET": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm"}).service()
 
 
-def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`adapters.aws_lambda.handler` is Mangum round the application, with deadline and request id; once."""
+def test_the_standard_handler_is_built_on_first_access(wiring: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`adapters.aws_lambda.handler` wraps the application in Mangum, with deadline and request id."""
     import asyncio
 
     import adapters.aws_lambda as package
@@ -192,18 +192,26 @@ def test_standard_handler_is_built_when_asked_for(wiring: FakeHost, monkeypatch:
 
 
 def test_the_load_is_started_before_the_heavy_imports() -> None:
-    """What must be imported before loading can begin is small: no event loop, no web framework, no HTTP."""
+    """No event loop, web framework or HTTP library is imported before loading begins."""
     code = "import sys, adapters.aws_lambda.start; print(*sorted(name.partition('.')[0] for name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
-    assert set() == set(done.stdout.split()) & {"asyncio", "starlette", "mangum", "msgspec", "http", "ssl", "botocore"}
+    assert set() == set(process.stdout.split()) & {
+        "asyncio",
+        "starlette",
+        "mangum",
+        "msgspec",
+        "http",
+        "ssl",
+        "botocore",
+    }
 
 
 def test_nothing_is_built_on_import() -> None:
-    """Importing the package reads no setting and builds no handler."""
+    """Importing the package reads no settings and builds no handler."""
     code = (
         "import adapters.aws_lambda.runtime, adapters.aws_lambda.__main__;print('handler' in vars(adapters.aws_lambda))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
-    assert done.stdout.strip() == "False"
+    assert process.stdout.strip() == "False"

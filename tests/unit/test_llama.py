@@ -1,4 +1,4 @@
-"""Llama on tiny models: limits, penalties, and what a request that fails half-way leaves behind."""
+"""Llama on tiny models: limits, penalties, and requests that fail half-way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LoadTiny = Callable[..., Llama]
 
 
 def _generate(engine: Llama, request: GenerationRequest) -> list[bytes]:
-    """The tokens of the answer."""
+    """Return the tokens of the answer."""
 
     async def run() -> list[bytes]:
         return [entry.token async for piece in engine.generate(request) for entry in piece.logprobs]
@@ -29,8 +29,8 @@ def _generate(engine: Llama, request: GenerationRequest) -> list[bytes]:
     return asyncio.run(run())
 
 
-def test_a_context_beyond_the_training_is_cut_and_said(tiny_engine: LoadTiny, caplog: pytest.LogCaptureFixture) -> None:
-    """The error does not advise what cannot help."""
+def test_a_context_beyond_the_training_is_reduced(tiny_engine: LoadTiny, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning is logged, and the error does not advise to raise N_CTX."""
     with caplog.at_level(logging.WARNING, logger="slm.engine"):
         engine = tiny_engine("llama", n_ctx=16384)
     assert "was trained on 8192 tokens" in caplog.text
@@ -55,8 +55,8 @@ def test_a_context_below_the_training_may_be_raised(tiny_engine: LoadTiny, caplo
         asyncio.run(ask())
 
 
-def test_repeat_penalty_counts_the_prompt_and_openais_penalties_do_not(tiny_engine: LoadTiny) -> None:
-    """Of 60 prompts some are answered first by a token that they hold. Only `repeat_penalty` drives it out."""
+def test_only_repeat_penalty_counts_the_prompt(tiny_engine: LoadTiny) -> None:
+    """For some of 60 prompts the first token is one of the prompt's. Only `repeat_penalty` changes it."""
     engine = tiny_engine("llama")
     repeated = changed = 0
     for code in range(33, 93):
@@ -77,10 +77,10 @@ def test_repeat_penalty_counts_the_prompt_and_openais_penalties_do_not(tiny_engi
     assert changed > repeated // 2
 
 
-def test_a_request_that_fails_half_way_frees_what_it_made(
+def test_a_request_that_cannot_be_built_frees_its_samplers(
     tiny_engine: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samplers are C memory, and the stream's timer would wake the engine for a request that never was."""
+    """Samplers are C memory. The stream is cancelled, so its timer does not wake the engine."""
     freed: list[int] = []
     streams: list[GenerationStream] = []
 
@@ -114,18 +114,18 @@ def test_a_request_that_fails_half_way_frees_what_it_made(
 
 
 def test_a_request_takes_over_a_tokenizer_that_is_being_prepared(tiny_engine: LoadTiny) -> None:
-    """It does not wait for the thread that prepares, which rests here until the request is done."""
+    """It does not wait for the preparing thread, which is paused here until the request is done."""
     engine = tiny_engine("llama-49k")
     compiler = GrammarCompiler(engine._bindings, engine._model)
     built: list[Any] = []
 
-    def rest() -> None:
+    def pause() -> None:
         if not built:
             thread = threading.Thread(target=lambda: built.append(compiler.tokenizer()))
             thread.start()
             thread.join(60)
             assert built
 
-    compiler.prepare(rest)
+    compiler.prepare(pause)
     assert compiler.tokenizer() is built[0]
     assert built[0].vocab_size == 49152

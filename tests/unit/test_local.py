@@ -1,4 +1,4 @@
-"""The local server's start: what it refuses, and what it prints."""
+"""The local server's start: what it refuses and what it prints."""
 
 import argparse
 import os
@@ -20,12 +20,12 @@ from core.version import VERSION
 ROOT = Path(__file__).parents[2]
 
 
-def options(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"host": None, "port": None, "workers": 1, **given})
+def options(**values: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"host": None, "port": None, "workers": 1, **values})
 
 
-def test_options_win_over_the_environment() -> None:
-    """--host and --port are checked like HOST and PORT."""
+def test_options_override_the_environment() -> None:
+    """--host and --port are validated like HOST and PORT."""
     settings = configured(options(host="127.0.0.2", port="9"), {"HOST": "127.0.0.1", "PORT": "8", "N_CTX": "512"})
 
     assert (settings.host, settings.port, settings.n_ctx) == ("127.0.0.2", 9, 512)
@@ -33,11 +33,11 @@ def test_options_win_over_the_environment() -> None:
         configured(options(port="99999"), {})
 
 
-@pytest.mark.parametrize("given", [{"WEB_CONCURRENCY": "2"}, {"WEB_CONCURRENCY": "many"}])
-def test_more_than_one_worker_is_refused_with_the_reason(given: dict[str, str]) -> None:
-    """A second worker would load the model a second time and share nothing."""
+@pytest.mark.parametrize("environ", [{"WEB_CONCURRENCY": "2"}, {"WEB_CONCURRENCY": "many"}])
+def test_more_than_one_worker_is_refused(environ: dict[str, str]) -> None:
+    """A second worker would load the model again."""
     with pytest.raises(SettingsError, match="one worker only"):
-        configured(options(), given)
+        configured(options(), environ)
     with pytest.raises(SettingsError, match="one worker only"):
         configured(options(workers=2), {})
 
@@ -57,8 +57,8 @@ def test_more_than_one_worker_is_refused_with_the_reason(given: dict[str, str]) 
         ({}, True),
     ],
 )
-def test_serving_strangers_has_to_be_meant(environ: dict[str, str], allowed: bool) -> None:
-    """Beyond loopback without keys only with ALLOW_ANONYMOUS."""
+def test_serving_the_network_without_keys_needs_allow_anonymous(environ: dict[str, str], allowed: bool) -> None:
+    """Loopback addresses need neither."""
     if allowed:
         configured(options(), environ)
     else:
@@ -67,7 +67,7 @@ def test_serving_strangers_has_to_be_meant(environ: dict[str, str], allowed: boo
 
 
 def test_cors_for_all_needs_keys() -> None:
-    """With CORS_ORIGINS=* every page that a browser opens could use a server without keys."""
+    """With CORS_ORIGINS=* any web page could use a server without keys."""
     for environ in ({}, {"ADMIN_API_KEYS": "boss"}, {"ALLOW_ANONYMOUS": "true"}):
         with pytest.raises(SettingsError, match=r"CORS_ORIGINS=\* needs API_KEYS"):
             configured(options(), {"CORS_ORIGINS": "*", **environ})
@@ -76,11 +76,11 @@ def test_cors_for_all_needs_keys() -> None:
     assert configured(options(), {"CORS_ORIGINS": "https://app.example"}).cors_origins == ("https://app.example",)
 
 
-def test_an_admin_key_that_others_could_know_is_replaced(tmp_path: Path) -> None:
-    """A file that others may read, a link, and what is no key are replaced; a folder that takes no file keeps none."""
+def test_an_unsafe_admin_key_is_replaced(tmp_path: Path) -> None:
+    """Files readable by others, links and invalid keys are replaced. If no file can be written, the key has none."""
     file = tmp_path / ".admin-key"
-    first, kept_in = admin_key(tmp_path)
-    assert kept_in == file
+    first, key_file = admin_key(tmp_path)
+    assert key_file == file
     assert admin_key(tmp_path) == (first, file)
 
     file.chmod(0o644)
@@ -98,8 +98,8 @@ def test_an_admin_key_that_others_could_know_is_replaced(tmp_path: Path) -> None
     assert len(admin_key(tmp_path)[0]) >= 32
 
     (tmp_path / "file").write_text("")
-    fourth, kept_in = admin_key(tmp_path / "file")
-    assert (len(fourth) >= 32, kept_in) == (True, None)
+    fourth, key_file = admin_key(tmp_path / "file")
+    assert (len(fourth) >= 32, key_file) == (True, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".admin-key", "elsewhere", "file"]
 
 
@@ -113,7 +113,7 @@ def test_an_admin_key_that_others_could_know_is_replaced(tmp_path: Path) -> None
     ],
 )
 def test_short_plain_keys_are_reported(environ: dict[str, str], weak: list[str]) -> None:
-    """A plain key has at least 16 characters; the length behind a digest is unknown."""
+    """A plain key needs at least 16 characters. The length of a hashed key is unknown."""
     assert weak_keys(environ) == weak
 
 
@@ -129,30 +129,30 @@ def run(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedPr
 
 
 def test_a_bad_setting_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    """Exit code 2, the variable's name, what is allowed; no traceback. From .env as from the environment."""
+    """The exit status is 2 and the line names the variable and what is allowed. Here it comes from .env."""
     (tmp_path / ".env").write_text("N_CTX=many\n")
-    done = run(folder=tmp_path)
+    process = run(folder=tmp_path)
 
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "slm-api-server: N_CTX must be a whole number from 64 to 1048576, got 'many'\n"
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "slm-api-server: N_CTX must be a whole number from 64 to 1048576, got 'many'\n"
 
 
 def test_a_secret_is_not_repeated_in_an_error(tmp_path: Path) -> None:
-    """A key that is wrongly written still is a key."""
-    done = run(folder=tmp_path, API_KEYS="sha256:hunter2")
+    """A key with a wrong format may still be a secret."""
+    process = run(folder=tmp_path, API_KEYS="sha256:hunter2")
 
-    assert done.returncode == 2
-    assert "hunter2" not in done.stderr
+    assert process.returncode == 2
+    assert "hunter2" not in process.stderr
 
 
-def test_version_and_help(tmp_path: Path) -> None:
-    """Both answer without starting anything."""
+def test_version_and_help_are_printed(tmp_path: Path) -> None:
+    """Neither starts the server."""
     assert run("--version", folder=tmp_path).stdout == f"slm-api-server {VERSION}\n"
     assert "docs/settings.md" in run("--help", folder=tmp_path).stdout
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    """pyproject.toml, the code and the newest release in the changelog."""
+    """It is in pyproject.toml, the code and the changelog's newest release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     newest = next(line for line in headings if "unreleased" not in line)
@@ -165,8 +165,8 @@ def state(model: str | None = "m", loading: Loading | None = None, error: str | 
     return HostState("available" if model else "unloaded", model, loading, error, None)
 
 
-def test_the_first_lines_say_address_model_state_and_what_to_try() -> None:
-    """With a placeholder for the key where one is needed, never the key."""
+def test_the_banner_says_address_model_and_what_to_try() -> None:
+    """It shows a placeholder if a key is needed, never the key itself."""
     lines = banner("http://127.0.0.1:8000", Settings(api_keys=keys("hunter2")), state(), "1.2").splitlines()
 
     assert lines[:2] == ["slm-api-server 1.2 on http://127.0.0.1:8000", "Model: m (loads with the first request)"]
@@ -176,8 +176,8 @@ def test_the_first_lines_say_address_model_state_and_what_to_try() -> None:
     assert "Bearer" not in banner("http://x", Settings(), state(), "1.2")
 
 
-def test_the_first_lines_without_a_model_say_how_to_get_one() -> None:
-    """The error and the hint, in place of a curl that would fail."""
+def test_the_banner_without_a_model_says_how_to_get_one() -> None:
+    """It shows the error and a hint instead of a curl command."""
     text = banner("http://x", Settings(), state(None, error="MODEL_PATH is not there."), "1.2")
 
     assert "Model: none (unloaded). Error: MODEL_PATH is not there." in text
@@ -186,7 +186,7 @@ def test_the_first_lines_without_a_model_say_how_to_get_one() -> None:
 
 
 def test_progress_is_one_line_that_ends_with_the_outcome() -> None:
-    """Percent while it loads, the new state and the seconds when it is over."""
+    """It shows the percentage during the load, then the new state and the seconds."""
     import io
     import time
 
@@ -207,7 +207,7 @@ def test_progress_is_one_line_that_ends_with_the_outcome() -> None:
 
 
 def test_a_log_line_does_not_continue_the_progress_line() -> None:
-    """The progress line is erased before a log line is written, and redrawn after it."""
+    """The progress line is erased before a log line is written and redrawn after it."""
     import io
     import logging
     import time

@@ -1,4 +1,4 @@
-"""Logs: text for people, JSON lines for machines."""
+"""Logs: text in a terminal, JSON lines elsewhere."""
 
 import datetime
 import io
@@ -34,8 +34,8 @@ def lines(stream: io.StringIO) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_elsewhere_than_in_a_terminal_each_record_is_one_json_line() -> None:
-    """With the request's id, the caller's fields, and a traceback that breaks no line."""
+def test_outside_a_terminal_each_record_is_one_json_line() -> None:
+    """It has the request id, the caller's fields and the traceback."""
     stream = io.StringIO()
     logs.configure(Settings(), stream)
     request_id.set("req_1")
@@ -65,7 +65,7 @@ def test_elsewhere_than_in_a_terminal_each_record_is_one_json_line() -> None:
     [("debug", "DEBUG"), ("info", "INFO"), ("warning", "WARN"), ("error", "ERROR"), ("critical", "FATAL")],
 )
 def test_levels_have_the_names_that_cloudwatch_filters_by(level: str, name: str) -> None:
-    """TRACE, DEBUG, INFO, WARN, ERROR and FATAL; a line with another level counts as INFO there."""
+    """These are TRACE, DEBUG, INFO, WARN, ERROR and FATAL; it treats other levels as INFO."""
     stream = io.StringIO()
     logs.configure(Settings(log_level="debug"), stream)
     getattr(logging.getLogger("x"), level)("a line")
@@ -73,8 +73,8 @@ def test_levels_have_the_names_that_cloudwatch_filters_by(level: str, name: str)
     assert json.loads(stream.getvalue())["level"] == name
 
 
-def test_the_platforms_request_id_comes_first() -> None:
-    """Lambda's own reports name the invocation, whatever x-request-id the client sent."""
+def test_on_lambda_request_id_is_that_of_the_invocation() -> None:
+    """Lambda's reports use it. The client's x-request-id is a second field."""
     stream = io.StringIO()
     logs.configure(Settings(), stream)
     token = platform.set({"requestId": "invocation", "xray_trace_id": "1-2-3"})
@@ -96,8 +96,8 @@ def test_the_platforms_request_id_comes_first() -> None:
     assert "clientRequestId" not in two
 
 
-def test_in_a_terminal_a_record_is_text_that_ends_with_the_request() -> None:
-    """Short for people."""
+def test_in_a_terminal_a_record_is_text() -> None:
+    """The line ends with the request id."""
     stream = Terminal()
     logs.configure(Settings(), stream)
     request_id.set("req_1")
@@ -108,8 +108,8 @@ def test_in_a_terminal_a_record_is_text_that_ends_with_the_request() -> None:
 
 
 @pytest.mark.parametrize(("form", "is_json"), [("text", False), ("json", True)])
-def test_the_form_can_be_set(form: str, is_json: bool) -> None:
-    """LOG_FORMAT wins over what the stream looks like."""
+def test_the_format_can_be_set(form: str, is_json: bool) -> None:
+    """LOG_FORMAT overrides the default for the stream."""
     stream = io.StringIO() if form == "text" else Terminal()
     logs.configure(Settings(log_format=form), stream)  # type: ignore[arg-type]
     logging.getLogger("x").info("served")
@@ -117,8 +117,8 @@ def test_the_form_can_be_set(form: str, is_json: bool) -> None:
     assert is_json == lines(stream)[0].startswith("{")
 
 
-def test_the_level_can_be_set_and_never_makes_http_libraries_print_headers() -> None:
-    """At debug their lines would hold tokens and signed URLs."""
+def test_http_libraries_never_log_at_debug() -> None:
+    """Their debug lines would hold tokens and signed URLs."""
     stream = io.StringIO()
     logs.configure(Settings(log_level="debug"), stream)
     logging.getLogger("x").debug("ours")

@@ -1,4 +1,4 @@
-"""The mirror's own classes over an S3 in memory, driven at random: crashes, lost answers, suspended machines."""
+"""The mirror's classes with an S3 in memory, under random crashes, lost answers and suspended processes."""
 
 import contextlib
 import hashlib
@@ -32,28 +32,28 @@ BLOB, REF = f"blobs/{SHA256}", "org/repo/refs/main"
 
 
 class Crash(BaseException):
-    """The process ends here."""
+    """Ends a process."""
 
 
 class MemoryS3:
-    """Objects by key, with what of S3 the mirror relies on. ETags differ for equal bytes, as under SSE-KMS."""
+    """An S3 in memory with the features that the mirror uses. Equal bytes have different ETags, as with SSE-KMS."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.objects = {}  # key -> (body, etag, time)
         self.uploads = {}
-        self.overwritten = False  # the blob, which is immutable
+        self.overwritten = False  # whether the blob, which is immutable, was overwritten
         self.now = 1_000_000.0
         self.serial = 0
 
     def write(self, key, body, condition):
         with self.lock:
-            there = self.objects.get(key)
-            if condition.get("IfNoneMatch") and there is not None:
+            stored = self.objects.get(key)
+            if condition.get("IfNoneMatch") and stored is not None:
                 raise error("PreconditionFailed")
-            if (etag := condition.get("IfMatch")) is not None and (there is None or there[1] != etag):
-                raise error("PreconditionFailed" if there else "NoSuchKey")
-            self.overwritten |= key == BLOB and there is not None
+            if (etag := condition.get("IfMatch")) is not None and (stored is None or stored[1] != etag):
+                raise error("PreconditionFailed" if stored else "NoSuchKey")
+            self.overwritten |= key == BLOB and stored is not None
             self.serial += 1
             self.objects[key] = (body, f'"{self.serial}"', self.now)
             return {"ETag": self.objects[key][1]}
@@ -63,29 +63,29 @@ class MemoryS3:
     name = "models"
 
     def get(self, key, *, most=0):
-        there = self.objects.get(key)
+        stored = self.objects.get(key)
         return (
             None
-            if there is None
-            else S3Response(200, {"etag": there[1], "content-length": str(len(there[0]))}, there[0])
+            if stored is None
+            else S3Response(200, {"etag": stored[1], "content-length": str(len(stored[0]))}, stored[0])
         )
 
     head = get
 
 
 class Client:
-    """A process's boto3 client, which may crash at a request or have its answer lost."""
+    """A process's boto3 client. It may crash at a request, lose an answer or pause."""
 
     def __init__(self, s3):
         self.s3, self.crash_in, self.lose_in = s3, None, None
-        self.pause = None  # (requests, what happens before the next one)
+        self.pause = None  # (number of requests, function that runs before the next one)
 
     def request(self, do):
         if self.pause is not None:
-            left, happens = self.pause
-            self.pause = (left - 1, happens) if left else None
+            left, meanwhile = self.pause
+            self.pause = (left - 1, meanwhile) if left else None
             if not left:
-                happens()
+                meanwhile()
         with self.s3.lock:
             if self.crash_in is not None:
                 self.crash_in -= 1
@@ -126,8 +126,8 @@ class Client:
 
     def delete_object(self, Key, IfMatch, Bucket=None):
         def do():
-            there = self.s3.objects.get(Key)
-            if there is not None and there[1] != IfMatch:
+            stored = self.s3.objects.get(Key)
+            if stored is not None and stored[1] != IfMatch:
                 raise error("PreconditionFailed")
             self.s3.objects.pop(Key, None)
 
@@ -169,7 +169,7 @@ def error(code):
 
 
 class MirrorMachine(RuleBasedStateMachine):
-    """Three processes offer commits of one model; S3 is one."""
+    """Three processes upload commits of one model to one S3."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ class MirrorMachine(RuleBasedStateMachine):
         self.stack = contextlib.ExitStack()
         self.path = Path(self.stack.enter_context(tempfile.TemporaryDirectory()), "tiny.gguf")
         self.path.write_bytes(MODEL)
-        self.latest = 0.0  # when the hub was asked last by a process that noted its answer
+        self.latest = 0.0  # when the ref in S3 was resolved against the hub
 
     @initialize()
     def start_all(self):
@@ -220,14 +220,14 @@ class MirrorMachine(RuleBasedStateMachine):
         index=st.integers(0, 2), requests=st.integers(0, 12), other=st.integers(0, 2), seconds=st.sampled_from([0, 700])
     )
     def suspend_soon(self, index, requests, other, seconds):
-        """Between two of its requests the process stands still, and another one works."""
+        """Suspend the process between two requests while another one works."""
 
-        def happens():
+        def meanwhile():
             self.s3.now += seconds
             if other != index:
                 self.work(other)
 
-        self.clients[index].pause = (requests, happens)
+        self.clients[index].pause = (requests, meanwhile)
 
     @rule(seconds=st.sampled_from([1, 400, 700]))
     def time_passes(self, seconds):
@@ -244,7 +244,7 @@ class MirrorMachine(RuleBasedStateMachine):
             self.latest = ref.resolved_at
 
     def teardown(self):
-        """At the end one process that nothing happens to makes everything whole."""
+        """Check that one undisturbed process completes the mirror."""
         try:
             if self.mirrors:
                 for index in range(3):

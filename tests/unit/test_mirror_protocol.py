@@ -1,7 +1,7 @@
-"""The mirror's protocol, explored exhaustively: whatever is interleaved, crashes or is lost, nothing wrong is served.
+"""The mirror's protocol, explored exhaustively: no interleaving, crash or lost answer leads to a wrong model.
 
-A process looks (manifest, then blob), takes the lock, looks again, completes the blob if it is missing, writes the
-manifest over the one that it saw, and gives the lock back. Each step below is one request to S3.
+A process reads manifest and blob, takes the lock, reads both again, completes the blob if it is missing, replaces the
+manifest that it read, and releases the lock. Each step below is one request to S3.
 """
 
 from collections import deque
@@ -12,21 +12,21 @@ import pytest
 
 class Process(NamedTuple):
     at: str = "look"
-    lock: int = 0  # the version of the lock that it wrote
-    manifest: int = 0  # the version of the manifest that it saw
-    etag: int = 0  # of the blob that it saw or wrote
+    lock: int = 0  # version of the lock that the process wrote
+    manifest: int = 0  # version of the manifest that it read
+    etag: int = 0  # ETag of the blob that it read or wrote
 
 
 class State(NamedTuple):
     lock: int  # version, 0: none
     expired: bool
     blob: int  # ETag, 0: none
-    manifest: tuple[int, int]  # (version, ETag that it names), (0, 0): none
+    manifest: tuple[int, int]  # (version, ETag of its blob), (0, 0): none
     processes: tuple[Process, ...]
     expiries: int
     crashes: int
-    losses: int  # answers that may be lost after the write was done
-    removals: int  # of the blob, by a lifecycle rule or a person
+    losses: int  # how many answers may still be lost after a write
+    removals: int  # how often a lifecycle rule or a person may still delete the blob
     fresh: int = 1  # the next version
 
 
@@ -35,7 +35,7 @@ def is_whole(state: State) -> bool:
 
 
 def successors(state: State):
-    """Every state that one step leads to."""
+    """Yield every state that one step leads to."""
     if state.lock and not state.expired and state.expiries:
         yield state._replace(expired=True, expiries=state.expiries - 1)
     if state.blob and state.removals:
@@ -51,13 +51,15 @@ def successors(state: State):
 
 
 def steps(state: State, process: Process):  # noqa: C901 - one case for each request
-    """(the process afterwards, what changes in S3) of each outcome of its next request."""
+    """Yield (the process afterwards, the changes in S3) for each outcome of its next request."""
     fresh = {"fresh": state.fresh + 1}
     lost = {"losses": state.losses - 1} if state.losses else None
     match process.at:
         case "look":
             yield Process("done" if is_whole(state) else "acquire"), {}
-        case "acquire" if not state.lock or state.expired:  # a lost answer reads its own name and is the same
+        case "acquire" if (
+            not state.lock or state.expired
+        ):  # after a lost answer it reads its own lock, so the outcome is the same
             yield Process("read manifest", lock=state.fresh), {"lock": state.fresh, "expired": False, **fresh}
         case "read manifest":
             yield process._replace(at="read blob", manifest=state.manifest[0]), {}
@@ -70,7 +72,7 @@ def steps(state: State, process: Process):  # noqa: C901 - one case for each req
                 yield after, {"lock": state.fresh, "expired": False, **fresh}
             else:
                 yield Process("look"), {}
-        case "complete":  # only where nothing is; a lost answer finds the blob and goes on with it
+        case "complete":  # only if there is no blob; after a lost answer it finds the blob and continues
             etag = state.blob or state.fresh
             yield process._replace(at="put manifest", etag=etag), {"blob": etag, **fresh}
         case "put manifest":
@@ -87,7 +89,7 @@ def steps(state: State, process: Process):  # noqa: C901 - one case for each req
 
 
 def canonical(state: State) -> tuple:
-    """Versions matter by equality only, and the processes are alike."""
+    """Return an equivalent key: only equality of versions matters, and processes are interchangeable."""
     names = {0: 0}
 
     def name(version):
@@ -100,7 +102,7 @@ def canonical(state: State) -> tuple:
 
 
 def heals(state: State) -> bool:
-    """Whether one more process, with the lock run out, makes the mirror whole."""
+    """Whether one more process, after the lock has expired, completes the mirror."""
     state = state._replace(processes=(Process(),), expired=True, expiries=0, crashes=0, losses=0, removals=0)
     while state.processes[0].at != "done":
         state = next(successors(state))
@@ -110,8 +112,8 @@ def heals(state: State) -> bool:
 @pytest.mark.parametrize(
     ("uploaders", "expiries", "crashes", "losses", "removals"), [(3, 2, 2, 1, 0), (2, 2, 1, 1, 1), (3, 1, 1, 0, 1)]
 )
-def test_every_interleaving(uploaders, expiries, crashes, losses, removals):
-    """Who says done has left a manifest that names the blob; whatever is left, one more process makes it whole."""
+def test_every_interleaving_leaves_a_valid_mirror(uploaders, expiries, crashes, losses, removals):
+    """A finished process leaves a manifest of the blob. From any end state, one more process completes the mirror."""
     first = State(0, False, 0, (0, 0), (Process(),) * uploaders, expiries, crashes, losses, removals)
     seen, queue, ends = {canonical(first)}, deque([first]), 0
     while queue:
@@ -128,7 +130,7 @@ def test_every_interleaving(uploaders, expiries, crashes, losses, removals):
                 assert is_whole(state), state
             assert heals(state), state
         else:
-            held = state.lock and not state.expired
-            assert following or held, "nobody can go on"
+            locked = state.lock and not state.expired
+            assert following or locked, "no process can continue"
     assert ends > 10
     assert len(seen) > 1000

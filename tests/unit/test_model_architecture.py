@@ -1,4 +1,4 @@
-"""Models that cannot generate are refused, by their header and by the engine, before anything decodes."""
+"""Models that cannot generate are refused by the header check and by the engine."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from core.store.architecture import KINDS, find_kind
         ("llada", "is a diffusion model (llada); only"),
     ],
 )
-def test_a_header_tells_models_that_cannot_generate(kind: str, reason: str, tiny: Callable[[str], Path]) -> None:
+def test_the_header_check_refuses_models_that_cannot_generate(
+    kind: str, reason: str, tiny: Callable[[str], Path]
+) -> None:
     with pytest.raises(gguf.MalformedGGUF) as refused:
         gguf.read_header(tiny(kind))
     assert reason in str(refused.value)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("bert", "embedding"), ("t5", "encoder"), ("llada", "diffusion")])
-def test_the_engine_refuses_them_whatever_they_are_called(
+def test_the_engine_refuses_models_that_cannot_generate(
     kind: str, reason: str, tiny_engine: Callable[..., Llama]
 ) -> None:
-    """The engine asks llama.cpp, so an architecture that is newer than our list is refused, too."""
+    """The engine asks llama.cpp, so it also refuses architectures that are newer than our list."""
     with pytest.raises(InvalidRequest, match=reason) as refused:
         tiny_engine(kind)
     assert refused.value.param == "model_path"
 
 
-def test_a_bidirectional_model_of_a_generating_architecture_is_refused() -> None:
+def test_a_model_without_causal_attention_is_refused() -> None:
     assert find_kind({"llama.attention.causal": False}, "llama") is not None
     assert find_kind({"llama.attention.causal": True}, "llama") is None
     assert find_kind({}, "qwen3") is None
 
 
-def test_every_architecture_of_the_list_is_one_that_llama_cpp_knows() -> None:
-    """A name with a slip would refuse nothing. The library holds the names as C strings."""
+def test_llama_cpp_knows_every_listed_architecture() -> None:
+    """A misspelt name would refuse nothing. The library contains the names as C strings."""
     from core.engine import native
 
     library = Path(native.bindings()._lib._name).read_bytes()
     for name in sorted(set().union(*KINDS.values())):
-        if len(name) > 3:  # the compiler writes shorter ones into its instructions
+        if len(name) > 3:  # the compiler inlines shorter names
             assert name.encode() + b"\0" in library, name

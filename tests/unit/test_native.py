@@ -1,4 +1,4 @@
-"""Native: where llama.cpp's log lines go."""
+"""Native: llama.cpp's log lines and bindings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.engine import native
 
 
 def load(path: str) -> None:
-    """Make llama.cpp write errors that name `path`, in this thread."""
+    """Make llama.cpp log errors that name `path`, in this thread."""
     bindings = native.bindings()
     assert not bindings.llama_model_load_from_file(path.encode(), bindings.llama_model_default_params())
 
@@ -22,8 +22,8 @@ def test_errors_are_logged_as_errors(caplog: pytest.LogCaptureFixture) -> None:
     assert any("/nowhere/a.gguf" in line.getMessage() for line in caplog.records if line.levelno == logging.ERROR)
 
 
-def test_a_capture_holds_this_threads_errors_only(caplog: pytest.LogCaptureFixture) -> None:
-    """A load beside an engine that serves is not blamed for the other's lines, which are logged meanwhile."""
+def test_a_capture_holds_errors_of_its_own_thread_only(caplog: pytest.LogCaptureFixture) -> None:
+    """Errors of other threads, such as a serving engine's, are logged instead."""
     with native.captured_errors() as lines:
         other = threading.Thread(target=load, args=("/nowhere/other.gguf",))
         other.start()
@@ -46,8 +46,8 @@ def test_after_a_capture_errors_are_logged_again(caplog: pytest.LogCaptureFixtur
     assert "/nowhere/a.gguf" in caplog.text
 
 
-def test_the_bindings_have_what_their_type_promises() -> None:
-    """`Bindings` is written by hand: each of its names is one of llama_cpp's, and structures have their fields."""
+def test_the_bindings_match_their_type() -> None:
+    """`Bindings` is written by hand. Its functions and fields must exist in llama_cpp."""
     from core.engine.bindings import Bindings, ContextParams, ModelParams
 
     module = native.bindings()

@@ -1,4 +1,4 @@
-"""Health, models, load and reload over a fake host and store."""
+"""Health, models, load and reload with a fake host and store."""
 
 import asyncio
 import json
@@ -36,10 +36,10 @@ STREAMED_LOAD = Request(
 
 
 def call(fake: FakeService, method: str, path: str, body: Any = None, **request: Any) -> tuple[int, Any]:
-    """One request through dispatch, as from this machine."""
+    """Send one request from this machine through dispatch."""
     path, _, query = path.partition("?")
     headers = {"content-type": "application/json", **request.pop("headers", {})}
-    asked = Request(
+    sent = Request(
         method,
         path,
         "id",
@@ -49,13 +49,13 @@ def call(fake: FakeService, method: str, path: str, body: Any = None, **request:
         client="127.0.0.1",
         **request,
     )
-    answer = asyncio.run(dispatch(fake.service, asked))
+    answer = asyncio.run(dispatch(fake.service, sent))
     assert isinstance(answer.body, bytes)
     return answer.status, json.loads(answer.body)
 
 
-def test_health_tells_the_state_and_the_engines_counters() -> None:
-    """Ready: who answers, how busy it is, and no error."""
+def test_health_has_the_state_and_the_engines_counters() -> None:
+    """When ready, it has the model, the counters and no error."""
     _, health = call(fake_service(), "GET", "/health")
 
     assert tuple(health[name] for name in ("status", "model", "loading", "error")) == ("ready", "fake-1b", None, None)
@@ -73,10 +73,8 @@ def test_health_tells_the_state_and_the_engines_counters() -> None:
         ("ready", Loading("swap", "m"), None, "chat/completions"),
     ],
 )
-def test_each_state_has_a_hint_what_to_do_next(
-    status: str, loading: Loading | None, error: str | None, hint: str
-) -> None:
-    """Loading and error stand beside the state, not instead of it."""
+def test_each_state_has_a_hint(status: str, loading: Loading | None, error: str | None, hint: str) -> None:
+    """Loading and error are fields next to the state."""
     fake = fake_service(host=FakeHost(None if status == "unloaded" else ScriptedEngine(), status=status))
     fake.host.loading, fake.host.error = loading, error
     _, health = call(fake, "GET", "/health")
@@ -87,7 +85,7 @@ def test_each_state_has_a_hint_what_to_do_next(
 
 
 def test_health_with_wait_loads_the_model() -> None:
-    """?wait answers when the model is ready; /health alone never loads anything."""
+    """?wait answers when the model is ready; /health alone never loads a model."""
     fake = fake_service(host=FakeHost(ScriptedEngine(), status="available"))
 
     assert call(fake, "GET", "/health")[1]["status"] == "available"
@@ -95,8 +93,8 @@ def test_health_with_wait_loads_the_model() -> None:
     assert call(fake, "GET", "/health?wait=5")[1]["status"] == "ready"
 
 
-def test_strangers_learn_the_state_and_no_more() -> None:
-    """Where keys are set, an open /health shows neither error nor counters, and cannot be made to load."""
+def test_health_without_a_key_shows_only_the_state() -> None:
+    """If API keys are set, it shows neither error nor counters and cannot start a load."""
     fake = fake_service(host=FakeHost(ScriptedEngine(), status="available"), api_keys=keys("use"))
     fake.host.error = "/srv/secret/path.gguf is not a GGUF file."
 
@@ -108,8 +106,8 @@ def test_strangers_learn_the_state_and_no_more() -> None:
     assert "error" in call(fake, "GET", "/health", headers={"x-api-key": "use"})[1]
 
 
-def test_models_has_the_active_one_those_on_disk_and_the_start(tmp_path: Path) -> None:
-    """The seed's shape, with OpenAI's list beside it for a base_url without /v1."""
+def test_models_has_the_active_model_those_on_disk_and_boot_info(tmp_path: Path) -> None:
+    """It also has OpenAI's list, for clients whose base_url lacks /v1."""
     model = tmp_path / "sub" / "m.gguf"
     fake = fake_service(store=FakeStore((LocalModel("sub/m.gguf", model, 7),)), n_ctx=512)
     with fake.service.timeline.phase("load"):
@@ -133,22 +131,25 @@ def test_models_has_the_active_one_those_on_disk_and_the_start(tmp_path: Path) -
     assert "load" in phases
 
 
-def test_only_administrators_see_where_models_lie(tmp_path: Path) -> None:
-    """A user needs names. Folders say how the machine is set up."""
+def test_only_administrators_see_paths(tmp_path: Path) -> None:
+    """Users need only names; paths reveal how the machine is set up."""
     store = FakeStore((LocalModel("b.gguf", tmp_path / "b.gguf", 7),))
     fake = fake_service(store=store, api_keys=keys("use"), admin_api_keys=keys("admin"))
-    _, seen = call(fake, "GET", "/models", headers={"x-api-key": "use"})
-    _, whole = call(fake, "GET", "/models", headers={"x-api-key": "admin"})
+    _, for_user = call(fake, "GET", "/models", headers={"x-api-key": "use"})
+    _, for_admin = call(fake, "GET", "/models", headers={"x-api-key": "admin"})
 
-    assert "/models/fake-1b.gguf" not in json.dumps(seen)
-    assert str(tmp_path) not in json.dumps(seen)
-    assert (seen["active"]["basename"], seen["available"]) == ("fake-1b.gguf", [{"name": "b.gguf", "size_bytes": 7}])
-    assert whole["available"][0]["path"] == str(tmp_path / "b.gguf")
-    assert whole["active"]["path"] == whole["boot_info"]["path"] == "/models/fake-1b.gguf"
+    assert "/models/fake-1b.gguf" not in json.dumps(for_user)
+    assert str(tmp_path) not in json.dumps(for_user)
+    assert (for_user["active"]["basename"], for_user["available"]) == (
+        "fake-1b.gguf",
+        [{"name": "b.gguf", "size_bytes": 7}],
+    )
+    assert for_admin["available"][0]["path"] == str(tmp_path / "b.gguf")
+    assert for_admin["active"]["path"] == for_admin["boot_info"]["path"] == "/models/fake-1b.gguf"
 
 
 def test_models_of_an_empty_server() -> None:
-    """Nothing configured: no path, not loaded, and a hint."""
+    """Without a model there is no path, and the state is unloaded."""
     fake = fake_service(host=FakeHost())
     _, models = call(fake, "GET", "/models")
 
@@ -162,17 +163,17 @@ def test_models_of_an_empty_server() -> None:
 
 
 def test_v1_models_lists_the_model_and_its_aliases() -> None:
-    """Both names can be asked for; * is no name."""
+    """Clients may use each name; * is not listed."""
     fake = fake_service(model_aliases=("gpt-4o-mini", "*", "org/model"))
     _, listed = call(fake, "GET", "/v1/models")
 
-    assert [one["id"] for one in listed["data"]] == ["fake-1b", "gpt-4o-mini", "org/model"]
+    assert [entry["id"] for entry in listed["data"]] == ["fake-1b", "gpt-4o-mini", "org/model"]
     assert {"id", "object", "created", "owned_by"} == set(listed["data"][0])
     assert listed["data"][2] == call(fake, "GET", "/v1/models/org/model")[1]
 
 
-def test_an_unknown_model_is_a_404_that_names_the_known() -> None:
-    """There is no fallback to another model."""
+def test_an_unknown_model_is_a_404() -> None:
+    """The message lists the served model. There is no fallback."""
     status, answer = call(fake_service(), "GET", "/v1/models/gpt-5")
 
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
@@ -181,7 +182,7 @@ def test_an_unknown_model_is_a_404_that_names_the_known() -> None:
 
 
 def test_load_fetches_and_does_not_switch() -> None:
-    """What came, from where, its hash, and the call that serves it."""
+    """The answer has the file's path and size and a hint how to serve it."""
     fake = fake_service()
     status, answer = call(fake, "POST", "/load", {"repo_id": "org/repo", "filename": "sub/a.gguf", "sha256": "AB" * 32})
 
@@ -202,28 +203,28 @@ def test_load_fetches_and_does_not_switch() -> None:
         ({"repo_id": "org/repo", "filename": "a.gguf", "revision": "v1"}, HuggingFace("org/repo", "a.gguf", "v1")),
     ],
 )
-def test_load_takes_references_too(body: dict[str, str], expected: object) -> None:
-    """A model is named the same way everywhere."""
+def test_load_takes_references(body: dict[str, str], expected: object) -> None:
+    """A reference or its parts name the model."""
     fake = fake_service()
 
     assert call(fake, "POST", "/load", body)[0] == 200
     assert expected == fake.store.fetches[0][0]
 
 
-def test_a_load_that_fails_says_why_also_when_streamed() -> None:
-    """Before the first byte as a status, whether `stream` was asked for or not."""
+def test_a_load_that_fails_at_once_is_a_503() -> None:
+    """Before the first byte the error has its own status, also with `stream`."""
     fake = fake_service()
     fake.store.fetch_error = ModelUnavailable("The disk is full: 5 GB are needed, 1 GB is free.")
-    wanted = {"repo_id": "org/repo", "filename": "a.gguf"}
+    model = {"repo_id": "org/repo", "filename": "a.gguf"}
 
-    for body in (wanted, {**wanted, "stream": True}):
+    for body in (model, {**model, "stream": True}):
         status, answer = call(fake, "POST", "/load", body)
         assert (status, answer["error"]["code"]) == (503, "model_unavailable")
         assert "disk is full" in answer["error"]["message"]
 
 
-def test_a_load_that_fails_late_tells_in_the_stream() -> None:
-    """After the first byte an error is an event; [DONE] still ends the stream."""
+def test_a_load_that_fails_late_is_an_error_event() -> None:
+    """After the first byte the error is an event, followed by [DONE]."""
     fake = fake_service()
     answered = threading.Event()
 
@@ -249,7 +250,7 @@ def test_a_load_that_fails_late_tells_in_the_stream() -> None:
 
 
 def test_closing_a_streamed_load_stops_the_download() -> None:
-    """The thread that downloads is told, and ends."""
+    """The download thread is cancelled and ends."""
     fake = fake_service()
     ended = threading.Event()
 
@@ -275,7 +276,7 @@ def test_closing_a_streamed_load_stops_the_download() -> None:
 
 
 def test_reload_swaps_to_a_local_model(tmp_path: Path) -> None:
-    """What is given wins, what is not comes from the settings."""
+    """Fields of the request override the settings."""
     fake = fake_service(store=FakeStore((LocalModel("b.gguf", tmp_path / "b.gguf", 7),)), n_batch=128)
     status, answer = call(fake, "POST", "/reload", {"model_path": "b.gguf", "n_ctx": 1024, "verbose": None})
 
@@ -285,8 +286,8 @@ def test_reload_swaps_to_a_local_model(tmp_path: Path) -> None:
     assert answer["active"]["config"]["n_ctx"] == 1024
 
 
-def test_reload_without_a_path_loads_the_same_model_anew() -> None:
-    """An empty body will do."""
+def test_reload_without_a_path_loads_the_same_model() -> None:
+    """The body may be empty."""
     fake = fake_service()
 
     assert call(fake, "POST", "/reload")[0] == 200
@@ -294,24 +295,24 @@ def test_reload_without_a_path_loads_the_same_model_anew() -> None:
     assert (path, config.n_ctx) == (None, 4096)
 
 
-def test_reload_without_any_model_says_so() -> None:
-    """Nothing served, nothing configured: name one."""
+def test_reload_without_any_model_is_a_400() -> None:
+    """No model is served or configured, so model_path is required."""
     fake = fake_service(host=FakeHost())
     status, answer = call(fake, "POST", "/reload", {})
 
     assert (status, answer["error"]["param"]) == (400, "model_path")
 
 
-def test_reload_of_a_model_that_is_elsewhere_says_load() -> None:
-    """/reload serves what is here; /load brings it."""
+def test_reload_of_a_remote_model_is_refused() -> None:
+    """The message says to /load it first."""
     status, answer = call(fake_service(), "POST", "/reload", {"model_path": "hf://org/repo/a.gguf"})
 
     assert status == 400
     assert "/load" in answer["error"]["message"]
 
 
-def test_a_reload_that_fails_says_why() -> None:
-    """The host's words reach the client; that the old model stays is the host's part."""
+def test_a_failed_reload_returns_the_hosts_error() -> None:
+    """The host's own tests check that the old model stays."""
     fake = fake_service()
     fake.host.swap_error = ModelUnavailable("Not enough memory for 'b'.")
     status, answer = call(fake, "POST", "/reload", {})
@@ -319,8 +320,8 @@ def test_a_reload_that_fails_says_why() -> None:
     assert (status, answer["error"]["message"]) == (503, "Not enough memory for 'b'.")
 
 
-def test_an_unforeseen_api_error_is_told_as_a_fixed_sentence() -> None:
-    """ApiError itself carries a message for the log only."""
+def test_an_internal_error_hides_its_message() -> None:
+    """The message of a plain ApiError is for the log only."""
     fake = fake_service()
     fake.host.swap_error = ApiError("llama_decode returned -3 at 0xdeadbeef")
     status, answer = call(fake, "POST", "/reload", {})
@@ -342,7 +343,7 @@ def test_an_unforeseen_api_error_is_told_as_a_fixed_sentence() -> None:
     ids=lambda operation: operation.__module__,
 )
 def test_every_operation_returns_a_struct_with_a_json_schema(operation: Callable[..., Any]) -> None:
-    """An OpenAPI document can be made from the return types alone."""
+    """An OpenAPI document can be generated from the return types."""
     result = get_type_hints(operation)["return"]
 
     assert issubclass(result, msgspec.Struct)

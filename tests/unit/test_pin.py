@@ -1,4 +1,4 @@
-"""Pins: a sha256 that the operator names is computed from the bytes, whatever a hub, a bucket or a manifest says."""
+"""Pins: a configured SHA-256 is checked against the bytes, whatever a hub, bucket or manifest claims."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUCKET = S3("bucket", "m.gguf")
 
 
 class Bucket:
-    """Has `content` and says that its sha256 is `claimed`."""
+    """A source of `content` that claims the SHA-256 `claimed`."""
 
     name, authority = "s3", False
 
@@ -49,10 +49,10 @@ def store(folder: Path, content: bytes, claimed: str | None = None) -> Store:
 
 @pytest.mark.parametrize("reference", [HUB, BUCKET])
 @pytest.mark.parametrize("pinned", [GOOD_SHA256, None])
-def test_a_manifest_that_claims_another_models_sha256_delivers_nothing(
+def test_bytes_that_do_not_match_the_manifest_are_not_published(
     tmp_path: Path, reference: HuggingFace | S3, pinned: str | None
 ) -> None:
-    """The bucket holds other bytes than its manifest says: nothing is published, with a pin and without."""
+    """This holds with and without a pin."""
     with pytest.raises(ModelUnavailable, match=f"sha256 {EVIL_SHA256}, expected {GOOD_SHA256}"):
         store(tmp_path, EVIL, GOOD_SHA256).fetch(reference, sha256=pinned)
 
@@ -60,32 +60,30 @@ def test_a_manifest_that_claims_another_models_sha256_delivers_nothing(
 
 
 @pytest.mark.parametrize("reference", [HUB, BUCKET])
-def test_a_pinned_reference_is_opened_as_it_is_pinned_or_not_at_all(
-    tmp_path: Path, reference: HuggingFace | S3
-) -> None:
-    """The pin goes with the reference, through present, open and fetch."""
+def test_a_pinned_reference_is_opened_only_if_it_matches(tmp_path: Path, reference: HuggingFace | S3) -> None:
+    """`present`, `open` and `fetch` check the pin of a reference."""
     right, wrong = ref.pin(reference, (EVIL_SHA256,)), ref.pin(reference, (GOOD_SHA256,))
     with pytest.raises(InvalidRequest, match=f"is {EVIL_SHA256}, not {GOOD_SHA256}"):
         store(tmp_path, EVIL).open(wrong)
     assert store(tmp_path, EVIL).open(right).sha256 == EVIL_SHA256
 
-    # What is on the disk now is not taken for the other one, with or without asking the source.
+    # The file on the disk does not satisfy the other pin, with or without a refresh.
     assert store(tmp_path, EVIL).present(wrong) is None
     with pytest.raises(InvalidRequest, match="as asked"):
         store(tmp_path, EVIL).fetch(wrong, refresh=False)
     assert Store(tmp_path).fetch(right, refresh=False).status == "present"
 
 
-def test_a_file_put_by_hand_where_a_pinned_model_belongs_is_read(tmp_path: Path) -> None:
-    """Without a sidecar only its bytes can say what it is."""
+def test_a_file_without_a_sidecar_is_hashed(tmp_path: Path) -> None:
+    """A file that was copied by hand matches a pin only by its bytes."""
     files.write(tmp_path, "m.gguf", EVIL)
 
     assert Store(tmp_path).present(ref.pin(HUB, (GOOD_SHA256,))) is None
     assert Store(tmp_path).present(ref.pin(HUB, (EVIL_SHA256,))) == tmp_path / "m.gguf"
 
 
-def test_model_sha256_holds_for_a_local_file(tmp_path: Path) -> None:
-    """The start says which digest the file has; a file that changes later is read anew."""
+def test_model_sha256_is_checked_for_a_local_file(tmp_path: Path) -> None:
+    """The error names the file's digest. A file that changes later is hashed again."""
     path = files.write(tmp_path, "m.gguf", EVIL)
     settings = Settings(models_dir=tmp_path, model_path="m.gguf", model_sha256=(GOOD_SHA256,))
     selection = select(settings, Store(tmp_path))
@@ -113,13 +111,13 @@ def test_model_sha256_holds_for_a_local_file(tmp_path: Path) -> None:
         Settings(auto_repo_id="org/repo", auto_filename="m.gguf", model_sha256=(GOOD_SHA256,)),
     ],
 )
-def test_the_settings_pin_what_they_name(tmp_path: Path, settings: Settings) -> None:
-    """By MODEL_SHA256, or in the reference itself."""
+def test_the_settings_pin_their_model(tmp_path: Path, settings: Settings) -> None:
+    """The pin is MODEL_SHA256 or part of the reference."""
     assert select(settings, Store(tmp_path)).reference == ref.pin(HUB, (GOOD_SHA256,))
 
 
 def test_a_pin_is_part_of_a_references_text() -> None:
-    """One digest for each file; what is written can be read again."""
+    """It has one digest per file, and `parse` reads what `str` writes."""
     split = ref.parse(f"hf://org/repo/big-00001-of-00002.gguf@v1#sha256:{'a' * 64},{'b' * 64}")
 
     assert split == HuggingFace("org/repo", "big-00001-of-00002.gguf", "v1", ("a" * 64, "b" * 64))
@@ -138,13 +136,13 @@ def test_a_pin_is_part_of_a_references_text() -> None:
         f"s3://bucket/m.gguf#sha256:{'g' * 64}",
     ],
 )
-def test_a_pin_that_cannot_be_right_is_refused(text: str) -> None:
+def test_an_invalid_pin_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ref.parse(text)
     assert caught.value.param == "sha256"
 
 
-def test_two_pins_that_differ_are_refused(tmp_path: Path) -> None:
+def test_contradicting_pins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="another sha256"):
         store(tmp_path, GOOD).fetch(ref.pin(HUB, (GOOD_SHA256,)), sha256=EVIL_SHA256)
 
@@ -173,14 +171,14 @@ def test_model_sha256_is_checked_at_the_start(value: str) -> None:
         "//host",
     ],
 )
-def test_an_endpoint_that_is_no_address_stops_the_start(variable: str, value: str) -> None:
-    """Else it becomes five failed reads at the first download."""
+def test_an_invalid_endpoint_stops_the_start(variable: str, value: str) -> None:
+    """Otherwise the first download would fail after five attempts."""
     with pytest.raises(SettingsError, match=f"{variable} must be an address such as"):
         Settings.from_env({variable: value})
 
 
 @pytest.mark.parametrize("value", ["https://hub.example/", "http://minio:9000", "http://[::1]:9000", "https://h/a/b"])
-def test_an_endpoint_is_kept_without_its_last_slash(value: str) -> None:
+def test_an_endpoint_loses_its_last_slash(value: str) -> None:
     settings = Settings.from_env({"S3_ENDPOINT_URL": value, "HF_ENDPOINT": value})
 
     assert settings.s3_endpoint_url == settings.hf_endpoint == value.rstrip("/")

@@ -1,4 +1,4 @@
-"""Prefetch: which file, and that every page of it is read."""
+"""Prefetch: which file is read, and that all of it is read."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SIZE = (3 << 20) + 5
         ({}, str(embedded_model() or "")),
     ],
 )
-def test_the_model_in_the_image_is_read(environ: dict[str, str], path: str) -> None:
-    """The one that will be served, if it is a file."""
+def test_the_model_to_be_served_is_prefetched(environ: dict[str, str], path: str) -> None:
+    """Remote models are not."""
     assert prefetch.model(environ) == path
 
 
-def test_a_split_model_is_all_its_files() -> None:
-    """The first one names them."""
+def test_all_files_of_a_split_model_are_read() -> None:
+    """Their names follow from the first one."""
     assert list(prefetch.parts("/m-00001-of-00003.gguf")) == [f"/m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     assert list(prefetch.parts("/m.gguf")) == ["/m.gguf"]
     assert list(prefetch.parts("")) == []
 
 
 def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By several threads, in pieces that cover the files."""
+    """Several threads read pieces that cover the files."""
     files = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
     for file in files:
         file.write_bytes(os.urandom(SIZE))
@@ -53,8 +53,8 @@ def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(pieces) == [(str(file), start << 20) for file in files for start in range(4)]
 
 
-def test_reading_changes_files_and_goes_to_the_end(tmp_path: Path) -> None:
-    """One reader takes pieces of any file; nothing stays open."""
+def test_a_reader_reads_pieces_of_several_files(tmp_path: Path) -> None:
+    """It reads up to the end of a file and leaves no file open."""
     files = [tmp_path / name for name in "ab"]
     for file in files:
         file.write_bytes(b"x" * SIZE)
@@ -68,8 +68,8 @@ def test_reading_changes_files_and_goes_to_the_end(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_nothing_is_read_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file, no room for it, or pages that are there already: a process that starts again on the same machine."""
+def test_needless_reads_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is missing, does not fit into memory or is cached already, as after a restart of the process."""
     file = tmp_path / "m.gguf"
     file.write_bytes(b"x" * SIZE)
     environ = {"MODEL_PATH": str(file)}
@@ -84,8 +84,8 @@ def test_nothing_is_read_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert prefetch.begin(environ) == []
 
 
-def test_pages_in_memory_are_seen(tmp_path: Path) -> None:
-    """A file that was just written is cached, where the file system can say so at all."""
+def test_cached_pages_are_detected(tmp_path: Path) -> None:
+    """A file that was just written is cached, if the file system can report it."""
     file = tmp_path / "m.gguf"
     file.write_bytes(b"x" * SIZE)
     fd = os.open(file, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""References: what names a model, and what does not."""
+"""References: which texts name a model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from core.store import reference as ref
         ("s3://bucket/some/key.gguf", ref.S3("bucket", "some/key.gguf")),
     ],
 )
-def test_the_three_forms_are_understood(text: str, expected: ref.Reference) -> None:
-    """A local file, a file on the hub with or without a revision, and an S3 object."""
+def test_the_three_forms_are_parsed(text: str, expected: ref.Reference) -> None:
+    """They are a local file, a file on Hugging Face with or without a revision, and an S3 object."""
     assert expected == ref.parse(text)
 
 
@@ -55,15 +55,15 @@ def test_the_three_forms_are_understood(text: str, expected: ref.Reference) -> N
         "s3:///key.gguf",
     ],
 )
-def test_anything_else_is_refused(text: str) -> None:
-    """A name that is none of the three forms, or would leave its folder or its URL, is the client's mistake."""
+def test_other_texts_are_refused(text: str) -> None:
+    """This includes names that would leave their folder or URL."""
     with pytest.raises(InvalidRequest):
         ref.parse(text)
 
 
 @given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=60))
-def test_a_reference_prints_as_what_it_was_parsed_from(repo: str, filename: str, revision: str) -> None:
-    """Whatever is accepted reads back the same, and names a path that stays where it is put."""
+def test_a_printed_reference_parses_to_itself(repo: str, filename: str, revision: str) -> None:
+    """Accepted filenames have no parent folders."""
     try:
         parsed = ref.hugging_face(repo, filename, revision)
     except InvalidRequest:
@@ -73,8 +73,8 @@ def test_a_reference_prints_as_what_it_was_parsed_from(repo: str, filename: str,
     assert ".." not in parsed.filename.split("/")
 
 
-def test_a_split_model_is_one_model() -> None:
-    """Any part names all parts, in order; the model's name has no part number."""
+def test_any_part_names_all_parts_of_a_split_model() -> None:
+    """The parts are in order, and the model's name has no part number."""
     names = ref.split_files("q4/big-00002-of-00003.gguf")
 
     assert names == tuple(f"q4/big-{part:05d}-of-00003.gguf" for part in (1, 2, 3))
@@ -83,12 +83,12 @@ def test_a_split_model_is_one_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["a-00004-of-00003.gguf", "a-00000-of-00003.gguf", "a-1-of-3.gguf", "a.gguf"])
-def test_other_names_are_whole_models(name: str) -> None:
-    """Only a part number that its count allows makes a split model."""
+def test_other_names_are_single_files(name: str) -> None:
+    """Only a valid part number makes a split model."""
     assert ref.split_files(name) == (name,)
 
 
 def test_a_split_model_of_absurdly_many_parts_is_refused() -> None:
-    """A name is not to cost a hundred thousand look-ups."""
+    """One name must not cause a hundred thousand lookups."""
     with pytest.raises(InvalidRequest, match="99999 parts"):
         ref.split_files("a-00001-of-99999.gguf")

@@ -13,7 +13,7 @@ OPERATIONS = {"/health", "/models", "/load", "/reload", "/v1/models", "/v1/chat/
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_every_route_has_its_handler(route: Route) -> None:
-    """Named after its method, taking (service, request), async; the table holds names, so this is what checks them."""
+    """It is async, takes (service, request) and its name begins with the method. The table holds names only."""
     handler = route.resolve()
 
     assert handler.__name__.startswith(route.method.lower() + "_")
@@ -21,29 +21,29 @@ def test_every_route_has_its_handler(route: Route) -> None:
     assert inspect.iscoroutinefunction(handler)
 
 
-def test_the_operations_are_there_and_only_load_and_reload_are_for_admins() -> None:
-    """Access is data, and this is what it has to say."""
+def test_only_load_and_reload_are_for_administrators() -> None:
+    """Only /health is open. All operations have a route."""
     assert set(OPERATIONS) <= {route.path for route in ROUTES}
     assert {route.path for route in ROUTES if route.access == "admin"} == {"/load", "/reload"}
     assert {route.path for route in ROUTES if route.access == "open"} == {"/health", "/openapi.json", "/docs"}
 
 
-def test_an_id_may_hold_slashes_and_a_trailing_slash_is_forgiven() -> None:
-    """An id such as org/model is one id; /health/ is /health."""
+def test_ids_may_have_slashes_and_trailing_slashes_are_ignored() -> None:
+    """org/model is one id, and /health/ is /health."""
     assert routes.find("GET", "/v1/models/org/model").path == "/v1/models/"
     assert routes.find("HEAD", "/health/").path == "/health"
     assert routes.find("GET", "/v1/models/").path == "/v1/models"
 
 
 @pytest.mark.parametrize("path", ["/healthy", "/v1", "/v1/models2", "//health", "", "health", "/V1/models"])
-def test_what_is_not_in_the_table_is_not_found(path: str) -> None:
-    """No prefix matches by accident; the message lists what exists."""
+def test_other_paths_are_not_found(path: str) -> None:
+    """Prefixes do not match by accident. The message lists the routes."""
     with pytest.raises(NotFound, match="GET /health"):
         routes.find("GET", path)
 
 
-def test_a_wrong_method_names_the_right_ones() -> None:
-    """For the message and for Allow."""
+def test_a_wrong_method_lists_the_allowed_ones() -> None:
+    """They are for the message and the Allow header."""
     with pytest.raises(MethodNotAllowed) as caught:
         routes.find("PUT", "/v1/models/x")
 

@@ -1,4 +1,4 @@
-"""Boot: which model the settings mean, and what the start does about it."""
+"""Selection: which model the settings choose, and what the start does with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFERENCE = HuggingFace("org/repo", "auto.gguf")
 
 
 class Hub:
-    """A source that delivers one model, when it may."""
+    """A source of one model, which waits for `may_deliver`."""
 
     name, authority = "huggingface", True
 
@@ -51,14 +51,14 @@ class Hub:
         return False
 
 
-def chosen(folder: Path, source: Hub | None = None, **settings: Any) -> Selection:
+def selection_of(folder: Path, source: Hub | None = None, **settings: Any) -> Selection:
     store = Store(folder, (source or Hub(),))  # type: ignore[arg-type]
     return select(Settings(models_dir=folder, **settings), store)
 
 
 def test_auto_names_a_model_to_download(tmp_path: Path) -> None:
-    """AUTO_REPO_ID and AUTO_FILENAME together are a reference; the hub is not asked for a selection."""
-    selection = chosen(tmp_path, **AUTO)
+    """AUTO_REPO_ID and AUTO_FILENAME make a reference. Selecting it sends no request."""
+    selection = selection_of(tmp_path, **AUTO)
 
     assert (selection.chosen_by, selection.reference, selection.is_local, selection.error) == (
         "AUTO_REPO_ID",
@@ -69,10 +69,10 @@ def test_auto_names_a_model_to_download(tmp_path: Path) -> None:
     assert selection.name == "auto"
 
 
-def test_auto_is_served_from_the_disk_once_it_was_downloaded(tmp_path: Path) -> None:
-    """The next start finds it, also where it may not download."""
+def test_a_downloaded_auto_model_is_selected_as_local(tmp_path: Path) -> None:
+    """This also applies with AUTO_IF_MISSING=false."""
     Store(tmp_path, (Hub(),)).fetch(REFERENCE)  # type: ignore[arg-type]
-    selection = chosen(tmp_path, auto_if_missing=False, **AUTO)
+    selection = selection_of(tmp_path, auto_if_missing=False, **AUTO)
 
     assert selection.report() == {
         "chosen_by": "AUTO_REPO_ID",
@@ -93,45 +93,45 @@ def test_auto_is_served_from_the_disk_once_it_was_downloaded(tmp_path: Path) -> 
         ({**AUTO, "auto_if_missing": False}, "auto.gguf is not in MODELS_DIR, and AUTO_IF_MISSING=false"),
     ],
 )
-def test_auto_that_cannot_be_used_says_why(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
-    """It never falls back to the embedded model: another model than the one that was set would be a lie."""
-    selection = chosen(tmp_path, **settings)
+def test_an_unusable_auto_is_an_error(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    """It never falls back to the embedded model."""
+    selection = selection_of(tmp_path, **settings)
 
     assert (selection.chosen_by, selection.reference, selection.is_local) == ("AUTO_REPO_ID", None, False)
     assert (selection.error or "").startswith(words)
 
 
-def test_model_path_goes_before_auto_where_it_is_there(tmp_path: Path) -> None:
-    """AUTO_* is for a MODEL_PATH that is missing."""
+def test_an_existing_model_path_takes_precedence_over_auto(tmp_path: Path) -> None:
+    """AUTO_* applies if MODEL_PATH is missing."""
     path = write(tmp_path, "mine.gguf", CONTENT)
-    there = chosen(tmp_path, model_path=str(path), **AUTO)
-    missing = chosen(tmp_path, model_path=str(tmp_path / "missing.gguf"), **AUTO)
+    existing = selection_of(tmp_path, model_path=str(path), **AUTO)
+    missing = selection_of(tmp_path, model_path=str(tmp_path / "missing.gguf"), **AUTO)
 
-    assert (there.chosen_by, there.reference, there.path) == ("MODEL_PATH", File(str(path)), str(path))
+    assert (existing.chosen_by, existing.reference, existing.path) == ("MODEL_PATH", File(str(path)), str(path))
     assert (missing.chosen_by, missing.reference) == ("AUTO_REPO_ID", REFERENCE)
 
 
 def test_a_missing_model_path_with_an_unusable_auto_names_the_file(tmp_path: Path) -> None:
-    """The first thing that was set is the one to correct."""
+    """MODEL_PATH is the variable to correct."""
     missing = str(tmp_path / "missing.gguf")
-    selection = chosen(tmp_path, model_path=missing, auto_repo_id="org/repo")
+    selection = selection_of(tmp_path, model_path=missing, auto_repo_id="org/repo")
 
     assert (selection.chosen_by, selection.reference) == ("MODEL_PATH", None)
     assert "MODEL_PATH names 'missing.gguf', which does not exist" in (selection.error or "")
 
 
-def test_with_nothing_set_it_is_the_embedded_model(tmp_path: Path) -> None:
-    """The package's file, unless EMBEDDED_MODEL=off."""
-    embedded = chosen(tmp_path)
-    nothing = chosen(tmp_path, embedded_model="off")
+def test_the_default_is_the_embedded_model(tmp_path: Path) -> None:
+    """With EMBEDDED_MODEL=off there is none."""
+    embedded = selection_of(tmp_path)
+    nothing = selection_of(tmp_path, embedded_model="off")
 
     assert (embedded.chosen_by, embedded.path, embedded.is_local) == ("embedded", str(embedded_model()), True)
     assert (nothing.chosen_by, nothing.reference, nothing.error) == ("nothing", None, None)
 
 
 @pytest.mark.parametrize("preload", [False, True])
-def test_the_start_downloads_auto_and_loads_it_if_told(tmp_path: Path, preload: bool) -> None:
-    """Without AUTO_PRELOAD the model is on the disk for the first request; with it, in memory."""
+def test_the_start_downloads_auto_and_preloads_it_if_set(tmp_path: Path, preload: bool) -> None:
+    """Without AUTO_PRELOAD the model is only downloaded; with it, it is also loaded."""
     source, loads = Hub(), []
     source.may_deliver.clear()
 

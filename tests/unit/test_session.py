@@ -1,4 +1,4 @@
-"""Turn: when an answer has to end."""
+"""Session: the deadline of an answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.fakes import fake_service
 
 
 def test_without_a_limit_there_is_no_deadline() -> None:
-    """REQUEST_TIMEOUT_S=0, and no platform that has one."""
+    """REQUEST_TIMEOUT_S is 0 and the platform has no deadline."""
     assert deadline(Settings(), None) is None
 
 
 def test_request_timeout_s_counts_from_now() -> None:
-    """In seconds, on the monotonic clock."""
+    """The deadline is on the monotonic clock."""
     before = time.monotonic()
     ends = deadline(Settings(request_timeout_s=30), None)
 
@@ -30,8 +30,8 @@ def test_request_timeout_s_counts_from_now() -> None:
 
 
 @pytest.mark.parametrize(("timeout_s", "left_s", "expected_s"), [(30, 100, 30), (30, 20, 18), (0, 20, 18)])
-def test_the_earlier_of_both_ends_holds(timeout_s: float, left_s: float, expected_s: float) -> None:
-    """REQUEST_TIMEOUT_S, or DEADLINE_MARGIN_S before the platform's own deadline."""
+def test_the_earlier_deadline_applies(timeout_s: float, left_s: float, expected_s: float) -> None:
+    """It is REQUEST_TIMEOUT_S or DEADLINE_MARGIN_S before the platform's deadline."""
     now = time.monotonic()
     ends = deadline(Settings(request_timeout_s=timeout_s, deadline_margin_s=2), now + left_s)
 
@@ -46,8 +46,8 @@ def test_the_earlier_of_both_ends_holds(timeout_s: float, left_s: float, expecte
         ("/v1/extract", {"text": "Hi", "schema": {"type": "object"}}),
     ],
 )
-def test_the_engine_is_told_when_an_answer_has_to_end(path: str, body: dict[str, object]) -> None:
-    """Both routes that generate hand REQUEST_TIMEOUT_S on; what the engine does at the deadline is its own test."""
+def test_the_deadline_reaches_the_engine(path: str, body: dict[str, object]) -> None:
+    """Both generating routes pass it on. The engine's own tests check what happens then."""
     fake = fake_service(request_timeout_s=60)
     headers = {"content-type": "application/json", "host": "localhost"}
     before = time.monotonic()

@@ -1,4 +1,4 @@
-"""The signer against botocore's own, header by header."""
+"""Our signer equals botocore's, header by header."""
 
 import calendar
 import datetime
@@ -58,8 +58,8 @@ ODD_KEYS = [
 
 @pytest.mark.parametrize("key", ODD_KEYS)
 @pytest.mark.parametrize("token", [None, "FwoGZXIvYXdzE+/=="])
-def test_s3_key(key, token):
-    """Any object key is signed as botocore signs it, with and without a session token."""
+def test_s3_keys_are_signed_as_by_botocore(key, token):
+    """This holds with and without a session token."""
     url = f"https://bucket.s3.eu-central-1.amazonaws.com/{quote_key(key)}"
     headers = {"Range": "bytes=0-99", "If-Match": '"etag"'}
 
@@ -67,8 +67,8 @@ def test_s3_key(key, token):
 
 
 @pytest.mark.parametrize("path", ["", "/", "/a b", "/a%20b", "/a/../b//c/", "/ü/./~x/..", "/..", "/a/.", "/+%2B"])
-def test_other_service_path(path):
-    """Services other than S3 sign the normalised path, encoded twice."""
+def test_paths_of_other_services_are_normalised(path):
+    """Services other than S3 also encode them twice."""
     url = f"https://secretsmanager.eu-central-1.amazonaws.com{path}"
 
     same(
@@ -82,8 +82,8 @@ def test_other_service_path(path):
     ["a=b", "b=2&a=1", "a=2&a=1", "uploads", "uploads=", "prefix=a%2Fb%20c&list-type=2", "A=1&a=1", "x=%7E&x-amz=~"],
 )
 @pytest.mark.parametrize("service", ["s3", "execute-api"])
-def test_query(query, service):
-    """Query strings are sorted by name and value as they are, in S3 and elsewhere."""
+def test_query_strings_are_sorted(query, service):
+    """They are sorted by encoded name and value, in S3 and elsewhere."""
     url = f"https://example.amazonaws.com/x?{query}"
 
     same(our_headers("GET", url, {}, None, service), botocore_headers("GET", url, {}, None, service))
@@ -100,13 +100,13 @@ def test_query(query, service):
         "https://UPPER.example.com/Key",
     ],
 )
-def test_host(url):
-    """The signed host leaves out a scheme's default port and keeps any other."""
+def test_the_signed_host_has_no_default_port(url):
+    """Other ports are part of it."""
     same(our_headers("GET", url, {}, None, "s3"), botocore_headers("GET", url, {}, None, "s3"))
 
 
-def test_headers():
-    """Header values are trimmed, and what proxies change is not signed."""
+def test_header_values_are_trimmed():
+    """Headers that proxies change are not signed."""
     url = "https://secretsmanager.eu-central-1.amazonaws.com/"
     headers = {
         "X-Amz-Target": "secretsmanager.GetSecretValue",
@@ -122,8 +122,8 @@ def test_headers():
     assert "user-agent" not in ours["authorization"]
 
 
-def test_unsigned_payload():
-    """An S3 body may be left out of the signature."""
+def test_an_s3_body_may_be_unsigned():
+    """UNSIGNED-PAYLOAD replaces its hash."""
     url = "https://bucket.s3.amazonaws.com/key"
     headers = {"Content-MD5": "hBotaJrYa9FiFQ0mphc5fA=="}  # botocore signs the body unless a checksum goes with it
     ours = our_headers("PUT", url, headers, None, "s3", payload_hash="UNSIGNED-PAYLOAD")
@@ -131,8 +131,8 @@ def test_unsigned_payload():
     same(ours, botocore_headers("PUT", url, headers, b"body", "s3", unsigned=True))
 
 
-def test_old_authorization_is_replaced():
-    """Signing signed headers again (a retry) gives the same as signing once."""
+def test_a_retry_replaces_the_signature():
+    """Signing signed headers again gives the same result."""
     url = "https://bucket.s3.amazonaws.com/key"
     once = our_headers("GET", url, {"Range": "bytes=0-1"}, None, "s3", "token")
 
@@ -140,16 +140,16 @@ def test_old_authorization_is_replaced():
 
 
 @given(key=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), name=st.text("aZ0-_.~ +/=&ü%", max_size=9))
-def test_any_key(key, name):
-    """No key and no query value, however odd, is signed otherwise than botocore does it."""
+def test_random_keys_and_queries_are_signed_as_by_botocore(key, name):
+    """Keys and query values are arbitrary text."""
     query = urlencode({"prefix": name, "a": key}, safe="~", quote_via=quote)
     url = f"https://b.s3.eu-central-1.amazonaws.com/x/{quote_key(key)}?{query}"
 
     same(our_headers("GET", url, {}, None, "s3"), botocore_headers("GET", url, {}, None, "s3"))
 
 
-def test_secrets_are_not_shown():
-    """The representation of credentials, which may end in a log, names the access key only."""
+def test_the_repr_of_credentials_hides_secrets():
+    """It may end up in a log, so it has the access key ID only."""
     shown = repr(Credentials(KEY, SECRET, "the-token"))
 
     assert KEY in shown
@@ -157,6 +157,6 @@ def test_secrets_are_not_shown():
     assert "the-token" not in shown
 
 
-def test_empty_hash():
-    """EMPTY_SHA256 is what botocore uses for requests without a body."""
+def test_the_hash_of_an_empty_body_is_botocores():
+    """EMPTY_SHA256 is for requests without a body."""
     assert auth.EMPTY_SHA256_HASH == EMPTY_SHA256

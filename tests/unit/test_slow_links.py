@@ -1,4 +1,4 @@
-"""The schedule of a download on links from 50 kB/s to 1 GB/s, simulated: it ends, soon, and asks for little twice."""
+"""A simulated download over links from 50 kB/s to 1 GB/s ends in time and repeats few requests."""
 
 import pytest
 
@@ -12,12 +12,12 @@ class Lane:
     def __init__(self):
         self.part = None
         self.left = 0.0  # bytes of its block still to come
-        self.began = self.asked = self.ready = 0.0
+        self.began = self.requested = self.ready = 0.0
         self.running = False
 
 
 def assign(lanes, blocks, now):
-    """Let as many lanes run as may, each with a part."""
+    """Start lanes, each with a part, up to the number that may be active."""
     running = sum(lane.running for lane in lanes)
     for lane in lanes:
         if lane.running or running >= blocks.active:
@@ -25,17 +25,17 @@ def assign(lanes, blocks, now):
         if lane.part is None and (part := blocks.take(now)) is not None:
             lane.part, lane.left, lane.began = part, blocks.length(part.next), now
         if lane.part is not None:
-            lane.running, lane.asked, lane.ready = True, now, now + LATENCY_S
+            lane.running, lane.requested, lane.ready = True, now, now + LATENCY_S
             running += 1
 
 
 def land(lane, blocks, now):
-    """Its block is whole: on to the next one of its part."""
+    """Complete the lane's block and continue with the next one of its part."""
     if blocks.claim(lane.part.next):
         blocks.landed(lane.part.next)
     lane.part.next += 1
     blocks.moved(lane.part, now, now - lane.began)
-    lane.began = lane.asked = now
+    lane.began = lane.requested = now
     if lane.part.next == lane.part.end:
         lane.part, lane.running = None, False
     else:
@@ -43,7 +43,7 @@ def land(lane, blocks, now):
 
 
 def simulate(rate, width, size, dripping=0):
-    """(seconds, bytes sent). The link is shared equally; the first `dripping` requests get 100 bytes a second each."""
+    """Return (seconds, bytes sent). Lanes share the link equally, but the first `dripping` lanes get 100 B/s each."""
     blocks = Blocks(size, BLOCK, part_bytes=4 * BLOCK, width=width)
     lanes = [Lane() for _ in range(width)]
     slow = set(lanes[:dripping])
@@ -55,7 +55,7 @@ def simulate(rate, width, size, dripping=0):
         fast = [lane for lane in moving if lane not in slow]
         speed = {lane: 100.0 if lane in slow else rate / len(fast) for lane in moving}
         waits = [lane.left / speed[lane] if lane in speed else lane.ready - now for lane in running]
-        waits += [lane.asked + blocks.patience() - now for lane in running]
+        waits += [lane.requested + blocks.patience() - now for lane in running]
         step = max(1e-6, min([*waits, OVERTAKE_S / 4]))
         now += step
         assert now < 1e6
@@ -66,8 +66,8 @@ def simulate(rate, width, size, dripping=0):
         for lane in moving:
             if lane.left < 1e-3:
                 land(lane, blocks, now)
-            elif now - lane.asked >= blocks.patience():
-                lane.running = False  # cut; what came of its block is kept
+            elif now - lane.requested >= blocks.patience():
+                lane.running = False  # cut; the received part of its block stays
                 slow.discard(lane)
                 blocks.slowed(now)
     return now, sent
@@ -75,8 +75,8 @@ def simulate(rate, width, size, dripping=0):
 
 @pytest.mark.parametrize("width", [1, 2, 8, 16])
 @pytest.mark.parametrize("rate", [50e3, 200e3, 1e6, 10e6, 100e6, 1e9])
-def test_every_link_finishes(rate, width):
-    """At no rate and width does a download take much longer than its bytes do, or send them twice."""
+def test_every_link_finishes_in_time(rate, width):
+    """A download takes little longer than its bytes need and repeats few of them."""
     size = 24 * BLOCK
     seconds, sent = simulate(rate, width, size)
 
@@ -85,8 +85,8 @@ def test_every_link_finishes(rate, width):
 
 
 @pytest.mark.parametrize("rate", [200e3, 1e6, 100e6])
-def test_dripping_connections_are_overtaken_or_cut(rate):
-    """Three of eight connections that drip cost patience once, and not the download."""
+def test_dripping_connections_do_not_stop_a_download(rate):
+    """Three of eight connections drip. They are overtaken or cut."""
     size = 24 * BLOCK
     seconds, sent = simulate(rate, 8, size, dripping=3)
 
@@ -94,8 +94,8 @@ def test_dripping_connections_are_overtaken_or_cut(rate):
     assert sent < 1.4 * size
 
 
-def test_fewer_share_a_slow_link_and_more_a_fast_one():
-    """Where no block lands for long, half as many requests run; blocks that land quickly bring them back."""
+def test_a_slow_link_has_fewer_requests_than_a_fast_one():
+    """If no block lands for long, the number of requests is halved; blocks that land quickly raise it again."""
     blocks = Blocks(100 * BLOCK, BLOCK, width=8)
     part = blocks.take(0.0)
     blocks.slowed(1.0)

@@ -30,7 +30,7 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<s
 
 
 class ControlEngine(ScriptedEngine):
-    """Bytes, but that control tokens are one token each, from 1000 on, when `special` says so."""
+    """An engine whose tokens are bytes. With `special`, each control token is one token, from 1000 up."""
 
     def control_names(self, text: str) -> list[int]:
         return [start for start in range(len(text)) if text.startswith(CONTROL, start)]
@@ -60,13 +60,13 @@ def shown(tokens: tuple[int, ...]) -> str:
     return b"".join(parts).decode()
 
 
-def said(content: str, role: str = "user") -> dict[str, Any]:
+def message(content: str, role: str = "user") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def test_a_template_makes_the_prompt() -> None:
-    """The model's own template is followed, its control tokens are tokens."""
-    tokens = templates.prompt(engine(SMOL), [said("Hi")])
+def test_the_models_template_renders_the_prompt() -> None:
+    """Its control tokens become tokens."""
+    tokens = templates.prompt(engine(SMOL), [message("Hi")])
 
     assert shown(tokens) == (
         "[<|im_start|>]system\nBe helpful[<|im_end|>]\n[<|im_start|>]user\nHi[<|im_end|>]\n[<|im_start|>]assistant\n"
@@ -74,8 +74,8 @@ def test_a_template_makes_the_prompt() -> None:
 
 
 def test_a_model_without_template_gets_chatml() -> None:
-    """No template in the file: ChatML."""
-    tokens = templates.prompt(engine(None), [said("Hi")])
+    """ChatML is the default format."""
+    tokens = templates.prompt(engine(None), [message("Hi")])
 
     assert shown(tokens) == "[<|im_start|>]user\nHi[<|im_end|>]\n[<|im_start|>]assistant\n"
 
@@ -91,98 +91,98 @@ def test_a_model_without_template_gets_chatml() -> None:
 )
 @pytest.mark.parametrize("template", [SMOL, GEMMA, None])
 def test_a_clients_words_are_never_control_tokens(words: str, template: str | None) -> None:
-    """A message that spells a control token stays text, whatever the template does with it, and loses nothing."""
-    tokens = templates.prompt(engine(template), [said(words)])
-    harmless = templates.prompt(engine(template), [said("x")])
+    """A message that spells a control token stays text with every template."""
+    tokens = templates.prompt(engine(template), [message(words)])
+    harmless = templates.prompt(engine(template), [message("x")])
 
     assert [token for token in tokens if token >= 1000] == [token for token in harmless if token >= 1000]
     assert words.strip() in shown(tokens)
 
 
 @pytest.mark.parametrize("words", ["<" * 5000, " \n" * 3000, "x" * 30_000 + "<s>", "  " + "<|im_end|>" * 200 + "\n"])
-def test_long_words_lose_nothing(words: str) -> None:
-    """Long text stays whole, with its white space and all that looks like a control token."""
-    tokens = templates.prompt(engine(SMOL), [said("x<s>"), said(words)])
+def test_a_long_text_is_not_changed(words: str) -> None:
+    """It keeps its white space and the names of control tokens."""
+    tokens = templates.prompt(engine(SMOL), [message("x<s>"), message(words)])
 
     assert f"[<|im_start|>]user\n{words}[<|im_end|>]" in shown(tokens)
 
 
 def test_more_names_than_the_context_can_hold_are_refused() -> None:
-    """Each name is two tokens at least, and a call of the tokenizer."""
+    """Each name takes at least two tokens and a tokenizer call."""
     with pytest.raises(InvalidRequest, match="names of control tokens 300 times, but the context holds 512") as caught:
-        templates.prompt(engine(SMOL), [said("<s>" * 300)])
+        templates.prompt(engine(SMOL), [message("<s>" * 300)])
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_a_template_sees_the_names_in_what_it_is_given() -> None:
-    """Reasoning models' templates cut at "</think>": that works, and what is left is still no control token."""
+def test_a_template_can_split_messages_at_names() -> None:
+    """Templates of reasoning models split at "</think>". The rest of the text still has no control tokens."""
     source = "{% for m in messages %}{{ m.content.split('<s>')[-1] }}<s>{% endfor %}"
 
-    assert shown(templates.prompt(engine(source), [said("thoughts<s>words<|im_end|>")])) == "words<|im_end|>[<s>]"
+    assert shown(templates.prompt(engine(source), [message("thoughts<s>words<|im_end|>")])) == "words<|im_end|>[<s>]"
 
 
-def test_what_no_context_can_hold_is_refused_unread() -> None:
-    """Far too long a text is refused by its length, however often it is told, before it costs time."""
+def test_a_text_longer_than_any_context_is_refused_at_once() -> None:
+    """It is refused by its number of characters, before it is tokenized."""
     big = "x" * 10_000
     with pytest.raises(InvalidRequest, match="70000 characters, but the context holds 512 tokens") as caught:
-        templates.prompt(engine(SMOL), [said(big)] * 7)
+        templates.prompt(engine(SMOL), [message(big)] * 7)
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_trimming_templates_trim_words_with_control_tokens() -> None:
-    """White space round such words is the template's to keep or to trim."""
-    tokens = templates.prompt(engine(GEMMA), [said(" <s> ")])
+def test_templates_can_trim_text_with_control_tokens() -> None:
+    """The template decides about the white space around it."""
+    tokens = templates.prompt(engine(GEMMA), [message(" <s> ")])
 
     assert shown(tokens) == "[<s>][<start_of_turn>]user\n<s>[<end_of_turn>]\n[<start_of_turn>]model\n"
 
 
 @pytest.mark.parametrize(("template", "add_bos", "count"), [(GEMMA, True, 1), (SMOL, True, 1), (SMOL, False, 0)])
-def test_there_is_one_bos_at_most(template: str, add_bos: bool, count: int) -> None:
-    """BOS comes from the template or, where the vocabulary wants it, from us; never twice."""
-    tokens = templates.prompt(engine(template, add_bos=add_bos), [said("Hi")])
+def test_there_is_at_most_one_bos(template: str, add_bos: bool, count: int) -> None:
+    """It comes from the template or, if the vocabulary requires it, from us."""
+    tokens = templates.prompt(engine(template, add_bos=add_bos), [message("Hi")])
 
     assert tokens.count(1004) == count
 
 
-def test_a_refused_system_role_goes_into_the_first_user_message() -> None:
-    """A template without a system role still hears what the system message says."""
-    tokens = templates.prompt(engine(GEMMA), [said("Be brief.", "system"), said("Hi")])
+def test_a_refused_system_message_joins_the_first_user_message() -> None:
+    """This is for templates without a system role."""
+    tokens = templates.prompt(engine(GEMMA), [message("Be brief.", "system"), message("Hi")])
 
     assert "user\nBe brief.\n\nHi[<end_of_turn>]" in shown(tokens)
 
 
-def test_a_refusal_is_the_clients_to_mend() -> None:
-    """raise_exception is a 400 that says in the template's words what it wants."""
+def test_a_refusal_by_the_template_is_a_400() -> None:
+    """The message is that of raise_exception."""
     with pytest.raises(InvalidRequest, match="refuses these messages: Roles must alternate"):
-        templates.prompt(engine(GEMMA), [said("Hi"), said("Hello")])
+        templates.prompt(engine(GEMMA), [message("Hi"), message("Hello")])
 
 
 @pytest.mark.parametrize(
     "source", ["{% for %}", "{{ messages | nosuch }}", "{{ 1 / 0 }}", "{% include 'x' %}", "{{ f( }}"]
 )
-def test_a_broken_template_is_the_models_fault(source: str) -> None:
-    """A template that cannot do the simplest conversation makes the model unavailable, in our words."""
+def test_a_broken_template_makes_the_model_unavailable(source: str) -> None:
+    """It cannot render the simplest conversation. The error message is our own."""
     with pytest.raises(ModelUnavailable, match=r"chat template of model 'fake-1b' cannot be used: it is broken"):
-        templates.prompt(engine(source), [said("Hi")])
+        templates.prompt(engine(source), [message("Hi")])
 
 
-def test_messages_a_working_template_fails_on_are_a_400() -> None:
-    """A template that works, but not on these messages, is a 400."""
+def test_messages_that_a_working_template_cannot_render_are_a_400() -> None:
+    """The template renders other messages, so the client can fix the request."""
     source = "{{ messages[0]['content'] }}{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}"
 
     with pytest.raises(InvalidRequest, match="cannot format these messages"):
-        templates.prompt(engine(source), [said("Hi"), said("Hello")])
+        templates.prompt(engine(source), [message("Hi"), message("Hello")])
 
 
-def test_more_messages_than_tokens_are_refused_before_the_template_runs() -> None:
-    """Every message takes a token at least."""
+def test_more_messages_than_tokens_are_refused() -> None:
+    """Every message takes at least one token, so the template need not run."""
     with pytest.raises(InvalidRequest, match="600 items") as caught:
-        templates.prompt(engine(SMOL), [said("Hi")] * 600)
+        templates.prompt(engine(SMOL), [message("Hi")] * 600)
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_the_dialect_is_that_of_transformers() -> None:
-    """Loop controls, trimmed blocks, tojson without escapes, strftime_now, the generation block, namespaces, macros."""
+def test_the_dialect_matches_transformers() -> None:
+    """It has loop controls, trimmed blocks, plain tojson, strftime_now, generation blocks, namespaces and macros."""
     source = """
 {%- macro shout(text) %}{{ text | upper }}!{% endmacro %}
 {%- set ns = namespace(count=0) %}
@@ -196,7 +196,7 @@ def test_the_dialect_is_that_of_transformers() -> None:
 {{- ns.count ~ "x" ~ 1.5 }} {{ "a-b".split("-") | join("+") }} {{ "%s: %d" | string % ("n", 3) }}
 {{- "{} {}".format("p", 2) }}{{ messages[0].tool_calls is defined }}{{ range(3) | list }}{{ none_such is none }}"""
 
-    text = jinja.render(source, {"messages": [said("a"), said("b"), said("c")]})
+    text = jinja.render(source, {"messages": [message("a"), message("b"), message("c")]})
 
     assert text == ('A!C!<3>{"a": "é<&>"} {\n  "a": [\n    1\n  ]\n} 42x1.5 a+b n: 3p 2False[0, 1, 2]False')
 
@@ -283,25 +283,25 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped(name: str) -> None:
-    """Endless loops, oversized strings and numbers, and ways out of the sandbox raise a clear error.
+    """Endless loops, oversized strings and numbers, and sandbox escapes raise an error.
 
-    What they do is counted: none of them relies on the clock, and a tenth of the default steps shows it sooner.
+    Steps are counted, so the test does not depend on the clock. A tenth of the default steps makes it faster.
     """
-    began = time.thread_time()  # not the clock: the machine may be busy
+    began = time.thread_time()  # CPU time, because the machine may be busy
 
     with pytest.raises((Runaway, Broken)):
-        jinja.render(HOSTILE[name], {"messages": [said("Hi")]}, steps=jinja.STEPS // 10, seconds=math.inf)
+        jinja.render(HOSTILE[name], {"messages": [message("Hi")]}, steps=jinja.STEPS // 10, seconds=math.inf)
     assert time.thread_time() - began < 2
 
 
-def test_a_template_is_stopped_after_its_seconds() -> None:
-    """Steps that take long are bounded by the clock."""
+def test_a_template_has_a_time_limit() -> None:
+    """It limits templates with slow steps."""
     with pytest.raises(Runaway, match=r"takes more than 0\.01 seconds"):
         jinja.render(HOSTILE["nested loops"], {}, steps=10_000_000, seconds=0.01)
 
 
-def test_a_template_is_stopped_by_default() -> None:
-    """A caller that names no limits gets the production ones."""
+def test_a_template_has_default_limits() -> None:
+    """A caller without limits gets those of production."""
     with pytest.raises(Runaway, match="takes too many steps"):
         jinja.render(HOSTILE["nested loops"], {})
 
@@ -313,8 +313,8 @@ def test_a_template_is_stopped_by_default() -> None:
         "{% autoescape 'a' | replace('a', 'LONG') | replace('a', 'LONG') | replace('a', 'LONG') %}{% endautoescape %}",
     ],
 )
-def test_compiling_computes_no_constants(source: str) -> None:
-    """A chain of literal filters would make a gigabyte while the template is compiled; it is left to the rendering."""
+def test_compiling_does_not_fold_constants(source: str) -> None:
+    """A chain of filters on literals would make a gigabyte at compile time. It is evaluated within the budget."""
     source = source.replace("LONG", "a" * 1000)
     tracemalloc.start()
     try:
@@ -328,47 +328,47 @@ def test_compiling_computes_no_constants(source: str) -> None:
         jinja.render(source, {})
 
 
-def test_ordinary_numbers_lists_and_comparisons_are_within_the_budget() -> None:
-    """What templates do with them."""
+def test_ordinary_expressions_are_within_the_budget() -> None:
+    """Templates use numbers, lists and comparisons like these."""
     source = (
         "{{ 7 // 2 }} {{ 1.257 | round(2) }} {{ -3 }} {{ 7 / 2 }} {{ 5 - 2 }} {{ messages[1:] | length }} "
         "{{ messages[::-1][0].content }} {{ [1, 2] == [1, 2] }} {{ 'a' in ('a', 'b') }} {{ 3 is in [3] }} "
         "{{ messages[0]['content'][:2] }} {{ range(3) | map('string') | list }} {{ 'a b'.split() }}"
     )
 
-    assert jinja.render(source, {"messages": [said("one"), said("two")]}) == (
+    assert jinja.render(source, {"messages": [message("one"), message("two")]}) == (
         "3 1.26 -3 3.5 3 1 two True True True on ['0', '1', '2'] ['a', 'b']"
     )
 
 
-def test_a_runaway_template_is_told_as_such() -> None:
-    """The error says which model's template it was and what it did."""
+def test_a_template_over_its_budget_makes_the_model_unavailable() -> None:
+    """The error names the model and the limit."""
     with pytest.raises(ModelUnavailable, match="makes a string of more than 16777216 characters"):
-        templates.prompt(engine(HOSTILE["a long string"]), [said("Hi")])
+        templates.prompt(engine(HOSTILE["a long string"]), [message("Hi")])
 
 
 def test_a_long_conversation_is_within_the_budget() -> None:
-    """The budget grows with the input: what a context can hold can be rendered."""
-    messages = [said("word " * 2000, "user" if index % 2 == 0 else "assistant") for index in range(400)]
+    """The budget grows with the input."""
+    messages = [message("word " * 2000, "user" if index % 2 == 0 else "assistant") for index in range(400)]
 
     text = jinja.render(SMOL, {"messages": messages, "add_generation_prompt": True})
 
     assert len(text) > 4_000_000
 
 
-def test_raise_exception_is_told_apart_from_failure() -> None:
-    """What a template refuses and what breaks it are different errors."""
+def test_raise_exception_is_not_a_failure() -> None:
+    """A refusal and a broken template are different errors."""
     with pytest.raises(Refused, match="no"):
         jinja.render("{{ raise_exception('no') }}", {})
 
 
-def test_a_broken_template_has_no_opening() -> None:
-    """A model with a broken template can be loaded; chat says what is wrong."""
+def test_a_broken_template_has_no_shared_prefix() -> None:
+    """The model can be loaded; chat requests get the error."""
     assert templates.shared_prefix(ScriptedEngine(card=replace(CARD, chat_template="{% for %}"))) == []
 
 
-def test_the_opening_is_what_all_conversations_begin_with() -> None:
-    """The template's own words up to the client's, and not one of those."""
+def test_the_shared_prefix_is_common_to_all_conversations() -> None:
+    """It is the template's text before the first text of the client."""
     template = "Be nice.{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     engine = ScriptedEngine(card=replace(CARD, chat_template=template))
 

@@ -1,12 +1,12 @@
-"""The timeline of a start."""
+"""Timeline: the phases of a start."""
 
 import time
 
 from core.timeline import Timeline
 
 
-def test_a_restored_process_begins_anew() -> None:
-    """The phases of the start that was snapshot belong to another machine and another day."""
+def test_a_restored_process_restarts_the_timeline() -> None:
+    """The phases before the snapshot belong to another start."""
     timeline = Timeline(time.monotonic() - 86400)
     with timeline.phase("imports"):
         pass

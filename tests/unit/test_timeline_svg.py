@@ -1,4 +1,4 @@
-"""The cold start's picture: well-formed, to scale, and with every phase in it."""
+"""The picture of a cold start is well-formed, complete and to scale."""
 
 import re
 from xml.etree import ElementTree
@@ -9,8 +9,8 @@ START = Start("m.gguf <1> & more", {"imports": (0.0, 0.5), "download": (0.25, 1.
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_well_formed_and_complete():
-    """Titles are escaped, each phase has a bar and a label, and the note is there."""
+def test_the_picture_is_well_formed_and_complete():
+    """Titles are escaped, and each phase has a bar and a label."""
     root = ElementTree.fromstring(draw([START, START], "a note"))
     texts = [text.text for text in root.iter(f"{SVG}text")]
 
@@ -20,8 +20,8 @@ def test_well_formed_and_complete():
     assert len([each for each in root.iter(f"{SVG}rect") if each.get("class") == "bar"]) == 4
 
 
-def test_to_scale():
-    """A bar begins and ends where its phase does; the first token stands at its time."""
+def test_bars_are_to_scale():
+    """The first token's line is at its time."""
     root = ElementTree.fromstring(draw([START], ""))
     bars = [each for each in root.iter(f"{SVG}rect") if each.get("class") == "bar"]
     first = next(each for each in root.iter(f"{SVG}line") if each.get("class") == "first")
@@ -31,6 +31,6 @@ def test_to_scale():
     assert abs(float(bars[1].get("x")) - LEFT - 0.25 * second) < 0.2
 
 
-def test_ratio_is_said():
-    """The picture names the ratio that is the goal."""
+def test_the_picture_has_the_ratio():
+    """The ratio is the benchmark's goal."""
     assert re.search(r"ratio 1\.50", draw([START], ""))

@@ -1,4 +1,4 @@
-"""Every kind of model that can generate does: loaded, two sequences at once, one of them cancelled."""
+"""Every kind of generating model runs two sequences at once and survives a cancellation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _request(engine: Llama, text: str, max_tokens: int) -> GenerationRequest:
 
 
 @pytest.mark.parametrize("kind", GENERATING)
-def test_two_sequences_at_once_say_what_each_says_alone(kind: str, tiny_engine: Callable[..., Llama]) -> None:
+def test_concurrent_sequences_give_the_same_answers_as_alone(kind: str, tiny_engine: Callable[..., Llama]) -> None:
     engine = tiny_engine(kind)
     requests = [_request(engine, "a first prompt", 12), _request(engine, "another one that is longer", 12)]
 
@@ -45,18 +45,18 @@ def test_two_sequences_at_once_say_what_each_says_alone(kind: str, tiny_engine: 
 
 
 @pytest.mark.parametrize("kind", GENERATING)
-def test_a_cancelled_sequence_leaves_its_neighbour_alone(kind: str, tiny_engine: Callable[..., Llama]) -> None:
+def test_cancelling_a_sequence_does_not_change_another(kind: str, tiny_engine: Callable[..., Llama]) -> None:
     engine = tiny_engine(kind)
-    kept, dropped = _request(engine, "a first prompt", 24), _request(engine, "to be cancelled", 500)
+    continuing, cancelled = _request(engine, "a first prompt", 24), _request(engine, "to be cancelled", 500)
 
     async def run() -> tuple[str, int]:
-        answer = asyncio.ensure_future(_tokens(engine, kept))
-        stream = engine.generate(dropped)
+        answer = asyncio.ensure_future(_tokens(engine, continuing))
+        stream = engine.generate(cancelled)
         async for _ in stream:
             stream.cancel()
         return await answer
 
     answer = asyncio.run(run())
     assert answer[1] == 24
-    assert answer == asyncio.run(_tokens(engine, kept))
+    assert answer == asyncio.run(_tokens(engine, continuing))
     assert engine.stats()["completion_tokens"] < 500

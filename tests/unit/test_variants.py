@@ -1,4 +1,4 @@
-"""The build of ggml's CPU backend that is opened is the one that ggml would have chosen."""
+"""The chosen build of ggml's CPU backend is the one that ggml would choose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FILES = [f"libggml-cpu-{name}.so" for name in X86]
 BASE = "fpu sse sse2 sse4_1 sse4_2 avx f16c fma avx2 bmi1 bmi2"
 WIDE = f"{BASE} avx512f avx512dq avx512cd avx512bw avx512vl"
 
-# ggml-cpu/arch/x86/cpu-feats.cpp: what each flag adds to a variant's score; a variant is out without all of its own.
+# ggml-cpu/arch/x86/cpu-feats.cpp: each flag's part of a variant's score. A variant needs all of its flags.
 SCORE = {
     "fma": 1,
     "f16c": 2,
@@ -44,20 +44,20 @@ def info(flags: str) -> str:
         ("fpu sse2", "x64"),
     ],
 )
-def test_the_best_variant_that_the_processor_can_run(flags: str, variant: str) -> None:
-    """By the flags of the first processor."""
+def test_the_best_supported_variant_is_chosen(flags: str, variant: str) -> None:
+    """The flags are those of the first processor."""
     assert best(FILES, cpu_flags(info(flags))) == f"libggml-cpu-{variant}.so"
 
 
-def test_the_order_is_ggmls() -> None:
-    """The table's order is that of ggml's scores, so that the first that fits is the one with the most points."""
+def test_the_order_matches_ggmls_scores() -> None:
+    """The first supported variant has the highest score."""
     scores = [sum(SCORE.get(flag, 0) for flag in needed) for needed in X86.values()]
 
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
 
 
-def test_only_what_is_installed_is_chosen() -> None:
+def test_only_installed_variants_are_chosen() -> None:
     """An older compiler builds fewer variants."""
     assert best(["libggml-cpu-haswell.so", "libggml-cpu-x64.so"], cpu_flags(info(WIDE))) == "libggml-cpu-haswell.so"
     assert best(["libggml-cpu-haswell.so"], cpu_flags(info("sse2"))) is None
@@ -72,6 +72,6 @@ def test_only_what_is_installed_is_chosen() -> None:
     ],
     ids=["unknown variant", "arm", "no flags"],
 )
-def test_what_is_not_known_is_left_to_ggml(files: list[str], cpuinfo: str) -> None:
+def test_ggml_chooses_if_a_variant_is_unknown(files: list[str], cpuinfo: str) -> None:
     """A new version of llama.cpp may bring variants that this table does not have."""
     assert best(files, cpu_flags(cpuinfo)) is None

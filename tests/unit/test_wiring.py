@@ -1,4 +1,4 @@
-"""The composition root: which sources the settings mean."""
+"""The composition root: sources, settings and warnings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,13 @@ from core.settings import Settings
         (Settings(model_path="hf://org/repo/m.gguf"), ["huggingface", "s3"]),
     ],
 )
-def test_s3_is_asked_first_where_it_is_meant(settings: Settings, expected: list[str]) -> None:
-    """The mirror is nearer than the hub; without one the hub need not wait for it."""
+def test_s3_comes_first_if_it_is_configured(settings: Settings, expected: list[str]) -> None:
+    """The mirror is closer than the hub."""
     assert expected == [source.name for source in sources(settings)]
 
 
 def test_building_touches_neither_network_nor_disk(tmp_path: Path) -> None:
-    """The folder of models is made when something lands in it; the state is known without a load."""
+    """MODELS_DIR is created with the first download, and the state is known without a load."""
     service = build(Settings(models_dir=tmp_path / "models", embedded_model="off"))
 
     assert (service.host.state().status, service.host.state().model) == ("unloaded", None)
@@ -50,19 +50,19 @@ def test_settings_of_a_load_reach_llama_cpp(
     environ: dict[str, str],
     expected: tuple[int, bool],
 ) -> None:
-    """N_GPU_LAYERS and REPACK are what llama.cpp is asked for when it loads a file."""
+    """N_GPU_LAYERS and REPACK become llama.cpp's model parameters."""
     bindings = native.bindings()
-    load, asked = bindings.llama_model_load_from_file, []
+    load, requested = bindings.llama_model_load_from_file, []
 
     def spy(path: bytes, params: Any) -> Any:
-        asked.append((params.n_gpu_layers, params.use_extra_bufts))
+        requested.append((params.n_gpu_layers, params.use_extra_bufts))
         return load(path, params)
 
     monkeypatch.setattr(bindings, "llama_model_load_from_file", spy)
     config = config_of(Settings.from_env(environ))
     tiny_engine("llama", n_gpu_layers=config.n_gpu_layers, repack=config.repack)
 
-    assert asked == [expected]
+    assert requested == [expected]
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_settings_of_a_load_reach_llama_cpp(
         ("http://[::1]:8080", "t", False),
     ],
 )
-def test_a_token_in_clear_is_warned_of(
+def test_an_unencrypted_token_logs_a_warning(
     caplog: pytest.LogCaptureFixture, endpoint: str, token: str | None, warned: bool
 ) -> None:
-    """A hub over plain HTTP is fine on this machine only."""
+    """Plain HTTP is accepted without a warning on this machine only."""
     sources(Settings(hf_endpoint=endpoint, hf_token=token))
 
     assert ("HF_TOKEN is sent unencrypted" in caplog.text) == warned

@@ -1,4 +1,4 @@
-"""The engine thread on tiny models: one sequence's end, failure or pause does no harm to the others."""
+"""The engine thread on tiny models: the end, failure or preemption of one sequence does not affect others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from core.errors import ApiError, DeadlineExceeded, ModelUnavailable
 
 Load = Callable[..., Llama]
 
-CLOSE = 0.1  # logprobs: another batch shape adds up floats in another order
+CLOSE = 0.1  # tolerance of logprobs: another batch shape adds floats in another order
 GREEDY = Sampling(temperature=0, logit_bias={2: -100.0})  # never ends by itself
 
 
@@ -32,19 +32,19 @@ def request(seed: int, length: int, max_tokens: int, **fields: Any) -> Generatio
     return GenerationRequest(prompt(seed, length), GREEDY, max_tokens=max_tokens, tenant=str(seed), **fields)
 
 
-def dictated(seed: int, length: int, tokens: int) -> GenerationRequest:
-    """The grammar leaves no choice, so that no near tie can fall the other way: what is compared is logprobs."""
+def fixed_text(seed: int, length: int, tokens: int) -> GenerationRequest:
+    """Return a request whose grammar fixes the text. Only logprobs can differ, so near ties do not matter."""
     text = "".join(chr(97 + (seed * 5 + index * index) % 26) for index in range(tokens))
     return request(seed, length, tokens, grammar=f'start: "{text}"', top_logprobs=0)
 
 
-async def opinions(stream: GenerationStream) -> list[float]:
-    """The logprobs of all tokens, before the grammar's mask: they depend on everything that was read before."""
+async def logprobs_of(stream: GenerationStream) -> list[float]:
+    """Return the logprobs of all tokens before the grammar's mask. They depend on all tokens before."""
     return [entry.logprob async for piece in stream for entry in piece.logprobs]
 
 
-async def weigh(engine: Llama, *requests: GenerationRequest) -> list[list[float]]:
-    return list(await asyncio.gather(*[opinions(engine.generate(one)) for one in requests]))
+async def all_logprobs(engine: Llama, *requests: GenerationRequest) -> list[list[float]]:
+    return list(await asyncio.gather(*[logprobs_of(engine.generate(request)) for request in requests]))
 
 
 async def read(stream: GenerationStream) -> tuple[str, int, str | None]:
@@ -54,12 +54,12 @@ async def read(stream: GenerationStream) -> tuple[str, int, str | None]:
     return text, tokens, finish
 
 
-async def ask(engine: Llama, *requests: GenerationRequest) -> list[tuple[str, int, str | None]]:
-    return list(await asyncio.gather(*[read(engine.generate(one)) for one in requests]))
+async def answers_of(engine: Llama, *requests: GenerationRequest) -> list[tuple[str, int, str | None]]:
+    return list(await asyncio.gather(*[read(engine.generate(request)) for request in requests]))
 
 
 class Watched:
-    """The bindings, with a hook that runs in the engine thread right before each decode call."""
+    """The bindings with a hook that runs in the engine thread before each decode call."""
 
     def __init__(self, engine: Llama, before: Callable[[int], None]) -> None:
         scheduler = engine._worker
@@ -78,11 +78,11 @@ class Watched:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2", "mamba"])
-def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: Load) -> None:
-    """Their tokens are those of an undisturbed run, and none of them is read a second time."""
+def test_cancelling_a_prompt_does_not_disturb_others(kind: str, tiny_engine: Load) -> None:
+    """Their logprobs equal those of an undisturbed run, and no token is decoded twice."""
     engine = tiny_engine(kind, n_ctx=4096, n_batch=64)
-    others = [dictated(seed, 40, 60) for seed in range(3)]
-    undisturbed = asyncio.run(weigh(engine, *others))
+    others = [fixed_text(seed, 40, 60) for seed in range(3)]
+    undisturbed = asyncio.run(all_logprobs(engine, *others))
     fourth: list[GenerationStream] = []
 
     def before(length: int) -> None:
@@ -93,17 +93,17 @@ def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: L
     watched = Watched(engine, before)
 
     async def main() -> list[list[float]]:
-        streams = [engine.generate(one) for one in others]
+        streams = [engine.generate(other) for other in others]
         firsts = [await anext(stream) for stream in streams]
         fourth.append(engine.generate(request(4, 1000, 60)))
-        rest = await asyncio.gather(*map(opinions, streams))
+        rest = await asyncio.gather(*map(logprobs_of, streams))
         assert await read(fourth[0]) == ("", 0, None)
         return [[first.logprobs[0].logprob, *more] for first, more in zip(firsts, rest, strict=True)]
 
     disturbed = asyncio.run(main())
     assert [len(logprobs) for logprobs in disturbed] == [60] * 3
-    for one, other in zip(undisturbed, disturbed, strict=True):
-        assert one == pytest.approx(other, abs=CLOSE)
+    for expected, logprobs in zip(undisturbed, disturbed, strict=True):
+        assert expected == pytest.approx(logprobs, abs=CLOSE)
     assert fourth[0].cancelled
     assert engine.stats()["aborted"] == 0
     assert watched.lengths
@@ -111,12 +111,12 @@ def test_a_cancel_in_a_prompt_costs_the_others_nothing(kind: str, tiny_engine: L
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "mamba"])
-def test_a_prompt_that_nobody_waits_for_is_aborted(
+def test_a_cancelled_prompt_alone_in_its_batch_is_aborted(
     kind: str, tiny_engine: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Alone in its batch a cancelled prompt stops at once, and the next request is not touched."""
+    """It stops at once, and the next request is not affected."""
     engine = tiny_engine(kind, n_batch=64)
-    expected = asyncio.run(ask(engine, request(1, 40, 20)))
+    expected = asyncio.run(answers_of(engine, request(1, 40, 20)))
     streams: list[GenerationStream] = []
     Watched(engine, lambda length: streams[0].cancel())
 
@@ -125,32 +125,32 @@ def test_a_prompt_that_nobody_waits_for_is_aborted(
         assert await read(streams[0]) == ("", 0, None)
 
     asyncio.run(main())
-    assert asyncio.run(ask(engine, request(1, 40, 20))) == expected
+    assert asyncio.run(answers_of(engine, request(1, 40, 20))) == expected
     assert engine.stats()["aborted"] == 1
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_failed_decode_says_why_and_the_next_one_works(tiny_engine: Load, caplog: pytest.LogCaptureFixture) -> None:
-    """llama.cpp's own words are in the log, at level error."""
+def test_a_failed_decode_is_logged_and_the_next_one_works(tiny_engine: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has llama.cpp's message at level ERROR."""
     engine = tiny_engine("llama")
-    expected = asyncio.run(ask(engine, request(1, 40, 20)))
+    expected = asyncio.run(answers_of(engine, request(1, 40, 20)))
     broken = [True]
 
     def before(length: int) -> None:
         if broken.pop() if broken else False:
-            engine._worker._batch._positions[0] = 999  # in the middle of nowhere
+            engine._worker._batch._positions[0] = 999  # an invalid position
 
     Watched(engine, before)
     with pytest.raises(ApiError, match="llama_decode returned -1"):
-        asyncio.run(ask(engine, request(2, 40, 20)))
+        asyncio.run(answers_of(engine, request(2, 40, 20)))
 
     [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert "position" in record.getMessage()
-    assert asyncio.run(ask(engine, request(1, 40, 20))) == expected
+    assert asyncio.run(answers_of(engine, request(1, 40, 20))) == expected
 
 
-def test_a_deadline_in_the_prompt_is_not_an_empty_answer(tiny_engine: Load) -> None:
-    """No token has come, so there is no answer that could have ended with "length"."""
+def test_a_deadline_during_prefill_is_an_error(tiny_engine: Load) -> None:
+    """There is no token yet, so there is no answer that could end with "length"."""
     engine = tiny_engine("llama", n_batch=64)
     deadline = time.monotonic() + 0.2
 
@@ -160,13 +160,13 @@ def test_a_deadline_in_the_prompt_is_not_an_empty_answer(tiny_engine: Load) -> N
 
     Watched(engine, before)
     with pytest.raises(DeadlineExceeded, match="before the first token: the prompt has 500 tokens"):
-        asyncio.run(ask(engine, request(1, 500, 20, deadline=deadline)))
+        asyncio.run(answers_of(engine, request(1, 500, 20, deadline=deadline)))
 
 
 def test_an_exception_ends_one_sequence(
     tiny_engine: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its neighbours and later requests are answered; the log has the traceback."""
+    """Other sequences and later requests are answered, and the log has the traceback."""
     engine = tiny_engine("llama")
     draw = engine._worker._step._draw
 
@@ -189,11 +189,11 @@ def test_an_exception_ends_one_sequence(
     assert failed.status == 500
     assert "MemoryError" in caplog.text
     assert engine.failed is None
-    assert asyncio.run(ask(engine, request(5, 20, 10)))[0][1] == 10
+    assert asyncio.run(answers_of(engine, request(5, 20, 10)))[0][1] == 10
 
 
-def test_what_ends_the_engine_thread_can_be_seen(tiny_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs gets a 503, and `failed` says that this engine will not serve again."""
+def test_a_failed_engine_thread_fails_all_requests(tiny_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running and later requests get a 503, and `failed` is set."""
     engine = tiny_engine("llama")
 
     def broken() -> int:
@@ -204,7 +204,7 @@ def test_what_ends_the_engine_thread_can_be_seen(tiny_engine: Load, monkeypatch:
         await anext(stream)
         monkeypatch.setattr(engine._worker._cache, "used", broken)
         with pytest.raises(ModelUnavailable, match="engine failed"):
-            await ask(engine, request(2, 20, 10))
+            await answers_of(engine, request(2, 20, 10))
         with pytest.raises(ModelUnavailable, match="engine failed"):
             await read(stream)
         with pytest.raises(ModelUnavailable, match="engine failed"):
@@ -220,17 +220,17 @@ def test_a_stopped_engine_has_not_failed(tiny_engine: Load) -> None:
 
     assert engine.failed is None
     with pytest.raises(ModelUnavailable, match="released"):
-        asyncio.run(ask(engine, request(1, 20, 10)))
+        asyncio.run(answers_of(engine, request(1, 20, 10)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2"])
-def test_a_preempted_sequence_comes_back_within_the_prefill_budget(
+def test_a_preempted_sequence_is_prefilled_within_the_budget(
     kind: str, tiny_engine: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tokens are read in slices beside those who decode, and its answer is what it would have been."""
+    """Its tokens are decoded in slices while others decode, and its answer does not change."""
     engine = tiny_engine(kind, n_ctx=512)
-    requests = [dictated(seed, 100, 120) for seed in range(4)]
-    alone = [asyncio.run(weigh(engine, one))[0] for one in requests]
+    requests = [fixed_text(seed, 100, 120) for seed in range(4)]
+    alone = [asyncio.run(all_logprobs(engine, each))[0] for each in requests]
     steps: list[tuple[list[schedule.Running], list[schedule.Rows]]] = []
     real = schedule.fill
 
@@ -241,12 +241,12 @@ def test_a_preempted_sequence_comes_back_within_the_prefill_budget(
 
     monkeypatch.setattr(schedule, "fill", recorded)
     before = engine.stats()["preempted"]
-    together = asyncio.run(weigh(engine, *requests))
+    together = asyncio.run(all_logprobs(engine, *requests))
 
     assert engine.stats()["preempted"] > before
-    for one, other in zip(alone, together, strict=True):
-        assert len(one) == 120
-        assert one == pytest.approx(other, abs=CLOSE)
+    for expected, logprobs in zip(alone, together, strict=True):
+        assert len(expected) == 120
+        assert expected == pytest.approx(logprobs, abs=CLOSE)
     for running, rows in steps:
         if any(not sequence.prefilling for sequence in running):
             assert sum(row.count for row in rows if running[row.index].prefilling) <= 20
@@ -254,31 +254,31 @@ def test_a_preempted_sequence_comes_back_within_the_prefill_budget(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "lfm2", "mamba"])
-def test_a_cached_prefix_is_as_good_as_a_read_one(kind: str, tiny_engine: Load) -> None:
-    """Three conversations by turns, again and again: what one leaves in the cells does not spoil another's prefix."""
+def test_a_cached_prefix_gives_the_same_answer(kind: str, tiny_engine: Load) -> None:
+    """Three conversations take turns several times. The KV cells of one do not spoil the prefix of another."""
     engine = tiny_engine(kind)
-    requests = [dictated(seed, 40, 60) for seed in range(3)]
+    requests = [fixed_text(seed, 40, 60) for seed in range(3)]
 
     async def by_turns() -> list[list[float]]:
-        return [(await weigh(engine, one))[0] for one in requests]
+        return [(await all_logprobs(engine, each))[0] for each in requests]
 
     cold = asyncio.run(by_turns())
     for _ in range(3):
-        for one, other in zip(cold, asyncio.run(by_turns()), strict=True):
-            assert one == pytest.approx(other, abs=CLOSE)
+        for expected, logprobs in zip(cold, asyncio.run(by_turns()), strict=True):
+            assert expected == pytest.approx(logprobs, abs=CLOSE)
 
 
-def test_prompts_wait_for_room(tiny_engine: Load) -> None:
-    """Four prompts that do not fit together are read one after the other, and none is thrown away half-read."""
+def test_prompts_wait_for_kv_cells(tiny_engine: Load) -> None:
+    """Four prompts that do not fit together are prefilled in turn, and none is preempted."""
     engine = tiny_engine("llama", n_ctx=256)
-    answers = asyncio.run(ask(engine, *[request(seed, 100, 20) for seed in range(4)]))
+    answers = asyncio.run(answers_of(engine, *[request(seed, 100, 20) for seed in range(4)]))
 
     assert [(tokens, finish) for _, tokens, finish in answers] == [(20, "length")] * 4
     assert engine.stats()["preempted"] == 0
 
 
-def test_forks_share_their_prompts_cells(tiny_engine: Load) -> None:
-    """Four answers to one prompt of more than a third of the context run side by side."""
+def test_answers_to_one_prompt_share_its_kv_cells(tiny_engine: Load) -> None:
+    """Four answers to a prompt of more than a third of the context run at once."""
     engine = tiny_engine("llama", n_ctx=256)
     widths: list[int] = []
     Watched(engine, widths.append)
@@ -292,21 +292,19 @@ def test_forks_share_their_prompts_cells(tiny_engine: Load) -> None:
     assert engine.stats()["preempted"] == 0
 
 
-def test_a_recurrent_model_has_no_cells_to_run_out_of(tiny_engine: Load) -> None:
-    """Its states have one size: sequences that are longer than the context together run side by side."""
+def test_a_recurrent_model_is_not_limited_by_kv_cells(tiny_engine: Load) -> None:
+    """Its states have a fixed size, so sequences that together exceed the context run at once."""
     engine = tiny_engine("mamba", n_ctx=256)
     widths: list[int] = []
     Watched(engine, widths.append)
-    answers = asyncio.run(ask(engine, *[request(seed, 150, 20) for seed in range(4)]))
+    answers = asyncio.run(answers_of(engine, *[request(seed, 150, 20) for seed in range(4)]))
 
     assert [tokens for _, tokens, _ in answers] == [20] * 4
     assert 4 in widths
 
 
-def test_a_request_that_cannot_be_built_leaves_nothing_behind(
-    tiny_engine: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second sampler fails: the first is freed, and the deadline's timer is cancelled."""
+def test_a_request_that_cannot_be_built_is_cleaned_up(tiny_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sampler fails. The first is freed, and the deadline's timer is cancelled."""
     engine = tiny_engine("llama")
     made: list[Sampler] = []
     streams: list[GenerationStream] = []
@@ -339,7 +337,7 @@ def test_a_request_that_cannot_be_built_leaves_nothing_behind(
 
 
 async def last(stream: GenerationStream) -> tuple[str | None, str | None]:
-    """The finish reason and the cause of a stream's last delta; the others have none."""
+    """Return the finish reason and cause of the last delta, and check that the others have none."""
     *others, end = [delta async for delta in stream]
     assert {(delta.finish_reason, delta.cause) for delta in others} <= {(None, None)}
     return end.finish_reason, end.cause
@@ -358,7 +356,7 @@ async def last(stream: GenerationStream) -> tuple[str | None, str | None]:
 def test_a_cut_answer_says_which_limit_was_reached(
     tiny_engine: Load, length: int, fields: dict[str, Any], end: tuple[str, str | None]
 ) -> None:
-    """The client's own limit wins where the context ends at the same token."""
+    """If max_tokens and the context end at the same token, it is max_tokens."""
     engine = tiny_engine("llama", n_ctx=256)
     generation_request = GenerationRequest(prompt(1, length), GREEDY, **fields)
 
@@ -369,7 +367,7 @@ def test_a_cut_answer_says_which_limit_was_reached(
     assert asyncio.run(main()) == end
 
 
-def test_an_answer_cut_by_its_deadline_says_so(tiny_engine: Load) -> None:
+def test_an_answer_cut_by_its_deadline_has_that_cause(tiny_engine: Load) -> None:
     engine = tiny_engine("llama")
     deadline = time.monotonic() + 3600
 
@@ -382,8 +380,8 @@ def test_an_answer_cut_by_its_deadline_says_so(tiny_engine: Load) -> None:
     assert asyncio.run(main()) == ("length", "deadline")
 
 
-def test_an_answer_cut_by_a_full_memory_says_so(tiny_engine: Load) -> None:
-    """A sequence that is alone ends when llama.cpp finds no KV cells for its next token."""
+def test_an_answer_cut_by_full_kv_memory_has_that_cause(tiny_engine: Load) -> None:
+    """A sequence that runs alone ends when llama.cpp has no KV cell for its next token."""
     engine = tiny_engine("llama")
     full = threading.Event()
     watched = Watched(engine, lambda length: None)
@@ -400,7 +398,7 @@ def test_an_answer_cut_by_a_full_memory_says_so(tiny_engine: Load) -> None:
 
 
 def test_timings_add_up_to_the_time_of_the_request(tiny_engine: Load) -> None:
-    """Queue, prefill and decode follow each other; the first token waits for all steps of a long prompt."""
+    """Queue, prefill and decode follow each other. A long prompt takes several prefill steps."""
     engine = tiny_engine("llama", n_batch=64)
     watched = Watched(engine, lambda length: time.sleep(0.01))
 
