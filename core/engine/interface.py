@@ -6,9 +6,11 @@ computes the prompt's tokens, *decode* makes new ones. A *delta* is what a seque
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from array import array
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from core.errors import ApiError
 
@@ -252,8 +254,8 @@ class EngineConfig:
     verbose: bool = False
 
 
-class Engine(Protocol):
-    """One loaded model. Thread-safe: any thread may call any method."""
+class LoadedEngine(Protocol):
+    """What a host needs of any loaded model. Thread-safe: any thread may call any method."""
 
     card: ModelCard
     config: EngineConfig
@@ -262,6 +264,26 @@ class Engine(Protocol):
     def failed(self) -> ApiError | None:
         """The error that ended the engine thread, None while it serves or after `stop`."""
         ...
+
+    def warm(self) -> None:
+        """Prepare for the first request, which also pages in the weights. Does not wait until that is done."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters since the load."""
+        ...
+
+    def stop(self) -> None:
+        """End everything that runs and accept no more. Memory is freed by `close`. Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """Stop and free the memory. Blocks until the engine thread has ended."""
+        ...
+
+
+class Engine(LoadedEngine, Protocol):
+    """A model that generates text."""
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         """Return the token ids of `text`, without BOS.
@@ -300,10 +322,29 @@ class Engine(Protocol):
         """
         ...
 
-    def stop(self) -> None:
-        """End all generations and accept no more. Memory is freed by `close`. Idempotent."""
+
+Pooling = Literal["none", "mean", "cls", "last", "rank"]
+Vector: TypeAlias = "array[float]"  # of 32-bit floats; array.array has no [] before Python 3.12
+
+
+class Embedder(LoadedEngine, Protocol):
+    """A model that turns texts into vectors, or with pooling "rank" a query and a document into scores."""
+
+    pooling: Pooling
+    n_dimensions: int  # of a vector
+    probabilities: bool  # with pooling "rank": whether a score is a probability and not a logit
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, with the special tokens that the model expects around it."""
         ...
 
-    def close(self) -> None:
-        """End all generations and free the memory. Blocks until the engine thread has ended."""
+    def encode_pair(self, query: str, document: str) -> list[int]:
+        """Return the tokens of a query and a document, as a reranker reads them."""
+        ...
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Future[list[Vector]]:
+        """Queue texts of 1 to `card.n_ctx` tokens. Return their vectors as the model computes them, not normalised.
+
+        Cancelling the future drops the texts. Raises Busy if the queue is full. The future may raise ModelUnavailable.
+        """
         ...

@@ -199,8 +199,8 @@ class Batch:
     def clear(self) -> None:
         self.length = 0
 
-    def add(self, slot: int, tokens: list[int], position: int, *, logits: bool) -> int:
-        """Append `tokens` of `slot` from `position` on. With `logits`, compute those of the last token.
+    def add(self, slot: int, tokens: list[int], position: int, *, logits: bool, every: bool = False) -> int:
+        """Append `tokens` of `slot` from `position` on. With `logits`, compute those of the last token, or of `every`.
 
         Returns the last token's index in the batch, which is where its logits are after the decode.
         """
@@ -208,7 +208,7 @@ class Batch:
         self._tokens[start:end] = tokens
         self._positions[start:end] = range(position, position + len(tokens))
         self._slots[start:end] = [self._slot_pointers[slot]] * len(tokens)
-        self._logits[start:end] = bytes(len(tokens))
+        self._logits[start:end] = (b"\x01" if every else b"\x00") * len(tokens)
         if logits:
             self._logits[end - 1] = 1
         self.length = self.native.n_tokens = end

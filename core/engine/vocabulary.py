@@ -35,7 +35,10 @@ class Vocabulary:
         self.n_tokens = int(bindings.llama_vocab_n_tokens(self._vocab))
         self.bos = int(bindings.llama_vocab_bos(self._vocab))
         self.eos = int(bindings.llama_vocab_eos(self._vocab))
+        self.sep = int(bindings.llama_vocab_sep(self._vocab))
         self.adds_bos = bool(bindings.llama_vocab_get_add_bos(self._vocab))
+        self.adds_eos = bool(bindings.llama_vocab_get_add_eos(self._vocab))
+        self.adds_sep = bool(bindings.llama_vocab_get_add_sep(self._vocab))
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(512)
         self._is_end: dict[int, bool] = {}
@@ -78,6 +81,10 @@ class Vocabulary:
         count = len(self._space_prefix)
         return tokens[count:] if tokens[:count] == self._space_prefix else self._tokenize(text, special)
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a whole text, with the BOS, EOS and separator tokens that the vocabulary adds."""
+        return self._tokenize(text, special=False, add_special=True)
+
     def control_names(self) -> ControlNames:
         """Return the names that tokenizing with `special` turns into tokens. Raises ModelUnavailable after `close`.
 
@@ -100,14 +107,15 @@ class Vocabulary:
         tokens = self._tokenize("\n", False)
         return tokens if b"".join(map(self.piece, tokens)) == b" \n" else []
 
-    def _tokenize(self, text: str, special: bool) -> list[int]:
+    def _tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
         data = text.encode("utf-8", "replace")
-        room = len(data) + 8  # no tokenizer makes more tokens than bytes, except for a space in front
+        room = len(data) + 8  # no tokenizer makes more tokens than bytes, except for special ones and a space in front
         tokens = (ctypes.c_int32 * room)()
-        count = self._bindings.llama_tokenize(self._vocab, data, len(data), tokens, room, False, special)
+        tokenize = self._bindings.llama_tokenize
+        count = tokenize(self._vocab, data, len(data), tokens, room, add_special, special)
         if count < 0:
             tokens = (ctypes.c_int32 * -count)()
-            count = self._bindings.llama_tokenize(self._vocab, data, len(data), tokens, -count, False, special)
+            count = tokenize(self._vocab, data, len(data), tokens, -count, add_special, special)
         return tokens[:count]
 
     def _to_piece(self, token: int, *, special: bool) -> bytes:
