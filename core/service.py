@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from core.metrics import Metrics
 
 if TYPE_CHECKING:
     from core.downloads import Downloads
@@ -20,3 +22,4 @@ class Service:
     host: Host
     timeline: Timeline
     downloads: Downloads
+    metrics: Metrics = field(default_factory=Metrics)

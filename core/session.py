@@ -21,8 +21,9 @@ from core.engine.interface import (
     ModelCard,
     Timings,
 )
-from core.errors import ModelNotFound
+from core.errors import ApiError, ModelNotFound
 from core.lending import Lease
+from core.metrics import FinishedRequest, Metrics
 from core.service import Service
 from core.settings import Settings
 
@@ -65,11 +66,25 @@ class Session:
     The lease is released with the last delta, so a slow client does not keep a swapped-out model in memory.
     """
 
-    def __init__(self, lease: Lease, generation: Generation, first: Delta, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        generation: Generation,
+        first: Delta,
+        request: GenerationRequest,
+        metrics: Metrics,
+        began: float,
+    ) -> None:
         self._lease = lease
         self._generation = generation
         self._first: Delta | None = first
-        self.prompt_tokens = prompt_tokens
+        self._unfinished = request.n
+        self._metrics = metrics
+        self._began = began
+        self._first_token_s = time.monotonic() - began
+        self._error: ApiError | None = None
+        self.measured: FinishedRequest | None = None  # once it is closed
+        self.prompt_tokens = len(request.prompt)
         self.completion_tokens = 0  # so far
         self.finish_reason: FinishReason | None = None  # "length" if any of the n sequences was cut
         self.cause: Cause | None = None
@@ -98,18 +113,46 @@ class Session:
         if delta is None:
             try:
                 delta = await anext(self._generation)
-            except BaseException:
+            except BaseException as error:
+                self._error = error if isinstance(error, ApiError) else None
                 self.close()
                 raise
         self.completion_tokens += delta.tokens
-        if delta.finish_reason is not None and self.finish_reason != "length":
-            self.finish_reason, self.cause = delta.finish_reason, delta.cause
+        if delta.finish_reason is not None:
+            self._unfinished -= 1
+            if self.finish_reason != "length":
+                self.finish_reason, self.cause = delta.finish_reason, delta.cause
         return delta
 
     def close(self) -> None:
-        """Stop generating and release the model. Idempotent."""
+        """Stop generating, release the model and count the request. Idempotent."""
         self._generation.cancel()
         self._lease.release()
+        if self.measured is None:
+            self.measured = self._measure()
+            self._metrics.finished(self.measured)
+            if self._error is not None:
+                self._metrics.failed(self.card.name, self._error.code or self._error.type)
+
+    def _measure(self) -> FinishedRequest:
+        timings = self.timings
+        if self._error is not None:
+            reason = "error"
+        else:
+            reason = self.finish_reason if self.finish_reason and not self._unfinished else "abort"
+        return FinishedRequest(
+            model=self.card.name,
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            first_token_s=self._first_token_s,
+            latency_s=time.monotonic() - self._began,
+            queue_s=timings.queue_ms / 1000,
+            prefill_s=timings.prefill_ms / 1000,
+            decode_s=timings.decode_ms / 1000,
+            token_intervals=self._generation.token_intervals,
+        )
 
 
 async def begin(
@@ -122,19 +165,31 @@ async def begin(
     ModelUnavailable, ModelNotFound, InvalidRequest, ContextOverflow, Busy, and DeadlineExceeded without a first token
     at the deadline.
     """
-    lease = await service.host.lease(ends)
+    began = time.monotonic()
+    lease: Lease | None = None
     generation: Generation | None = None
     try:
+        lease = await service.host.lease(ends)
         _check_name(service, model, lease.engine.card.name)
         request = await _in_thread(lease, build)
         generation = lease.engine.generate(request)
         first = await anext(generation)
-    except BaseException:
+    except BaseException as error:
         if generation is not None:
             generation.cancel()
-        lease.release()
+        served = service.host.state().model if lease is None else lease.engine.card.name
+        if lease is not None:
+            lease.release()
+        service.metrics.failed(served or "", _code(error))
         raise
-    return Session(lease, generation, first, len(request.prompt))
+    return Session(lease, generation, first, request, service.metrics, began)
+
+
+def _code(error: BaseException) -> str:
+    """Return the code under which a request without a first token is counted."""
+    if isinstance(error, ApiError):
+        return error.code or error.type
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"
 
 
 async def _in_thread(lease: Lease, build: Callable[[Engine], T]) -> T:

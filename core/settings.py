@@ -311,6 +311,14 @@ class Settings:
         choice("auto", "text", "json"),
     )
 
+    emf_namespace: str | None = setting(
+        "EMF_NAMESPACE",
+        "",
+        "CloudWatch namespace. If set, the JSON log line of each request to the model is also a document of "
+        "CloudWatch's embedded metric format.",
+        optional_text,
+    )
+
     # Access
     api_keys: frozenset[str] = setting(
         "API_KEYS",
@@ -324,6 +332,13 @@ class Settings:
         "",
         "Admin keys, in the same format. `/load` and `/reload` require one; every other route accepts them as well. If "
         "empty, the local server generates a key.",
+        keys,
+        secret=True,
+    )
+    metrics_keys: frozenset[str] = setting(
+        "METRICS_KEYS",
+        "",
+        "Keys that may read `/metrics` and nothing else, in the same format. Admin keys may read it too.",
         keys,
         secret=True,
     )
@@ -436,7 +451,7 @@ def weak_keys(environ: Mapping[str, str]) -> list[str]:
     """Return the names of the variables that contain a plain key shorter than LEAST_KEY_LENGTH."""
     return [
         name
-        for name in ("API_KEYS", "ADMIN_API_KEYS")
+        for name in ("API_KEYS", "ADMIN_API_KEYS", "METRICS_KEYS")
         if any(len(key) < LEAST_KEY_LENGTH for key in names(environ.get(name, "")) if not key.startswith("sha256:"))
     ]
 

@@ -16,7 +16,7 @@ from core.service import Service
 from core.settings import Settings
 from handlers.http import Request
 
-Access = Literal["open", "user", "admin"]
+Access = Literal["open", "user", "metrics", "admin"]
 Level = Literal["stranger", "user", "admin"]
 
 _PROXIES = frozenset(("forwarded", "via", "x-real-ip", "cf-connecting-ip", "true-client-ip"))
@@ -27,7 +27,8 @@ def authorize(service: Service, request: Request, access: Access) -> None:
     """Return if the request may pass. Raise Unauthorized without a valid key, Forbidden if another rule forbids it."""
     settings = service.settings
     digest = _valid_digest(settings, request)
-    if digest is None and not request.direct and not settings.api_keys and not settings.iam_auth:
+    may_scrape = access == "metrics" and _matching(request, settings.metrics_keys) is not None
+    if digest is None and not may_scrape and not request.direct and not settings.api_keys and not settings.iam_auth:
         _check_host(settings, request)
     if access == "open":
         return
@@ -37,11 +38,15 @@ def authorize(service: Service, request: Request, access: Access) -> None:
             "sign the request, or set API_KEYS and IAM_AUTH=false.",
             code="no_iam_identity",
         )
+    if may_scrape:
+        return
     granted = level(service, request)
     if access == "user" and granted == "stranger":
         raise Unauthorized(_key_problem(request))
     if access == "admin" and granted != "admin":
         raise _not_an_admin(settings, request, digest)
+    if access == "metrics" and granted != "admin":
+        raise _may_not_scrape(settings, request, digest)
 
 
 def level(service: Service, request: Request) -> Level:
@@ -123,6 +128,16 @@ def _not_an_admin(settings: Settings, request: Request, digest: str | None) -> U
     return Forbidden(f"{path} needs an admin key: set ADMIN_API_KEYS on the server and send one of them.")
 
 
+def _may_not_scrape(settings: Settings, request: Request, digest: str | None) -> Unauthorized | Forbidden:
+    path = request.path
+    if settings.metrics_keys and not request.direct:
+        if digest is None:
+            return Unauthorized(f"{_key_problem(request)} {path} needs one of METRICS_KEYS or ADMIN_API_KEYS.")
+        return Forbidden(f"{path} needs one of METRICS_KEYS or ADMIN_API_KEYS; this key is neither.")
+    error = _not_an_admin(settings, request, digest)
+    return type(error)(f"{error.message} METRICS_KEYS sets keys that may read {path} and nothing else.")
+
+
 def _request_keys(request: Request) -> list[str]:
     """Return the keys of `x-api-key` and of a Bearer token. `authorization` may hold an IAM signature instead."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -131,14 +146,19 @@ def _request_keys(request: Request) -> list[str]:
 
 
 def _valid_digest(settings: Settings, request: Request) -> str | None:
-    """Return the digest of a valid key, or None. Every key is compared, even after a match: constant time."""
-    valid = None
+    """Return the digest of a key that may use the model, or None."""
+    return _matching(request, settings.api_keys | settings.admin_api_keys)
+
+
+def _matching(request: Request, digests: frozenset[str]) -> str | None:
+    """Return the digest of the request's key if it is in `digests`. Compares all, also after a match: constant time."""
+    matching = None
     for key in _request_keys(request):
         digest = sha256(key.encode()).hexdigest()
-        for accepted in settings.api_keys | settings.admin_api_keys:
+        for accepted in digests:
             if compare_digest(digest, accepted):
-                valid = valid or digest
-    return valid
+                matching = matching or digest
+    return matching
 
 
 def _key_problem(request: Request) -> str:

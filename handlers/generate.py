@@ -111,13 +111,20 @@ def _server_timing(session: Session, *, decode: bool) -> tuple[tuple[str, str], 
 
 def _close(session: Session) -> None:
     session.close()
+    measured = session.measured
+    assert measured is not None
     fields: dict[str, object] = {
-        "model": session.card.name,
-        "prompt_tokens": session.prompt_tokens,
-        "completion_tokens": session.completion_tokens,
+        "model": measured.model,
+        "prompt_tokens": measured.prompt_tokens,
+        "cached_tokens": measured.cached_tokens,
+        "completion_tokens": measured.completion_tokens,
+        "finish_reason": measured.finish_reason,
+        "latency_ms": round(measured.latency_s * 1000, 1),
+        "first_token_ms": round(measured.first_token_s * 1000, 1),
+        "queue_ms": round(measured.queue_s * 1000, 1),
+        "prefill_ms": round(measured.prefill_s * 1000, 1),
+        "decode_ms": round(measured.decode_s * 1000, 1),
     }
-    if session.finish_reason is not None:
-        fields["finish_reason"] = session.finish_reason
     if session.cause is not None:
         fields["finish_cause"] = session.cause
     add_log_fields(**fields)

@@ -54,6 +54,7 @@ _SECURITY_SCHEMES = {
 _ACCESS = {
     "open": "Needs no key.",
     "user": "Needs one of API_KEYS if the server has any.",
+    "metrics": "Needs one of METRICS_KEYS or ADMIN_API_KEYS.",
     "admin": "Needs one of ADMIN_API_KEYS.",
 }
 

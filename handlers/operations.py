@@ -123,6 +123,10 @@ OPERATIONS: Mapping[str, Operation] = {
             "schema": {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"]},
         },
     ),
+    "GET /metrics": Operation(
+        summary="Report counters, gauges and histograms. Prometheus text 0.0.4.",
+        media_type="text/plain",
+    ),
     "GET /openapi.json": Operation(
         summary="Return this document. OpenAPI 3.1.",
     ),

@@ -39,6 +39,7 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", "handlers.generate:post_chat", "user"),
     Route("POST", "/chat/completions", "handlers.generate:post_chat", "user"),  # a base_url without /v1
     Route("POST", "/v1/extract", "handlers.generate:post_extract", "user"),
+    Route("GET", "/metrics", "handlers.metrics:get_metrics", "metrics"),
     Route("GET", "/openapi.json", "handlers.openapi:get_openapi", "open"),
     Route("GET", "/docs", "handlers.docs:get_docs", "open"),
 )

@@ -24,6 +24,7 @@ from core.engine.interface import (
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
 from core.loader import Loading
+from core.metrics import token_intervals
 from core.selection import Selection
 from core.service import Service
 from core.settings import Settings
@@ -111,6 +112,7 @@ class ScriptedEngine:
             "requests": len(self.requests),
             "sequences": {"running": self.running, "total": self.config.n_parallel},
             "queued": 0,
+            "kv_cells": {"used": 0, "total": self.card.n_ctx},
         }
 
     def stop(self) -> None:
@@ -124,6 +126,7 @@ class ScriptedGeneration:
     def __init__(self, engine: ScriptedEngine, request: GenerationRequest) -> None:
         self.cached_tokens = engine.cached_tokens
         self.timings = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
+        self.token_intervals = token_intervals()
         self._engine = engine
         self._open = True
         self._todo = self._script(request)

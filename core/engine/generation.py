@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from core.engine.interface import Delta, GenerationRequest, Timings
+from core.metrics import token_intervals
 
 if TYPE_CHECKING:
     from core.engine.cache import Slot
@@ -34,6 +35,8 @@ class GenerationStream:
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.latest_token_at: float | None = None
+        self.token_intervals = token_intervals()
+        self._steps_at: dict[int, float] = {}  # the latest step of each sequence
         self._interrupt = interrupt
         self._items: deque[Delta | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -87,6 +90,15 @@ class GenerationStream:
                 self.loop.call_soon_threadsafe(self._end)
             except RuntimeError:  # the loop is closed, and the reader with it
                 return
+
+    def note_step(self, index: int) -> None:
+        """Note the time of a step of sequence `index`, which made a token. For the engine thread."""
+        now = time.monotonic()
+        if (previous := self._steps_at.get(index)) is not None:
+            self.token_intervals.observe(now - previous)
+        self._steps_at[index] = self.latest_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
 
     def put(self, item: Delta | Exception) -> None:
         """Add an item and wake the reader."""

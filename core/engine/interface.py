@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from core.errors import ApiError
+from core.metrics import Histogram
 
 # "tool_calls": the sequence ended by itself and made at least one whole call. "length": it was cut, even inside a call.
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -200,6 +201,7 @@ class Generation(Protocol):
     """A running request. Iterate over its deltas until each of the n sequences has had its `finish_reason`."""
 
     cached_tokens: int  # prompt tokens that needed no prefill; final once the first delta is out
+    token_intervals: Histogram  # seconds between two steps of one sequence
 
     @property
     def timings(self) -> Timings:
@@ -316,8 +318,9 @@ class Engine(LoadedEngine, Protocol):
         ...
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters since the load, and the current `sequences` (running, total) and `queued`.
+        """Return the counters since the load, and the current `sequences` (running, total), `queued` and `kv_cells`.
 
+        `kv_cells` has `used`, the cells of running sequences, and `total`, None for a model whose states do not grow.
         The counters are requests, prompt_tokens, cached_tokens, completion_tokens, decode_calls, preempted, aborted.
         """
         ...

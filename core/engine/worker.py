@@ -211,6 +211,7 @@ class Worker:
         return asdict(self.counters) | {
             "sequences": {"running": total - len(self._cache.free_slots()), "total": total},
             "queued": len(self._inbox) + len(self._waiting),
+            "kv_cells": {"used": self._cache.used(), "total": self._n_cells},
         }
 
     def close(self) -> None:
@@ -370,11 +371,8 @@ class Worker:
             return
         sequence.reasoning_tokens += delta.reasoning_tokens
         self.counters.completion_tokens += delta.tokens
-        stream = sequence.stream
-        stream.latest_token_at = time.monotonic()
-        if stream.first_token_at is None:
-            stream.first_token_at = stream.latest_token_at
-        self._out.append((stream, delta))
+        sequence.stream.note_step(sequence.index)
+        self._out.append((sequence.stream, delta))
         if delta.finish_reason is not None:
             self._retire(sequence)
 

@@ -54,6 +54,7 @@ CALLS = {
     "models": Call("GET", "/models"),
     "v1 models": Call("GET", "/v1/models"),
     "one model": Call("GET", "/v1/models/fake-1b"),
+    "metrics, user key": Call("GET", "/metrics"),
     "openapi": Call("GET", "/openapi.json", headers={}),
     "docs": Call("GET", "/docs", headers={}),
     "no such model": Call("GET", "/v1/models/other%2Fmodel"),
