@@ -1,4 +1,4 @@
-"""Loader: from a selection to an engine, with every step's time and progress. Knows nothing of who uses the engine."""
+"""Download, open and load the selected model, and record the time and progress of each step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from core.store.reference import File, Reference
 from core.store.store import Store
 from core.timeline import Timeline
 
-log = logging.getLogger("slm.loader")
+logger = logging.getLogger("slm.loader")
 
 LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], Engine]
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A load under way: phase is "download", "load" or "swap"; `done` of `total` bytes (0 of 0: not known yet)."""
+    """A running load, with `done` of `total` bytes. While the size is unknown, both are 0."""
 
-    phase: str
+    phase: str  # "download", "load" or "swap"
     model: str
     done: int = 0
     total: int = 0
@@ -38,14 +38,14 @@ class Loading:
 
 
 def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float], None]) -> Engine:
-    """Load with llama.cpp. The import is part of the load: nothing else needs it."""
+    """Load with llama.cpp, which is imported here because nothing else needs it."""
     from core.engine.llama import Llama
 
     return Llama(file, config, progress)
 
 
 class Loader:
-    """Blocks, and is used by one thread at a time. Any thread may read `loading` and `arriving`, and call `cancel`."""
+    """Its methods block. Use it from one thread at a time; any thread may read `loading` and `arriving` or `cancel`."""
 
     def __init__(self, settings: Settings, store: Store, timeline: Timeline, load_engine: LoadEngine) -> None:
         self._settings = settings
@@ -60,18 +60,18 @@ class Loader:
         self.loading = loading
 
     def cancel(self) -> None:
-        """Give up a download; what is in llama.cpp's hands goes on."""
+        """Cancel a running download. A load inside llama.cpp cannot be cancelled."""
         self._cancelled = True
 
     def import_bindings(self) -> None:
-        """Import llama.cpp now rather than in `load`. What is wrong with it is for `load` to say."""
+        """Import llama.cpp ahead of `load`. Import errors are ignored here; `load` raises them."""
         from core.engine import native
 
         with self._timeline.phase("import llama.cpp"), contextlib.suppress(ImportError, OSError, RuntimeError):
             native.bindings()
 
     def download(self, selection: Selection) -> None:
-        """Bring the model to this machine. Raises what the store raises."""
+        """Download the model to this machine. Raises what the store raises."""
         assert selection.reference is not None
         assert not isinstance(selection.reference, File)
         with self._timeline.phase("download"):
@@ -83,10 +83,10 @@ class Loader:
             )
 
     def open(self, selection: Selection) -> ModelFile:
-        """The model's bytes, downloaded if need be. Raises what the store raises."""
+        """Return the selected model as a file, downloading it first if necessary. Raises what the store raises."""
         assert selection.reference is not None
         if not selection.is_local:
-            # The bindings' import and the first bytes' way over the network take the same time: do both at once.
+            # Importing the bindings takes about as long as receiving the first bytes, so do both at once.
             threading.Thread(target=self.import_bindings, name="import", daemon=True).start()
         try:
             with self._timeline.phase("open"):
@@ -94,11 +94,11 @@ class Loader:
                     selection.reference, progress=self._download_progress(selection), cancelled=self._stopping
                 )
         except ApiError:
-            log.error("%s cannot be opened", selection.reference)  # clients see the error, so it has no folders
+            logger.error("%s cannot be opened", selection.reference)  # clients see the error, so it has no folders
             raise
 
     def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
-        """Turn a file into an engine; the file is released if that fails. Raises what the engine raises."""
+        """Load the file into an engine. If that fails, release the file and raise the engine's error."""
         opened = file
 
         def report(share: float) -> None:
@@ -116,12 +116,12 @@ class Loader:
         except BaseException:
             opened.discard()
             raise
-        log.info("%s is loaded: %s", file.name, engine.card.description)
+        logger.info("%s is loaded: %s", file.name, engine.card.description)
         self.arriving = file if file.arrival is not None else None
         return Loaded(engine, reference, config)
 
     def wait_arrival(self) -> None:
-        """Block until the tensors of the model loaded last are there. Raises ModelUnavailable if they do not come."""
+        """Block until the tensors of the latest model are downloaded. Raises ModelUnavailable if that fails."""
         arriving = self.arriving
         if arriving is None or arriving.arrival is None:
             return
@@ -132,8 +132,10 @@ class Loader:
             self.arriving = None
 
     def _reads_weights(self, config: EngineConfig) -> bool:
-        """Whether llama.cpp reads tensors at load: to repack them, or to copy layers to a GPU, which it does from the
-        mapping and would do with the zeros of a model that is still arriving (llama-model-loader.cpp, load_all_data).
+        """Return whether llama.cpp reads tensors at load, so that they must be complete by then.
+
+        It does to repack them, and to copy layers to a GPU (llama-model-loader.cpp, load_all_data). From a mapping that
+        is still being filled it would copy zeros.
         """
         if self._settings.repack == "on":
             return True

@@ -45,7 +45,7 @@ _ORDER = ("get", "post", "delete")
 
 
 async def get_docs(service: Service, request: Request) -> Response:
-    """Open to all, as the document is."""
+    """Return the page. It is open to all, like the document."""
     return Response(200, _HEADERS, await asyncio.to_thread(page))
 
 
@@ -93,11 +93,11 @@ def _section(api: dict[str, Any], method: str, path: str, operation: dict[str, A
     if parameters := operation.get("parameters"):
         rows = [
             [
-                f"<code>{escape(given['name'])}</code>",
-                f"{given['in']}, {_type(given['schema'])}",
-                _text(given["description"]),
+                f"<code>{escape(parameter['name'])}</code>",
+                f"{parameter['in']}, {_type(parameter['schema'])}",
+                _text(parameter["description"]),
             ]
-            for given in parameters
+            for parameter in parameters
         ]
         parts.append(_table(("Parameter", "Type", "Meaning"), rows))
     if "requestBody" in operation:

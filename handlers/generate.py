@@ -92,7 +92,7 @@ async def respond(service: Service, request: Request, kind: type[B], operation: 
 
 
 def _silence(service: Service) -> tuple[float, str]:
-    """The comment until the first token: why the client has to wait."""
+    """Return the seconds between comments until the first token, and a comment that says why the client waits."""
     state = service.host.state()
     if state.status == "ready":
         return WAITING_S, "waiting"
@@ -101,7 +101,7 @@ def _silence(service: Service) -> tuple[float, str]:
 
 
 def _server_timing(session: Session, *, decode: bool) -> tuple[tuple[str, str], ...]:
-    """The times that are final when the headers are sent, in milliseconds."""
+    """Return a server-timing header with the times that are final when the headers are sent, in milliseconds."""
     timings = session.timings
     entries = [f"queue;dur={timings.queue_ms:.1f}", f"prefill;dur={timings.prefill_ms:.1f}"]
     if decode:

@@ -60,7 +60,7 @@ _ACCESS = {
 
 
 async def get_openapi(service: Service, request: Request) -> Response:
-    """The document holds nothing secret and is the same on every server of this version."""
+    """Return the document. It contains no secrets and is the same on every server of this version."""
     return Response(200, (("content-type", "application/json"),), await asyncio.to_thread(encoded))
 
 
@@ -108,7 +108,7 @@ class Schemas:
         names = {
             cls: schema["$ref"].rpartition("/")[2] for cls, schema in zip(structs, schemas[len(types) :], strict=True)
         }
-        # Say what msgspec's schemas leave open.
+        # Add what msgspec's schemas do not say.
         in_requests = set(_structs(accepted.values()))
         for cls in structs:
             if cls not in in_requests:
@@ -118,7 +118,7 @@ class Schemas:
 
 
 def _restrict_unsupported(cls: type[UnsupportedFields], schema: Schema) -> None:
-    """A field that is not supported may only have the values that change nothing: its default, or null."""
+    """Restrict each unsupported field to the values that change nothing: its default and null."""
     own = {field.encode_name: field for field in msgspec.structs.fields(cls)}
     for name, default in msgspec.structs.asdict(UnsupportedFields()).items():
         if own[name].type is Any:
@@ -127,7 +127,7 @@ def _restrict_unsupported(cls: type[UnsupportedFields], schema: Schema) -> None:
 
 
 def _require_all(cls: type, schema: Schema) -> None:
-    """An answer has every field that has a default, too; only fields that may be UNSET can be absent."""
+    """Mark all fields of an answer as required, except those that may be UNSET. Fields with defaults are sent too."""
     if not cls.__struct_config__.omit_defaults:  # type: ignore[attr-defined]
         properties = schema["properties"]
         always = [name for name in properties if name in schema["required"] or "default" in properties[name]]
@@ -201,7 +201,7 @@ def _parameter(parameter: Parameter, path: str) -> dict[str, Any]:
 
 
 def _answer(operation: Operation, schemas: Schemas) -> dict[str, Any]:
-    """A stream is a text whose `contentSchema` is that of the JSON after each `data:`."""
+    """Describe the answer. A stream is a string whose `contentSchema` is the schema of the JSON after each `data:`."""
     if operation.answer is not None:
         schema = schemas.references[operation.answer]
     else:

@@ -1,6 +1,6 @@
-"""Operations: what `/openapi.json` and `/docs` say about each route, as data.
+"""Describe each route for `/openapi.json` and `/docs`, as data.
 
-A type is named as "module:Class" and imported when the document is built, so that the table costs nothing before.
+A type is named as "module:Class" and imported only when the document is built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.errors import (
     ModelUnavailable,
 )
 
-# What can go wrong while the model answers, on any route that runs it.
+# The errors of every route that runs the model.
 GENERATION = (ModelNotFound, ContextOverflow, Busy, ModelUnavailable, DeadlineExceeded)
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: events in, frames out, a comment in every silence, one [DONE] at the end."""
+"""Stream server-sent events: frames, comments during silences, and [DONE] at the end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def stream(
 class EventStream:
     """The body of a stream: an async iterator of chunks. A slow reader gets several frames in one chunk.
 
-    A task runs the producer, so that a silence can be filled with comments without cancelling what is awaited.
+    A task runs the producer, so that comments can be sent during a silence without cancelling it.
     """
 
     def __init__(self, produce: Callable[[Send], Awaitable[None]], silence: Silence) -> None:
@@ -130,7 +130,7 @@ class EventStream:
             self._reader.set_result(None)
 
     def _watch(self) -> None:
-        """Send a comment after a silence. One timer per stream, not per frame: an early one is set again."""
+        """Send a comment after a silence. A stream has one timer; if it fires early, it is set again."""
         loop = asyncio.get_running_loop()
         seconds, comment = (SILENCE_S, "ping") if self._first.is_set() else self._silence()
         if loop.time() - self._last >= seconds:

@@ -26,16 +26,16 @@ def explain(message: str, body: bytes, kind: Any) -> InvalidRequest:
     what, path = match["what"], match["path"] or ""
     declared: Any = inspect.type_info(kind)
     try:
-        given: Any = msgspec.json.decode(body)
+        value: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        given = msgspec.UNSET  # the body is also invalid JSON further on, where msgspec did not get to
+        value = msgspec.UNSET  # the body is also invalid JSON further on, where msgspec did not get to
     for step in _STEP.finditer(path):
-        declared, given = _into(declared, given, step)
+        declared, value = _into(declared, value, step)
     param = path.removeprefix(".") or None
 
     if field := re.search(r"missing required field `(.+)`", what):
         name = f"{param}.{field[1]}" if param else field[1]
-        kind_of_field = _field(declared, field[1], given)
+        kind_of_field = _field(declared, field[1], value)
         return InvalidRequest(f"'{name}' is missing; it must be {_allowed(kind_of_field)}.", param=name)
     if field := re.search(r"unknown field `(.+)`", what):
         name = f"{param}.{field[1]}" if param else field[1]
@@ -44,7 +44,7 @@ def explain(message: str, body: bytes, kind: Any) -> InvalidRequest:
     subject = f"'{param}'" if param else "The body"
     if what == "Number out of range":
         return InvalidRequest(f"{subject} must be {_allowed(declared)}; the number given is out of range.", param=param)
-    got = "" if given is msgspec.UNSET else f", got {_shown(given)}"
+    got = "" if value is msgspec.UNSET else f", got {_shown(value)}"
     return InvalidRequest(f"{subject} must be {_allowed(declared)}{got}.", param=param)
 
 
@@ -52,36 +52,36 @@ def _members(declared: Any) -> tuple[Any, ...]:
     return tuple(getattr(declared, "types", (declared,)))
 
 
-def _into(declared: Any, given: Any, step: re.Match[str]) -> tuple[Any, Any]:
+def _into(declared: Any, value: Any, step: re.Match[str]) -> tuple[Any, Any]:
     """Go one step down the path, in the type and in the value."""
     name, index, anything = step.groups()
     if name is not None:
-        inner = given.get(name, msgspec.UNSET) if isinstance(given, dict) else msgspec.UNSET
-        return _field(declared, name, given), inner
+        inner = value.get(name, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
+        return _field(declared, name, value), inner
     if index is not None:
-        inside = isinstance(given, list) and int(index) < len(given)
+        inside = isinstance(value, list) and int(index) < len(value)
         items = [member.item_type for member in _members(declared) if hasattr(member, "item_type")]
-        return (items[0] if items else None), (given[int(index)] if inside else msgspec.UNSET)
+        return (items[0] if items else None), (value[int(index)] if inside else msgspec.UNSET)
     assert anything
     values = [member.value_type for member in _members(declared) if hasattr(member, "value_type")]
     return (values[0] if values else None), msgspec.UNSET
 
 
-def _structs(declared: Any, given: Any) -> list[Any]:
-    """Return the structs that `declared` may be. For a tagged union, return the one whose tag `given` has, if any."""
+def _structs(declared: Any, value: Any) -> list[Any]:
+    """Return the structs that `declared` may be. For a tagged union, return the one whose tag `value` has, if any."""
     structs = [member for member in _members(declared) if hasattr(member, "fields")]
-    if isinstance(given, dict):
-        tagged = [struct for struct in structs if struct.tag_field and given.get(struct.tag_field) == struct.tag]
+    if isinstance(value, dict):
+        tagged = [struct for struct in structs if struct.tag_field and value.get(struct.tag_field) == struct.tag]
         return tagged or structs
     return structs
 
 
-def _field(declared: Any, name: str, given: Any) -> Any:
-    for struct in _structs(declared, given):
+def _field(declared: Any, name: str, value: Any) -> Any:
+    for struct in _structs(declared, value):
         for field in struct.fields:
             if field.encode_name == name:
                 return field.type
-    tags = [struct.tag for struct in _structs(declared, given) if struct.tag_field == name]
+    tags = [struct.tag for struct in _structs(declared, value) if struct.tag_field == name]
     return tuple(tags) if tags else None
 
 
