@@ -45,7 +45,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningOptions:
-    """What the client says about reasoning.
+    """The client's options for reasoning.
 
     `enabled` None leaves it to the template. `budget` is the most tokens of reasoning. `variables` reach the template
     as they are (`chat_template_kwargs`).

@@ -81,7 +81,7 @@ class Host:
 
     @property
     def boot(self) -> dict[str, str | None]:
-        """What the settings selected: chosen_by, reason, reference, path."""
+        """The model that the settings select, as chosen_by, reason, reference and path."""
         return self._selected().report()
 
     def state(self) -> HostState:
@@ -294,7 +294,7 @@ class Host:
                 self._served.fail(error)
                 raise error
             if file.in_memory and self._settings.repack == "auto" and not self._room_for(file, config):
-                config = replace(config, repack=False)  # a repacked copy of the weights does not fit beside them
+                config = replace(config, repack=False)  # a repacked copy of the weights does not fit into memory too
             try:
                 loaded = self._loader.load(file, selection.reference, config)
             except Exception:

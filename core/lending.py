@@ -132,8 +132,8 @@ class Served:
     """The current model, the work that will replace it, and the requests that wait. Thread-safe.
 
     A load or an in-place swap starts with `begin` (or `withdraw`) and ends with `settle`. In between, `publish` makes a
-    model available. Requests without a model wait for the future of that work, which completes as soon as a model can
-    be leased or the work has failed.
+    model available. Until then, requests wait for the future of that work. It completes as soon as a model can be
+    leased or the work has failed.
     """
 
     def __init__(self) -> None:

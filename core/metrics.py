@@ -72,7 +72,7 @@ def token_intervals() -> Histogram:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """What is measured about one request. `finish_reason` is "abort" if its client left before the end.
+    """The measurements of one request. `finish_reason` is "abort" if its client left before the end.
 
     `cached_tokens` are the prompt tokens that needed no prefill, `completion_tokens` those of all choices. Times are in
     seconds: until the first token and in all since the request began, which includes a wait for the model; then in the
@@ -94,7 +94,7 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine is doing now. `kv_usage` is the share of its KV cells that running sequences use."""
+    """The current state of an engine. `kv_usage` is the share of its KV cells that running sequences use."""
 
     model: str
     running: int

@@ -1,4 +1,4 @@
-"""Auth: check API keys, the peer and the Host header.
+"""Check API keys, the peer and the Host header.
 
 Three levels: a *stranger* may see that the service is up, a *user* may use the model, an *admin* may change it.
 Keys are compared as digests in constant time and never logged.

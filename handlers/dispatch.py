@@ -1,4 +1,4 @@
-"""Dispatch: from a Request to its route, access check and handler, and back to a Response.
+"""Dispatch a Request: find its route, check access, run the handler and return the Response.
 
 All errors become OpenAI error responses here: an ApiError with its own message, anything else as a generic 500 whose
 cause is logged. Errors after the first byte of a stream become events of the stream (`handlers.sse`).

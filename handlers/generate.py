@@ -30,7 +30,7 @@ C = TypeVar("C", contravariant=True)
 
 
 class Operation(Protocol[C]):
-    """What `core.chat` and `core.extract` have in common."""
+    """The interface that `core.chat` and `core.extract` share."""
 
     async def check(self, service: Service, request: C) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Routes: the HTTP API as data. A handler is imported on its first request."""
+"""The routes of the HTTP API, as data. A handler is imported on its first request."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a cold start needs of an AWS SDK: request signing, credentials and secrets. Imports no boto3."""
+"""Request signing, credentials and secrets for a cold start, without boto3."""

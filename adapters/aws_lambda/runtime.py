@@ -1,6 +1,6 @@
 """The runtime's loop: init, then one invocation after another, each answered exactly once.
 
-`Runtime` serves an ASGI application. `__main__` decides what is loaded and when. The way of an event is `_work`,
+`Runtime` serves an ASGI application. `__main__` decides what is loaded and when. An event passes through `_work`,
 `_handle`, then one of `_stream`, `_buffer` and `_direct`.
 """
 

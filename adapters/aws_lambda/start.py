@@ -1,4 +1,4 @@
-"""Start: from the environment to a Service that is already loading its model.
+"""Build a Service from the environment and start loading its model.
 
 The load begins first, in a thread. Everything else of a cold start (importing the application, reading the secret) runs
 while tensors load, but not earlier: two threads that import share one interpreter lock, and each takes twice as long.

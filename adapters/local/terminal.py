@@ -1,4 +1,4 @@
-"""What the terminal shows: the banner, and a progress line while a model is loading."""
+"""Write the banner to the terminal, and a progress line while a model is loading."""
 
 from __future__ import annotations
 

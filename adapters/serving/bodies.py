@@ -13,8 +13,10 @@ from handlers.http import Request
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 BUDGET_FACTOR = 8  # the bodies of all running requests may have this many times MAX_BODY_BYTES
-UNCOUNTED_BYTES = 64 << 10  # of each body; uvicorn buffers as much, and a chat of usual size must never wait for room
-WAIT_S, RETRY_S = 2.0, 5  # a body waits for room for so long; a refused client is asked to retry after so long
+UNCOUNTED_BYTES = (
+    64 << 10
+)  # of each body; uvicorn buffers this much anyway, and an ordinary chat must never wait for room
+WAIT_S, RETRY_S = 2.0, 5  # how long a body waits for room, and the Retry-After of a refused one
 DRAIN_FACTOR, DRAIN_S = 4, 5.0  # a refused body is read up to this multiple of the limit, for this many seconds
 
 
@@ -57,7 +59,7 @@ class Budget:
 
 
 class Reservation:
-    """What the body of one request takes from the budget."""
+    """The part of the budget that the body of one request takes."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget

@@ -1,4 +1,4 @@
-"""Schedule the blocks of a large object: what has arrived, what is outstanding, and what to request next. No I/O.
+"""Track which blocks of a large object have arrived or are outstanding, and choose what to request next. No I/O.
 
 A *block* is the unit of verification and of writing. A *part* is what one request asks for: one or more blocks.
 """

@@ -103,7 +103,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _space_prefix(self) -> list[int]:
-        """The tokens of a line break if the vocabulary puts a space in front of each text, else none."""
+        """Return the tokens of a line break if the vocabulary puts a space in front of each text, else none."""
         tokens = self._tokenize("\n", False)
         return tokens if b"".join(map(self.piece, tokens)) == b" \n" else []
 

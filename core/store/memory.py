@@ -1,4 +1,4 @@
-"""The models that are in memory, so that opening one again need not download it again."""
+"""Keep track of the models in memory, so that opening one again does not download it again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Memory:
             return self._hold(copy)
 
     def share(self, reference: HuggingFace | S3, remote: RemoteModel | None) -> ModelFile | None:
-        """Return the model in memory if it has the bytes of `remote`; with None, whichever bytes it has.
+        """Return the model in memory if it has the bytes of `remote`. With None, any version will do.
 
         Return None without one. Block until it is verified, if it is still arriving.
         """

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: the request, its translation for the engine, chunks, and the completion they add up to.
+"""OpenAI's chat completions: the request and its translation for the engine, chunks, and the completion.
 
 The request has OpenAI's fields for text models and top_k, min_p and repeat_penalty. Unlisted fields (`user`,
 `metadata`, `store`, `service_tier`, ...) are accepted and have no effect. Unsupported fields that would change the
@@ -299,7 +299,7 @@ class ChunkHead(NamedTuple):
 
 
 def fold(chunks: list[Chunk], *, logprobs: bool) -> Completion:
-    """Fold the chunks of a finished stream, the last of which holds the usage, into the completion that they add up to.
+    """Fold the chunks of a finished stream into a completion. The last chunk must have the usage.
 
     Every choice starts with a chunk that has its role and ends with one that has its finish reason.
     """

@@ -78,7 +78,7 @@ class ResponseFormat(Struct):
 
 
 class SamplingFields(Protocol):
-    """The fields of a request that say how tokens are drawn."""
+    """The sampling fields of a request."""
 
     temperature: float | None
     top_p: float | None

@@ -38,7 +38,7 @@ class UploadFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a file goes in the mirror, and what is there already."""
+    """The keys of a file in the mirror, and the versions that exist already."""
 
     blob: str  # the key of its bytes
     sha256: str  # in hex; the blob's name

@@ -1,1 +1,1 @@
-"""Grammars: from JSON Schema to what llguidance compiles, within bounds."""
+"""Translate JSON Schemas to grammars and compile them with llguidance, within bounds."""

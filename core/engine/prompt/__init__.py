@@ -1,1 +1,1 @@
-"""Prompts: from messages to tokens, by the model's chat template in a sandbox with a budget."""
+"""Turn messages into prompt tokens with the model's chat template, in a sandbox with a budget."""

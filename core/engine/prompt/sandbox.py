@@ -1,7 +1,7 @@
 """Render an untrusted chat template with Jinja, within a budget.
 
-A template comes with a downloaded model, so it is foreign code. Jinja's immutable sandbox keeps it away from Python's
-internals, but lets it loop and grow strings without end. Here every loop, call, operator and output takes from a
+A template comes with a downloaded model, so it is untrusted code. Jinja's immutable sandbox hides Python's internals
+from it, but lets it loop and grow strings without end. Here every loop, call, operator and output takes from a
 budget. Operations that make long strings or lists from short ones are measured before they run. Compilation has a
 budget, too, and folds no constants.
 
@@ -76,7 +76,7 @@ def render(source: str, variables: Mapping[str, Any], *, steps: int = STEPS, sec
             current.reset(token)
     except (Refused, Runaway):
         raise
-    except Exception as error:  # foreign code: it may raise anything
+    except Exception as error:  # untrusted code may raise anything
         raise Broken(f"{type(error).__name__}: {error}") from error
 
 
