@@ -6,7 +6,7 @@ Each protocol translates its own request to a `Conversation` and writes its own 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,13 +97,16 @@ async def begin(
 
     Raises InvalidRequest, ModelNotFound, ContextOverflow, Busy, ModelUnavailable and DeadlineExceeded.
     """
+    return await sessions.begin(service, model, builder(service, conversation, tenant=tenant, ends=ends), ends)
+
+
+def builder(
+    service: Service, conversation: Conversation, *, tenant: str = "", ends: float | None = None
+) -> Callable[[Engine], GenerationRequest]:
+    """Return the function that translates the conversation for an engine. It blocks: call it in a worker thread."""
     # Without a limit, a small model that repeats itself fills the context and slows down every other request.
     max_tokens = conversation.max_tokens or service.settings.max_tokens or None
-
-    def build(engine: Engine) -> GenerationRequest:
-        return _generation_request(engine, conversation, max_tokens, tenant, ends)
-
-    return await sessions.begin(service, model, build, ends)
+    return lambda engine: _generation_request(engine, conversation, max_tokens, tenant, ends)
 
 
 def _generation_request(

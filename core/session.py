@@ -155,6 +155,20 @@ class Session:
         )
 
 
+async def borrow(service: Service, model: str | None, work: Callable[[Engine], T], ends: float | None = None) -> T:
+    """Lease the model and return what `work` makes with it in a worker thread. Needs no slot.
+
+    Raises what the lease and `work` raise: ModelUnavailable, ModelNotFound, InvalidRequest.
+    """
+    check_model(service, model)
+    lease = await service.host.lease(ends)
+    try:
+        _check_name(service, model, lease.engine.card.name)
+        return await _in_thread(lease, work)
+    finally:
+        lease.release()
+
+
 async def begin(
     service: Service, model: str | None, build: Callable[[Engine], GenerationRequest], ends: float | None
 ) -> Session:

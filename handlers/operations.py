@@ -64,6 +64,14 @@ _CHAT = Operation(
     example={"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32},
 )
 
+_INPUT_TOKENS = Operation(
+    summary="Return the number of prompt tokens that a chat would have.",
+    request="core.wire.chat:ChatRequest",
+    answer="core.wire.tokens:InputTokens",
+    errors=(ModelNotFound, ModelUnavailable),
+    example={"messages": [{"role": "user", "content": "Say hello."}]},
+)
+
 # One entry for each route of `handlers.routes`: "METHOD path". A test fails for a route without an entry.
 OPERATIONS: Mapping[str, Operation] = {
     "GET /health": Operation(
@@ -126,6 +134,22 @@ OPERATIONS: Mapping[str, Operation] = {
     "GET /metrics": Operation(
         summary="Report counters, gauges and histograms. Prometheus text 0.0.4.",
         media_type="text/plain",
+    ),
+    "POST /v1/chat/completions/input_tokens": _INPUT_TOKENS,
+    "POST /chat/completions/input_tokens": _INPUT_TOKENS,
+    "POST /tokenize": Operation(
+        summary="Return the tokens of a text, or of the prompt that the messages of a chat become.",
+        request="core.wire.tokens:TokenizeRequest",
+        answer="core.wire.tokens:Tokens",
+        errors=(ModelNotFound, ModelUnavailable),
+        example={"content": "Hello"},
+    ),
+    "POST /detokenize": Operation(
+        summary="Return the text of tokens.",
+        request="core.wire.tokens:DetokenizeRequest",
+        answer="core.wire.tokens:Detokenized",
+        errors=(ModelNotFound, ModelUnavailable),
+        example={"tokens": [1, 2, 3]},
     ),
     "GET /openapi.json": Operation(
         summary="Return this document. OpenAPI 3.1.",

@@ -40,6 +40,10 @@ ROUTES = (
     Route("POST", "/chat/completions", "handlers.generate:post_chat", "user"),  # a base_url without /v1
     Route("POST", "/v1/extract", "handlers.generate:post_extract", "user"),
     Route("GET", "/metrics", "handlers.metrics:get_metrics", "metrics"),
+    Route("POST", "/v1/chat/completions/input_tokens", "handlers.tokens:post_input_tokens", "user"),
+    Route("POST", "/chat/completions/input_tokens", "handlers.tokens:post_input_tokens", "user"),
+    Route("POST", "/tokenize", "handlers.tokens:post_tokenize", "user"),
+    Route("POST", "/detokenize", "handlers.tokens:post_detokenize", "user"),
     Route("GET", "/openapi.json", "handlers.openapi:get_openapi", "open"),
     Route("GET", "/docs", "handlers.docs:get_docs", "open"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,9 @@ class ScriptedEngine:
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return list(text.encode())
+
+    def token_pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
+        return [bytes([token]) for token in tokens]
 
     def control_names(self, text: str) -> list[int]:
         return []

@@ -7,7 +7,7 @@ computes the prompt's tokens, *decode* makes new ones. A *delta* is what a seque
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -292,6 +292,13 @@ class Engine(LoadedEngine, Protocol):
 
         With `special`, names such as "<|im_start|>" become their control tokens. With `continued`, the text follows
         another one, so the vocabulary puts no space in front.
+        """
+        ...
+
+    def token_pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
+        """Return the bytes of each token; joined they are the text. A piece may end inside a character.
+
+        A control token shows as its name with `special`, and is empty without. Ids must be below `card.n_vocab`.
         """
         ...
 

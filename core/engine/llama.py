@@ -7,7 +7,7 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,9 @@ class Llama:
 
     def tokenize(self, text: str, *, special: bool, continued: bool = False) -> list[int]:
         return self._vocabulary.tokenize(text, special=special, continued=continued)
+
+    def token_pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
+        return self._vocabulary.pieces(tokens, special=special)
 
     def control_names(self, text: str) -> list[int]:
         if len(text) < 2:  # as in the warm-up, which must not wait until the names have been read

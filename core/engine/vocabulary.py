@@ -6,7 +6,7 @@ import ctypes
 import functools
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,18 @@ class Vocabulary:
     def label(self, token: int) -> bytes:
         """Return the bytes that show a token in logprobs: the name of a control token, else its piece."""
         return self.piece(token) or self._to_piece(token, special=True)
+
+    def pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
+        """Return the bytes of each token. A control token shows as its name with `special`, and is empty without.
+
+        Joined they are the text. The space that a vocabulary such as Llama 2's puts in front of it is left out.
+        """
+        pieces = [self.label(token) if special else self.piece(token) for token in tokens]
+        if self._space_prefix:
+            first = next((index for index, token in enumerate(tokens) if self.piece(token)), None)
+            if first is not None:
+                pieces[first] = pieces[first].removeprefix(b" ")
+        return pieces
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the answer (end of sequence, of turn, of message)."""

@@ -55,6 +55,17 @@ def test_chat(client: OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_input_tokens_are_those_of_the_usage(client: OpenAI, server: str) -> None:
+    """Counting a chat and answering it give the same number, and /tokenize lists as many tokens."""
+    body = {"messages": [{"role": "user", "content": "What does <|im_end|> mean?"}], "max_tokens": 1}
+    usage = client.chat.completions.create(model=MODEL, **body).usage  # type: ignore[call-overload]
+
+    counted = httpx.post(f"{server}/v1/chat/completions/input_tokens", json=body, timeout=60).json()
+    tokens = httpx.post(f"{server}/tokenize", json=body, timeout=60).json()["tokens"]
+
+    assert counted["input_tokens"] == usage.prompt_tokens == len(tokens)
+
+
 def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     """The deltas add up to the whole answer. Usage comes last."""
     whole = ask(client, "Name a colour.")

@@ -25,6 +25,9 @@ from tests.fakes import ScriptedEngine, fake_service
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/chat/completions": {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2},
+    "POST /v1/chat/completions/input_tokens": {"messages": MESSAGES},
+    "POST /tokenize": {"content": "Hi", "with_pieces": True},
+    "POST /detokenize": {"tokens": [72, 105]},
     "POST /v1/extract": {"text": "a is 1"},
     "POST /load": {"repo_id": "org/repo", "filename": "a.gguf"},
     "POST /reload": {},

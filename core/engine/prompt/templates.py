@@ -17,13 +17,12 @@ from typing import Any
 
 from core.engine.cache import common_prefix
 from core.engine.interface import Engine, ModelCard
+from core.engine.prompt.text import LONGEST_TOKEN, bos
 from core.errors import InvalidRequest, ModelUnavailable
 
 logger = logging.getLogger("slm.templates")
 
 Messages = list[dict[str, Any]]
-
-_TOKEN = 128  # characters in the longest token of the vocabularies that we know (Llama 3: 128 spaces)
 
 
 def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
@@ -49,10 +48,10 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
         if key != "role"
         for string in _strings(value)
     )
-    if characters > card.n_ctx * _TOKEN:
+    if characters > card.n_ctx * LONGEST_TOKEN:
         raise InvalidRequest(
             f"The messages have {characters} characters, but the context holds {card.n_ctx} tokens, which is at most "
-            f"{card.n_ctx * _TOKEN} characters. {card.remedy}",
+            f"{card.n_ctx * LONGEST_TOKEN} characters. {card.remedy}",
             param="messages",
             code="context_length_exceeded",
         )
@@ -71,9 +70,7 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
         )
     # 3) Render, and tokenize part by part.
     text = _render(card, messages)
-    tokens: list[int] = []
-    if card.bos and card.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not text.startswith(card.bos):
-        tokens += engine.tokenize(card.bos, special=True)
+    tokens = [] if text.startswith(card.bos) else bos(engine)
     for index, part in enumerate(guard.parts(text)):
         tokens += engine.tokenize(part, special=True, continued=index > 0)
     return tuple(tokens)
