@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from adapters.huggingface.source import Hub
 from core.downloads import Downloads
 from core.host import Host
+from core.loader import load_llama
 from core.service import Service
 from core.settings import Settings
 from core.store.embedded import embedded_model
@@ -43,7 +44,7 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
         target=settings.model_target,
         prefer_memory=on_lambda,
     )
-    host = Host(settings, store, timeline)
+    host = Host(settings, store, timeline, load_llama)
     return Service(settings, store, host, timeline, Downloads(store))
 
 

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, Literal
 
 from core import background
-from core.engine.interface import Engine, EngineConfig
+from core.engine.interface import EngineConfig, LoadedEngine
 from core.errors import ApiError, Busy, ModelUnavailable
-from core.lending import Lease, Loaded, Served
-from core.loader import LoadEngine, Loader, Loading, load_llama
+from core.lending import E, Lease, Loaded, Served
+from core.loader import LoadEngine, Loader, Loading
 from core.selection import Selection, select
 from core.settings import Settings
 from core.store.model_file import ModelFile
@@ -48,7 +48,7 @@ class HostState:
     model: str | None
     loading: Loading | None
     error: str | None  # of the last load or engine that failed
-    engine: Engine | None
+    engine: LoadedEngine | None
     path: str | None = None  # of `model`, if it is a local file
     leases: int = 0  # outstanding leases, including those of swapped-out engines
 
@@ -66,14 +66,25 @@ def config_of(settings: Settings) -> EngineConfig:
     )
 
 
-class Host:
-    """Thread-safe. The async methods may run on any event loop; loads run in the host's own threads."""
+class Host(Generic[E]):
+    """Thread-safe. The async methods may run on any event loop; loads run in the host's own threads.
 
-    def __init__(self, settings: Settings, store: Store, timeline: Timeline, load: LoadEngine = load_llama) -> None:
+    `load` loads a file, and `select` chooses the model from the settings.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        timeline: Timeline,
+        load: LoadEngine[E],
+        select: Callable[[Settings, Store], Selection] = select,
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._select = select
         self._loader = Loader(settings, store, timeline, load)
-        self._served = Served()
+        self._served: Served[E] = Served()
         self._lock = threading.Lock()
         self._selection: Selection | None = None  # under the lock
         self._swapping = threading.Lock()
@@ -120,7 +131,7 @@ class Host:
         elif not selection.is_local:
             self._begin(lambda: self._download(selection))
 
-    async def lease(self, deadline: float | None = None) -> Lease:
+    async def lease(self, deadline: float | None = None) -> Lease[E]:
         """Return a lease of the engine, loading the model first if necessary. Waits no longer than `deadline`.
 
         Raises ModelUnavailable if no model is configured, the load failed, or the deadline passed, and Busy if as many
@@ -164,14 +175,14 @@ class Host:
         idle = not self._served.busy and self._served.current is None
         with self._lock:
             if self._selection is None or (not self._selection.is_local and idle):
-                self._selection = select(self._settings, self._store)
+                self._selection = self._select(self._settings, self._store)
             return self._selection
 
     def _next_load(self) -> tuple[Selection, EngineConfig]:
         """Return what the next request would load."""
         return self._served.last or (self._selected(), config_of(self._settings))
 
-    async def _lease(self, deadline: float | None, most: int | None = None) -> Lease:
+    async def _lease(self, deadline: float | None, most: int | None = None) -> Lease[E]:
         while (lease := self._served.lend()) is None:
             if not self._served.busy:
                 self._served.check_retry()
@@ -235,7 +246,7 @@ class Host:
             lease.release()
         self._await_tensors(loaded)
 
-    def _await_tensors(self, loaded: Loaded) -> None:
+    def _await_tensors(self, loaded: Loaded[E]) -> None:
         """Block until the tensors of a published model are downloaded. If that fails, stop serving it and raise."""
         try:
             self._loader.wait_arrival()
@@ -271,12 +282,12 @@ class Host:
             return False
         return True
 
-    def _publish(self, loaded: Loaded, selection: Selection) -> None:
+    def _publish(self, loaded: Loaded[E], selection: Selection) -> None:
         """Switch to a loaded model."""
         self._served.publish(loaded, selection)
         self._await_tensors(loaded)
 
-    def _swap_in_place(self, old: Loaded, file: ModelFile, selection: Selection, config: EngineConfig) -> None:
+    def _swap_in_place(self, old: Loaded[E], file: ModelFile, selection: Selection, config: EngineConfig) -> None:
         """Free the old model before loading the new one: both do not fit into memory.
 
         New requests wait; running ones get RELOAD_GRACE_S. If the new model fails, the old one is loaded again; if that

@@ -12,50 +12,53 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from core.engine.interface import Engine, EngineConfig
+from core.engine.interface import EngineConfig, LoadedEngine
 from core.errors import ApiError, Busy, ModelUnavailable
 from core.selection import Selection
 from core.store.reference import Reference
 
 logger = logging.getLogger("slm.lending")
 
+E = TypeVar("E", bound=LoadedEngine)
+
 STOP_S = 2.0  # shutdown: how long to wait for leases after their generations are stopped
 CUT_S = 10.0  # swap: the same; longer, because a worker thread may take seconds to build a prompt
 
 
 @dataclass(slots=True, eq=False)
-class Loaded:
+class Loaded(Generic[E]):
     """An engine, the reference and configuration it was loaded from, and its number of leases."""
 
-    engine: Engine
+    engine: E
     reference: Reference
     config: EngineConfig
     leases: int = 0
     retired: bool = False
 
 
-class Lease:
+class Lease(Generic[E]):
     """The right to use an engine. A retired engine is freed when its last lease is released."""
 
     __slots__ = ("_lender", "_loaded", "engine")
 
-    def __init__(self, lender: Lender, loaded: Loaded) -> None:
+    def __init__(self, lender: Lender[E], loaded: Loaded[E]) -> None:
         self.engine = loaded.engine
         self._lender = lender
-        self._loaded: Loaded | None = loaded
+        self._loaded: Loaded[E] | None = loaded
 
     def release(self) -> None:
         """Return the engine. Idempotent and thread-safe."""
         self._lender._take_back(self)
 
 
-class Lender:
+class Lender(Generic[E]):
     """Counts leases and frees retired engines. Thread-safe."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._retired: set[Loaded] = set()
+        self._retired: set[Loaded[E]] = set()
         self._lent = 0
 
     @property
@@ -63,13 +66,13 @@ class Lender:
         """Number of outstanding leases, including those of retired engines."""
         return self._lent
 
-    def lend(self, loaded: Loaded) -> Lease:
+    def lend(self, loaded: Loaded[E]) -> Lease[E]:
         with self._change:
             loaded.leases += 1
             self._lent += 1
         return Lease(self, loaded)
 
-    def retire(self, loaded: Loaded) -> None:
+    def retire(self, loaded: Loaded[E]) -> None:
         """Free the engine as soon as it has no leases. It must not be lent again. Idempotent."""
         with self._change:
             if loaded.retired:
@@ -80,7 +83,7 @@ class Lender:
         if free:
             self._free(loaded)
 
-    def wait_freed(self, loaded: Loaded, grace: float) -> bool:
+    def wait_freed(self, loaded: Loaded[E], grace: float) -> bool:
         """Block until a retired engine is freed. Generations get `grace` seconds to finish, then they are stopped.
 
         Return False if a lease is still outstanding CUT_S after that. The engine is then freed when it is released.
@@ -104,7 +107,7 @@ class Lender:
         with self._change:
             self._change.wait_for(lambda: not self._retired, timeout=STOP_S)
 
-    def _take_back(self, lease: Lease) -> None:
+    def _take_back(self, lease: Lease[E]) -> None:
         with self._change:
             loaded, lease._loaded = lease._loaded, None
             if loaded is None:
@@ -116,7 +119,7 @@ class Lender:
             # `release` runs on an event loop, which must not block on joining the engine thread and unmapping.
             threading.Thread(target=self._free, args=(loaded,), name="free").start()
 
-    def _free(self, loaded: Loaded) -> None:
+    def _free(self, loaded: Loaded[E]) -> None:
         try:
             loaded.engine.close()
         finally:
@@ -128,7 +131,7 @@ class Lender:
 RETRY_S = 5.0  # after a failed load, requests get its error for this long before the load is retried
 
 
-class Served:
+class Served(Generic[E]):
     """The current model, the work that will replace it, and the requests that wait. Thread-safe.
 
     A load or an in-place swap starts with `begin` (or `withdraw`) and ends with `settle`. In between, `publish` makes a
@@ -138,8 +141,8 @@ class Served:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._lender = Lender()
-        self._current: Loaded | None = None
+        self._lender: Lender[E] = Lender()
+        self._current: Loaded[E] | None = None
         self._last: tuple[Selection, EngineConfig] | None = None
         self._work: Future[None] | None = None
         self._busy = False  # loading, swapping, or tensors are still being downloaded
@@ -150,7 +153,7 @@ class Served:
         self._closed = False
 
     @property
-    def current(self) -> Loaded | None:
+    def current(self) -> Loaded[E] | None:
         return self._current
 
     @property
@@ -196,7 +199,7 @@ class Served:
 
     # Requests
 
-    def lend(self) -> Lease | None:
+    def lend(self) -> Lease[E] | None:
         """Return a lease of the current model, or None without one. Raises ModelUnavailable once closed."""
         self.drop_failed()
         with self._change:
@@ -245,7 +248,7 @@ class Served:
             self._error, self._awaited = None, False
             return True
 
-    def wait_idle(self) -> Loaded | None:
+    def wait_idle(self) -> Loaded[E] | None:
         """Block until no load is running and return the current model. Raises ModelUnavailable once closed."""
         with self._change:
             self._change.wait_for(lambda: not self._busy)
@@ -262,16 +265,16 @@ class Served:
         if old is not None:
             self._lender.retire(old)
 
-    def wait_freed(self, old: Loaded, grace: float) -> bool:
+    def wait_freed(self, old: Loaded[E], grace: float) -> bool:
         """See `Lender.wait_freed`."""
         return self._lender.wait_freed(old, grace)
 
-    def publish(self, loaded: Loaded, selection: Selection) -> None:
+    def publish(self, loaded: Loaded[E], selection: Selection) -> None:
         """Make `loaded` the current model and retire the previous one. Raises ModelUnavailable once closed."""
         with self._change:
             closed, work = self._closed, self._work
             if closed:
-                retired: Loaded | None = loaded
+                retired: Loaded[E] | None = loaded
             else:
                 retired, self._current = self._current, loaded
                 self._last, self._error = (selection, loaded.config), None
@@ -282,11 +285,11 @@ class Served:
         if closed:
             raise ModelUnavailable("The server is stopping.", retry_after=1)
 
-    def hold(self, loaded: Loaded) -> Lease:
+    def hold(self, loaded: Loaded[E]) -> Lease[E]:
         """Return a lease of a model that is not published yet."""
         return self._lender.lend(loaded)
 
-    def give_up(self, loaded: Loaded, error: Exception) -> None:
+    def give_up(self, loaded: Loaded[E], error: Exception) -> None:
         """Stop serving a published model whose tensors could not be downloaded."""
         with self._change:
             if self._current is loaded:

@@ -7,10 +7,11 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Generic
 
-from core.engine.interface import Engine, EngineConfig
+from core.engine.interface import Embedder, Engine, EngineConfig
 from core.errors import ApiError
-from core.lending import Loaded
+from core.lending import E, Loaded
 from core.selection import Selection
 from core.settings import Settings
 from core.store.model_file import ModelFile
@@ -20,7 +21,7 @@ from core.timeline import Timeline
 
 logger = logging.getLogger("slm.loader")
 
-LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], Engine]
+LoadEngine = Callable[[ModelFile, EngineConfig, Callable[[float], None]], E]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,17 @@ def load_llama(file: ModelFile, config: EngineConfig, progress: Callable[[float]
     return Llama(file, config, progress)
 
 
-class Loader:
+def load_embedder(file: ModelFile, config: EngineConfig, progress: Callable[[float], None]) -> Embedder:
+    """Load an embedding model with llama.cpp."""
+    from core.engine.embedding import LlamaEmbedder
+
+    return LlamaEmbedder(file, config, progress)
+
+
+class Loader(Generic[E]):
     """Its methods block. Use it from one thread at a time; any thread may read `loading` and `arriving` or `cancel`."""
 
-    def __init__(self, settings: Settings, store: Store, timeline: Timeline, load_engine: LoadEngine) -> None:
+    def __init__(self, settings: Settings, store: Store, timeline: Timeline, load_engine: LoadEngine[E]) -> None:
         self._settings = settings
         self._store = store
         self._timeline = timeline
@@ -97,7 +105,7 @@ class Loader:
             logger.error("%s cannot be opened", selection.reference)  # clients see the error, so it has no folders
             raise
 
-    def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded:
+    def load(self, file: ModelFile, reference: Reference, config: EngineConfig) -> Loaded[E]:
         """Load the file into an engine. If that fails, release the file and raise the engine's error."""
         opened = file
 

@@ -9,6 +9,7 @@ from core.metrics import Metrics
 
 if TYPE_CHECKING:
     from core.downloads import Downloads
+    from core.engine.interface import Engine
     from core.host import Host
     from core.settings import Settings
     from core.store.store import Store
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Service:
     settings: Settings
     store: Store
-    host: Host
+    host: Host[Engine]
     timeline: Timeline
     downloads: Downloads
     metrics: Metrics = field(default_factory=Metrics)

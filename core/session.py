@@ -68,7 +68,7 @@ class Session:
 
     def __init__(
         self,
-        lease: Lease,
+        lease: Lease[Engine],
         generation: Generation,
         first: Delta,
         request: GenerationRequest,
@@ -180,7 +180,7 @@ async def begin(
     at the deadline.
     """
     began = time.monotonic()
-    lease: Lease | None = None
+    lease: Lease[Engine] | None = None
     generation: Generation | None = None
     try:
         lease = await service.host.lease(ends)
@@ -206,7 +206,7 @@ def _code(error: BaseException) -> str:
     return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"
 
 
-async def _in_thread(lease: Lease, build: Callable[[Engine], T]) -> T:
+async def _in_thread(lease: Lease[Engine], build: Callable[[Engine], T]) -> T:
     """Run `build` in a worker thread and keep the lease until that thread is done.
 
     A cancelled caller waits for the thread too: it still uses the engine, which a swap could otherwise free.

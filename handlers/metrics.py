@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.engine.interface import Engine
+from core.engine.interface import LoadedEngine
 from core.metrics import CONTENT_TYPE, Load
 from core.service import Service
 from handlers.http import Request, Response
@@ -15,7 +15,7 @@ async def get_metrics(service: Service, request: Request) -> Response:
     return Response(200, (("content-type", CONTENT_TYPE),), text.encode())
 
 
-def load_of(engine: Engine) -> Load:
+def load_of(engine: LoadedEngine) -> Load:
     """Return what an engine is doing now. A model whose states do not grow is as full as its slots are."""
     stats = engine.stats()
     sequences, cells = stats["sequences"], stats["kv_cells"]
