@@ -1,21 +1,22 @@
-"""A small HTTP server that serves one body in ranges, and a plain `Origin` for it."""
+"""An HTTP server of one body in ranges, and an unsigned `Origin` for it."""
 
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.http_server import QuietHandler, http_server
 
 
 class RangeServer:
-    """`url` serves `body` under the ETag `etag`; `requests` keeps the Range headers that came."""
+    """`url` serves `body` under the ETag `etag`; `requests` records the Range headers."""
 
     def __init__(self, body, etag='"v1"', rate=None):
         self.body, self.etag, self.requests, self.sent = body, etag, [], 0
-        self._link = threading.Lock()  # all answers share `rate` bytes a second
+        self._link = threading.Lock()  # all answers share `rate` bytes per second
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 1 << 16  # head and body in one write: else Nagle and delayed ACKs add 40 ms to each
+            wbufsize = 1 << 16  # head and body in one write; otherwise Nagle and delayed ACKs add 40 ms to each
 
             def do_GET(self):
                 outer.requests.append(self.headers["Range"])
@@ -44,31 +45,19 @@ class RangeServer:
                     self.wfile.write(data[at : at + 100])
                     self.wfile.flush()
 
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, *_):
-                pass  # clients that hang up are what these tests are about
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._serving = http_server(Handler)
 
     def __enter__(self):
+        self.port = self._serving.__enter__()
+        self.url = f"http://127.0.0.1:{self.port}"
         return self
 
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+    def __exit__(self, *exception):
+        self._serving.__exit__(*exception)
 
 
 class PlainOrigin:
-    """Ranges of `url`, pinned to an ETag, unsigned."""
+    """Requests ranges of `url` with an ETag and without a signature."""
 
     name = "the test object"
 

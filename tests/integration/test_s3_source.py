@@ -3,16 +3,15 @@
 import base64
 import dataclasses
 import hashlib
-import http.server
 import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from core.store.reference import S3, HuggingFace
 from core.store.source import DownloadCancelled, RemoteFile, RemoteModel
 from core.store.store import Store
 from tests import gguf_files
+from tests.http_server import QuietHandler, http_server
 from tests.integration.fault_proxy import FaultProxy, Header, Reset, Short, Stall, Status, WrongBytes
 from tests.integration.memory import is_open
 from tests.integration.s3_double import BUCKET, ENVIRON, bucket, clean_environ, moto_server, s3_client
@@ -396,37 +396,24 @@ def test_cold_path_imports_no_boto3(port, tmp_path):
 # Credentials
 
 
-class Endpoint:
-    """A container's credential endpoint."""
+@contextmanager
+def credential_endpoint(lifetime_s=3600):
+    """Run a container's credential endpoint, and yield its URL and its requests."""
+    requests = []
 
-    def __init__(self, lifetime=3600):
-        self.asked = []
-        outer = self
+    class Handler(QuietHandler):
+        def do_GET(self):
+            requests.append((self.path, self.headers.get("Authorization")))
+            expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + lifetime_s))
+            reply = {"AccessKeyId": f"key{len(requests)}", "SecretAccessKey": "s", "Token": "t"}
+            body = json.dumps({**reply, "Expiration": expires}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.asked.append((self.path, self.headers.get("Authorization")))
-                expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + lifetime))
-                reply = {"AccessKeyId": f"key{len(outer.asked)}", "SecretAccessKey": "s", "Token": "t"}
-                body = json.dumps({**reply, "Expiration": expires}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/creds?x=1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+    with http_server(Handler) as port:
+        yield f"http://127.0.0.1:{port}/creds?x=1", requests
 
 
 def test_credentials_of_the_environment():
@@ -438,9 +425,9 @@ def test_credentials_of_the_environment():
 
 def test_credentials_of_the_container():
     """With SnapStart they come from an endpoint, and are kept while they are good."""
-    with Endpoint() as endpoint:
+    with credential_endpoint() as (url, requests):
         environ = {
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI": endpoint.url,
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": url,
             "AWS_CONTAINER_AUTHORIZATION_TOKEN": "secret token",
         }
         chain = CredentialChain(environ)
@@ -448,7 +435,7 @@ def test_credentials_of_the_container():
 
         assert (first.access_key, first.token) == ("key1", "t")
         assert first is second
-        assert endpoint.asked == [("/creds?x=1", "secret token")]
+        assert requests == [("/creds?x=1", "secret token")]
         assert chain.get(stale=first).access_key == "key2"
 
 
@@ -456,15 +443,15 @@ def test_credentials_are_renewed_before_they_expire(tmp_path):
     """Credentials near their end are not used any more; the token may stand in a file."""
     token = tmp_path / "token"
     token.write_text("from a file\n")
-    with Endpoint(lifetime=100) as endpoint:
+    with credential_endpoint(lifetime_s=100) as (url, requests):
         environ = {
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI": endpoint.url,
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": url,
             "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
         }
         chain = CredentialChain(environ)
 
         assert [chain.get().access_key, chain.get().access_key] == ["key1", "key2"]
-        assert endpoint.asked[0][1] == "from a file"
+        assert requests[0][1] == "from a file"
 
 
 def test_credentials_are_not_shown_to_the_network():

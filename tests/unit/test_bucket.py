@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +9,12 @@ import pytest
 from adapters.aws.credentials import CredentialChain
 from adapters.s3 import bucket as module
 from adapters.s3.bucket import Bucket
+from tests.http_server import QuietHandler, http_server
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     peers: list[int]
 
@@ -26,26 +25,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"ok")
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def server() -> Iterator[tuple[Bucket, list[int]]]:
     peers: list[int] = []
     handler = type("Own", (Handler,), {"peers": peers})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with http_server(handler) as port:
+        url = f"http://127.0.0.1:{port}"
         bucket = Bucket("b", credentials=CredentialChain(ENVIRON), endpoint_url=url, environ=ENVIRON)
         try:
             yield bucket, peers
         finally:
             bucket.close()
-            server.shutdown()
-            thread.join()
 
 
 def test_an_idle_connection_is_not_reused(server: tuple[Bucket, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
