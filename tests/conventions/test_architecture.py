@@ -1,4 +1,4 @@
-"""docs/ names files and functions: each of them exists, and the map of the layout names every folder."""
+"""Files and functions that docs/ names exist, and the map of the layout names every folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = re.compile(r"`((?:core|handlers|adapters|infra|tests)/[\w./-]*\.py)(
 
 
 def references(page: Path) -> list[tuple[str, str | None]]:
-    """(file, name in it or None) of each reference on a page, once."""
+    """Return each reference on a page once, as (file, name in it or None)."""
     return sorted(
         {(match[1], match[2]) for match in REFERENCE.finditer(page.read_text())},
         key=lambda pair: (pair[0], pair[1] or ""),
@@ -31,7 +31,7 @@ REFERENCES = [(page.name, file, name) for page in PAGES for file, name in refere
 
 @functools.cache
 def names(path: Path) -> frozenset[str]:
-    """The functions, classes and methods that a file defines, as "function", "Class" and "Class.method"."""
+    """Return what a file defines, as "function", "Class" and "Class.method"."""
     return frozenset(_defined(ast.parse(path.read_text()), ""))
 
 
@@ -49,14 +49,14 @@ def _defined(node: ast.AST, prefix: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("page", "file", "name"), REFERENCES, ids=[f"{page}-{file}:{name or ''}" for page, file, name in REFERENCES]
 )
-def test_what_a_page_names_exists(page: str, file: str, name: str | None) -> None:
-    """A file and a function that are named on a page are in the source: a rename changes the page, too."""
+def test_files_and_functions_on_a_page_exist(page: str, file: str, name: str | None) -> None:
+    """A rename in the source must change the page, too."""
     assert (ROOT / file).is_file(), f"docs/{page} names {file}, which does not exist"
     assert name is None or name in names(ROOT / file), f"docs/{page} names {name}, which {file} does not define"
 
 
 def test_the_trace_has_twelve_steps() -> None:
-    """The trace of a streamed chat has 12 numbered steps, and each names a function."""
+    """The steps of the trace are numbered, and each names a function."""
     trace = MAP.read_text().split("## Trace of a streamed chat")[1].split("\n## ")[0]
     steps = re.findall(r"^(\d+)\. (.*)$", trace, re.MULTILINE)
 
@@ -65,7 +65,7 @@ def test_the_trace_has_twelve_steps() -> None:
 
 
 def layout(page: str) -> list[str]:
-    """The paths of the map: the code block whose lines are names, each indented below its folder."""
+    """Return the paths in the map, a code block in which each line is a name indented below its folder."""
     block = page.split("## Layers and the import rule")[1].split("```")[1]
     paths: list[str] = []
     folders: list[str] = []
@@ -77,8 +77,8 @@ def layout(page: str) -> list[str]:
     return paths
 
 
-def test_the_map_names_what_exists() -> None:
-    """Every folder and module in the map of the layout exists."""
+def test_paths_in_the_map_exist() -> None:
+    """The map has folders and modules."""
     paths = layout(MAP.read_text())
 
     assert len(paths) > 30
@@ -86,7 +86,7 @@ def test_the_map_names_what_exists() -> None:
 
 
 def test_the_map_names_every_folder_of_the_service() -> None:
-    """A new package gets a line in the map of the layout."""
+    """A new package needs a line in the map."""
     folders = {
         path.parent.relative_to(ROOT).as_posix() + "/"
         for package in ("core", "handlers", "adapters")
@@ -96,9 +96,9 @@ def test_the_map_names_every_folder_of_the_service() -> None:
     assert folders - set(layout(MAP.read_text())) == set()
 
 
-def test_a_missing_name_is_seen(tmp_path: Path) -> None:
-    """The check above tells a method from a function, and finds both."""
-    file = tmp_path / "one.py"
+def test_names_finds_functions_classes_and_methods(tmp_path: Path) -> None:
+    """Inner functions are not listed."""
+    file = tmp_path / "module.py"
     file.write_text("def outer():\n    def inner(): ...\n\n\nclass Kind:\n    async def method(self): ...\n")
 
     assert names(file) == {"outer", "Kind", "Kind.method"}

@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: links, commands, names, and the tables of docs/api.md."""
+"""The documentation agrees with the code: links, commands, names and the tables of docs/api.md."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-# The changelog names what earlier versions had.
-pages_of_today = pytest.mark.parametrize(
+# The changelog also names settings and files of earlier versions.
+current_pages = pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
 )
 
@@ -40,23 +40,23 @@ def prose(page: Path) -> str:
 
 
 def code(page: Path) -> str:
-    """The code of a page: its fenced blocks and its code spans, one a line."""
+    """Return the code of a page: its fenced blocks and its code spans, one per line."""
     text = page.read_text()
     return "\n".join([block for _, block in FENCE.findall(text)] + CODE.findall(FENCE.sub("", text)))
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [block for named, block in FENCE.findall(page.read_text()) if named == language]
+    return [block for name, block in FENCE.findall(page.read_text()) if name == language]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub derives from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def table(heading: str, columns: int) -> list[list[str]]:
-    """The cells of the first table below a heading of docs/api.md whose rows have `columns` cells, without its head."""
+    """Return the body of the first table with `columns` columns below a heading of docs/api.md."""
     section = API.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line[:1] == "|"]
     return [row for row in rows if len(row) == columns][2:]
@@ -64,7 +64,7 @@ def table(heading: str, columns: int) -> list[list[str]]:
 
 @pages
 def test_internal_links_resolve(page: Path) -> None:
-    """A link to a file of the repository names one, and its anchor is a heading there."""
+    """Files that are linked exist, and anchors are headings in them."""
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -76,17 +76,17 @@ def test_internal_links_resolve(page: Path) -> None:
 
 @pages
 def test_every_make_target_exists(page: Path) -> None:
-    """A page names only targets of the Makefile."""
+    """Targets in `make TARGET` are in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = page.read_text() if page.name == "CHANGELOG.md" else code(page)
-    named = set(re.findall(r"(?:^|`)make (?:[A-Z_]+=\S+ )*([a-z][a-z-]*)", text, re.MULTILINE))
+    mentioned = set(re.findall(r"(?:^|`)make (?:[A-Z_]+=\S+ )*([a-z][a-z-]*)", text, re.MULTILINE))
 
-    assert named <= targets
+    assert mentioned <= targets
 
 
 @pages
 def test_every_module_exists(page: Path) -> None:
-    """What a page runs with `python -m`, and the benchmarks that it names, can be run."""
+    """Modules after `python -m` and the named benchmarks exist."""
     for module in re.findall(r"python[\d.]* -m ([a-z_][\w.]*)", code(page)):
         if module != "llama_cpp.server":  # needs packages that this project does not install
             assert importlib.util.find_spec(module.removesuffix(".__main__")) is not None, module
@@ -94,17 +94,17 @@ def test_every_module_exists(page: Path) -> None:
         assert benchmark in benchmarks()
 
 
-@pages_of_today
+@current_pages
 def test_every_path_exists(page: Path) -> None:
-    """A file of the repository that a page names in a code span is there."""
+    """Files in code spans are in the repository."""
     for span in CODE.findall(prose(page)):
         if match := re.fullmatch(r"((?:core|handlers|adapters|infra|tests|docs|examples)/[\w./-]*\w)(?::\S+)?", span):
             assert (ROOT / match[1]).exists(), span
 
 
-@pages_of_today
+@current_pages
 def test_every_name_in_capitals_exists(page: Path) -> None:
-    """A setting, build argument or constant that a page names is in the code. A renamed one is not."""
+    """Settings, build arguments and constants on a page are in the code, so a rename is noticed."""
     names = set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", code(page)))
     names |= set(re.findall(r"\b([A-Z][A-Z0-9]+)=", code(page)))
     names = {name for name in names if not re.match(r"I?Q\d", name)}  # quantisations
@@ -124,7 +124,7 @@ def test_every_name_in_capitals_exists(page: Path) -> None:
 
 @pages
 def test_blocks_are_well_formed(page: Path) -> None:
-    """Python blocks parse, shell blocks pass the shell's syntax check, JSON blocks are JSON."""
+    """Python, shell and JSON blocks pass a syntax check."""
     for block in blocks(page, "python"):
         ast.parse(block)
     for block in blocks(page, "json"):
@@ -134,19 +134,19 @@ def test_blocks_are_well_formed(page: Path) -> None:
 
 
 def test_the_readme_is_one_page() -> None:
-    """The README shows what this is; everything else is in docs/."""
+    """Details belong into docs/."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    """A page that the README does not link to is not read."""
+def test_the_readme_links_to_every_page() -> None:
+    """Otherwise a page is not read."""
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(prose(ROOT / "README.md"))}
 
     assert set(PAGES) - {ROOT / "README.md"} <= linked
 
 
-def test_the_table_of_errors_is_that_of_the_classes() -> None:
-    """Status, type and code of every error class stand in docs/api.md."""
+def test_the_table_of_errors_matches_the_classes() -> None:
+    """docs/api.md has the status, type and code of every error class."""
 
     def classes(error: type[ApiError]) -> list[type[ApiError]]:
         return [error, *(inner for child in error.__subclasses__() for inner in classes(child))]
@@ -157,8 +157,8 @@ def test_the_table_of_errors_is_that_of_the_classes() -> None:
     assert rows == {(error.__name__, str(error.status), error.type, error.code or "null") for error in errors}
 
 
-def test_the_table_of_routes_is_that_of_the_code() -> None:
-    """Every route stands in docs/api.md with its access."""
+def test_the_table_of_routes_matches_the_code() -> None:
+    """docs/api.md has every route with its access."""
     rows = re.findall(r"^\| \[`(\w+) ([^`]+)`\]\(\S+\) \| .+ \| (\w+) \|$", API, re.MULTILINE)
     routes = {(route.method, route.path, route.access) for route in ROUTES}
 
@@ -173,24 +173,24 @@ def test_the_table_of_routes_is_that_of_the_code() -> None:
 
 
 def test_the_table_of_fields_names_every_field() -> None:
-    """Every field of a request is supported, ignored or refused in docs/api.md."""
-    named = {name for row in table("Fields, supported and not", 4) for name in CODE.findall(row[0])}
+    """docs/api.md says of every field whether it is supported, ignored or refused."""
+    documented = {name for row in table("Fields, supported and not", 4) for name in CODE.findall(row[0])}
 
-    assert set(ChatRequest.__struct_fields__) <= named
-    assert set(ExtractRequest.__struct_fields__) <= named
+    assert set(ChatRequest.__struct_fields__) <= documented
+    assert set(ExtractRequest.__struct_fields__) <= documented
 
 
 @pytest.mark.parametrize(("heading", "request_type"), [("POST /load", LoadRequest), ("POST /reload", ReloadRequest)])
-def test_administrators_fields_are_listed(heading: str, request_type: type) -> None:
-    """The tables of /load and /reload have exactly their fields."""
-    named = [name for row in table(heading, 3) for name in CODE.findall(row[0])]
+def test_the_fields_of_load_and_reload_are_listed(heading: str, request_type: type) -> None:
+    """Their tables have exactly the request's fields."""
+    documented = [name for row in table(heading, 3) for name in CODE.findall(row[0])]
 
-    assert sorted(named) == sorted(request_type.__struct_fields__)
+    assert sorted(documented) == sorted(request_type.__struct_fields__)
 
 
 def test_the_fields_of_extract_are_listed() -> None:
     """The table of docs/extract.md has exactly the request's fields."""
     section = (ROOT / "docs/extract.md").read_text().partition("## Request")[2].partition("\n## ")[0]
-    named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
 
-    assert sorted(named) == sorted(ExtractRequest.__struct_fields__)
+    assert sorted(documented) == sorted(ExtractRequest.__struct_fields__)

@@ -1,4 +1,4 @@
-"""infra/docker/entrypoint.sh: the server never runs as root, and the folders of models are its own."""
+"""infra/docker/entrypoint.sh never runs the server as root and makes the model folders writable for it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ INFRA = Path(__file__).parents[2] / "infra" / "docker"
 [ENTRYPOINT] = INFRA.rglob("entrypoint.sh")
 
 as_root = pytest.mark.skipif(
-    os.getuid() != 0 or shutil.which("setpriv") is None, reason="it changes users as root only, by setpriv"
+    os.getuid() != 0 or shutil.which("setpriv") is None, reason="changing users needs root and setpriv"
 )
 
 
 def run(folder: Path, *command: str, **options: object) -> list[str]:
-    """What the command said, started through the script with both folders in `folder`."""
+    """Run a command through the script, with both model folders in `folder`, and return the words it prints."""
     environ = {
         "PATH": os.environ["PATH"],
         "HOME": "/root",
         "MODELS_DIR": str(folder / "models"),
         "HF_HOME": str(folder / "hf"),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         ["/bin/sh", str(ENTRYPOINT), *command],
         env=environ,
         stdout=subprocess.PIPE,
@@ -36,41 +36,41 @@ def run(folder: Path, *command: str, **options: object) -> list[str]:
         timeout=30,
         **options,  # type: ignore[call-overload]
     )
-    return list(done.stdout.split())
+    return list(process.stdout.split())
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that other users reach, too, which pytest's own are not."""
+    """Yield a folder that other users can reach. They cannot reach pytest's own folders."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @as_root
-def test_a_folder_of_roots_is_given_to_user_1000(folder: Path) -> None:
-    """As the container engine makes it on the first run; both folders, and the server can write to them."""
+def test_folders_of_root_are_given_to_user_1000(folder: Path) -> None:
+    """The container engine creates them as root on the first run. The server can then write to them."""
     probe = 'id -u; id -g; touch "$MODELS_DIR/a" "$HF_HOME/b"; echo $HOME; grep NoNewPrivs /proc/self/status'
-    said = run(folder, "sh", "-c", probe)
+    printed = run(folder, "sh", "-c", probe)
 
-    assert said == ["1000", "1000", "/tmp", "NoNewPrivs:", "1"]
+    assert printed == ["1000", "1000", "/tmp", "NoNewPrivs:", "1"]
     assert [(folder / name).stat().st_uid for name in ("models", "hf", "models/a", "hf/b")] == [1000] * 4
 
 
 @as_root
 def test_a_folder_of_another_user_keeps_its_owner(folder: Path) -> None:
-    """The server runs as that user, so that the host's user and it can both write."""
+    """The server runs as that user, so the host's user and the server can both write."""
     (folder / "models").mkdir()
     os.chown(folder / "models", 4321, 8765)
-    said = run(folder, "sh", "-c", 'id -u; id -g; id -G; touch "$MODELS_DIR/a"')
+    printed = run(folder, "sh", "-c", 'id -u; id -g; id -G; touch "$MODELS_DIR/a"')
 
-    assert said == ["4321", "8765", "8765"]
+    assert printed == ["4321", "8765", "8765"]
     assert (folder / "models" / "a").stat().st_gid == 8765
 
 
 @as_root
-def test_a_folder_that_cannot_be_given_away_is_no_reason_to_run_as_root(folder: Path) -> None:
-    """A read-only mount refuses chown; the server then runs as user 1000 and reads."""
+def test_a_failed_chown_does_not_keep_the_server_root(folder: Path) -> None:
+    """A read-only mount refuses chown. The server then runs as user 1000 and reads."""
     commands = folder / "bin"
     commands.mkdir()
     refusing = commands / "chown"
@@ -81,17 +81,17 @@ def test_a_folder_that_cannot_be_given_away_is_no_reason_to_run_as_root(folder: 
         "MODELS_DIR": str(folder / "m"),
         "HF_HOME": str(folder / "h"),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         ["/bin/sh", str(ENTRYPOINT), "id", "-u"], env=environ, capture_output=True, text=True, check=True, timeout=30
     )
 
-    assert (done.stdout, done.stderr) == ("1000\n", "")
+    assert (process.stdout, process.stderr) == ("1000\n", "")
 
 
 @as_root
-def test_started_as_a_user_it_changes_nothing(folder: Path) -> None:
-    """Where the container has a user already, the command simply runs."""
-    said = run(folder, "sh", "-c", "id -u; echo $HOME", user=1234)
+def test_without_root_nothing_changes(folder: Path) -> None:
+    """If the container runs as another user, the command simply runs."""
+    printed = run(folder, "sh", "-c", "id -u; echo $HOME", user=1234)
 
-    assert said == ["1234", "/root"]
+    assert printed == ["1234", "/root"]
     assert list(folder.iterdir()) == []

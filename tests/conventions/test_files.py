@@ -1,4 +1,4 @@
-"""What a file may be: one noun, short, without tricks of the workplace it was written in."""
+"""Files are named by one noun, short, documented, and none is tracked by mistake."""
 
 import subprocess
 from pathlib import Path
@@ -13,21 +13,21 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manage
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_has_one_noun_and_at_most_500_lines(path: Path) -> None:
-    """A vague name or a long file usually holds more than one noun. Blank lines do not count."""
+    """A vague name or a long file usually means several nouns. Blank lines do not count."""
     assert path.stem not in VAGUE
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_says_what_it_is(path: Path) -> None:
-    """Every module with code in it begins with a docstring."""
+def test_a_module_has_a_docstring(path: Path) -> None:
+    """Empty modules need none."""
     text = path.read_text().lstrip()
 
     assert not text or text.startswith('"""')
 
 
-def test_no_file_is_tracked_that_must_not_be() -> None:
-    """No model, environment, secret or cache is in the repository."""
+def test_no_unwanted_file_is_tracked() -> None:
+    """The repository holds no model, environment, secret or cache."""
     try:
         git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

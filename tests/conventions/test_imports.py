@@ -1,4 +1,4 @@
-"""The import rule, read from the source: core <- handlers <- adapters <- entry points, and one way inside adapters."""
+"""The import rule: core <- handlers <- adapters <- entry points, with one direction inside adapters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 OURS = ("core", "handlers", "adapters", "infra")
 FILES = [path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))]
 
-# What core's engine, templates and request types are built on. No web framework, no AWS.
+# The libraries of core's engine, templates and request types: no web framework and no AWS SDK.
 CORE_LIBRARIES = {"msgspec", "jinja2", "llguidance", "jsonschema_rs", "numpy"}
 HANDLER_LIBRARIES = {"msgspec"}
 
-# The folders and modules of adapters that each of them may import, besides itself. A new one needs a line here.
+# What each folder or module of adapters may import from adapters, besides itself. A new one needs a line here.
 ADAPTERS = {
     "logs": set[str](),
     "transfer": set[str](),
@@ -33,19 +33,19 @@ ADAPTERS = {
 }
 
 
-def named(path: Path) -> str:
+def path_name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
 def module_of(path: Path) -> str:
-    return named(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return path_name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 MODULES = {module_of(path): path for path in FILES}
 
 
 def within(package: str) -> list[Path]:
-    return [path for path in FILES if named(path).startswith(package + "/")]
+    return [path for path in FILES if path_name(path).startswith(package + "/")]
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(nodes: Iterator[ast.AST], path: Path) -> set[str]:
-    """The names of the modules, and of what is imported from them, in the import statements among `nodes`."""
+    """Return the names of imported modules, and of the names imported from them, in `nodes`."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -68,12 +68,12 @@ def imports(nodes: Iterator[ast.AST], path: Path) -> set[str]:
 
 @functools.cache
 def modules(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
+    """Return every module that a file imports, at its top or inside a function."""
     return imports(ast.walk(tree(path)), path)
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements that run when a module is imported: not the bodies of functions, not `if TYPE_CHECKING`."""
+    """Yield the nodes that run on import, without bodies of functions and `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -87,34 +87,34 @@ def tops(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in modules(path)}
 
 
-def foreign(path: Path) -> set[str]:
+def third_party(path: Path) -> set[str]:
     return tops(path) - set(sys.stdlib_module_names) - set(OURS)
 
 
 def part_of_adapters(module: str) -> str:
-    """The folder or module of adapters that `module` belongs to, e.g. "s3" for adapters.s3.mirror.lock."""
+    """Return the folder or module of adapters that holds `module`, e.g. "s3" for adapters.s3.mirror.lock."""
     return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", within("core"), ids=named)
-def test_core_imports_itself_and_its_engines_libraries(path: Path) -> None:
-    """core imports no web framework, no AWS SDK, no handler and no adapter; only its engine imports llama_cpp."""
-    allowed = CORE_LIBRARIES | ({"llama_cpp"} if named(path).startswith("core/engine/") else set())
+@pytest.mark.parametrize("path", within("core"), ids=path_name)
+def test_core_imports_only_its_own_libraries(path: Path) -> None:
+    """They include no web framework and no AWS SDK. Only the engine imports llama_cpp."""
+    allowed = CORE_LIBRARIES | ({"llama_cpp"} if path_name(path).startswith("core/engine/") else set())
 
-    assert set() == foreign(path) - allowed
+    assert set() == third_party(path) - allowed
     assert set() == tops(path) & {"handlers", "adapters", "infra"}
 
 
-@pytest.mark.parametrize("path", within("handlers"), ids=named)
+@pytest.mark.parametrize("path", within("handlers"), ids=path_name)
 def test_handlers_import_core_only(path: Path) -> None:
-    """Handlers are plain functions over core: no framework, no llama.cpp, no adapter."""
-    assert set() == foreign(path) - HANDLER_LIBRARIES
+    """They import no framework, no llama_cpp and no adapter."""
+    assert set() == third_party(path) - HANDLER_LIBRARIES
     assert set() == tops(path) & {"adapters", "infra"}
 
 
-@pytest.mark.parametrize("path", within("adapters"), ids=named)
+@pytest.mark.parametrize("path", within("adapters"), ids=path_name)
 def test_adapters_import_public_names_only(path: Path) -> None:
-    """An adapter imports no name that starts with an underscore, no llama_cpp and nothing of infra."""
+    """Adapters import no private names, no llama_cpp and nothing from infra."""
     ours = {name for name in modules(path) if name.partition(".")[0] in OURS}
 
     assert set() == {
@@ -123,8 +123,8 @@ def test_adapters_import_public_names_only(path: Path) -> None:
     assert set() == tops(path) & {"llama_cpp", "infra"}
 
 
-@pytest.mark.parametrize("path", within("adapters"), ids=named)
-def test_inside_adapters_the_arrows_go_one_way(path: Path) -> None:
+@pytest.mark.parametrize("path", within("adapters"), ids=path_name)
+def test_adapters_import_in_one_direction(path: Path) -> None:
     """aws, transfer <- s3, huggingface <- wiring <- serving <- the entry points local, aws_lambda and bulk."""
     module = module_of(path)
     if module == "adapters":
@@ -135,26 +135,26 @@ def test_inside_adapters_the_arrows_go_one_way(path: Path) -> None:
     assert set() == others - ADAPTERS[part]
 
 
-def test_the_arrows_inside_adapters_form_no_circle() -> None:
-    """The table above is itself free of circles."""
+def test_the_table_of_adapters_has_no_circle() -> None:
+    """Each import in ADAPTERS points to a lower layer."""
     assert circles(ADAPTERS) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
+@pytest.mark.parametrize("path", FILES, ids=path_name)
 def test_no_module_imports_an_entry_point(path: Path) -> None:
-    """What an entry point shares with others is in a module of its own; only tests import `__main__`."""
+    """Shared code is in modules of its own; only tests import `__main__`."""
     assert set() == {name for name in modules(path) if "__main__" in name.split(".")}
 
 
-@pytest.mark.parametrize("path", within("core") + within("handlers") + within("adapters"), ids=named)
+@pytest.mark.parametrize("path", within("core") + within("handlers") + within("adapters"), ids=path_name)
 def test_only_the_mirror_imports_boto3(path: Path) -> None:
-    """boto3 takes a second to import: a cold start reads S3 and secrets without it."""
-    if not named(path).startswith("adapters/s3/mirror/"):
+    """boto3 takes a second to import, so a cold start reads S3 and secrets without it."""
+    if not path_name(path).startswith("adapters/s3/mirror/"):
         assert "boto3" not in tops(path)
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
-    """A module of core, handlers or adapters can be imported first, whichever it is."""
+def test_imports_have_no_circle() -> None:
+    """Any module of core, handlers or adapters can be imported first."""
     graph = {
         module: {name for name in imports(at_import(tree(path)), path) if name in MODULES and name != module}
         for module, path in MODULES.items()
@@ -165,7 +165,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The first circle below each node of `graph`, as the names along it."""
+    """Return the first circle below each node of `graph` as a list of names."""
     finished: set[str] = set()
     all_circles: list[list[str]] = []
 
@@ -182,11 +182,11 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return all_circles
 
 
-def test_a_circle_is_seen() -> None:
-    """The search above reports a circle, also one that begins below other modules."""
+def test_circles_are_found() -> None:
+    """This includes circles that begin below other modules."""
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"]]
 
 
 def test_nothing_is_imported_from_tests() -> None:
-    """Fakes stay in tests."""
-    assert [named(path) for path in FILES if "tests" in tops(path)] == []
+    """Production code uses no fakes."""
+    assert [path_name(path) for path in FILES if "tests" in tops(path)] == []

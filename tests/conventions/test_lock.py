@@ -1,4 +1,4 @@
-"""What the images install is pinned with hashes, and the pins satisfy pyproject.toml."""
+"""The packages of the images are pinned with hashes, and the pins satisfy pyproject.toml."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dependencies() -> list[Requirement]:
 
 
 def pins() -> dict[str, list[str]]:
-    """The versions of each package; there are several where Python's version decides."""
+    """Return the pinned versions of each package. Some packages have one per Python version."""
     versions: dict[str, list[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE):
         versions.setdefault(canonicalize_name(name), []).append(version)
@@ -28,7 +28,7 @@ def pins() -> dict[str, list[str]]:
 
 
 def test_every_dependency_has_a_pin_within_its_range() -> None:
-    """Editing pyproject.toml without `make lock` fails here; llama-cpp-python is compiled, the Dockerfile pins it."""
+    """This fails after a change of pyproject.toml without `make lock`. The Dockerfile pins llama-cpp-python."""
     compiled = re.search(r"^ARG LLAMA_CPP_PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert compiled is not None
     locked = {**pins(), "llama-cpp-python": [compiled[1]]}
@@ -38,7 +38,7 @@ def test_every_dependency_has_a_pin_within_its_range() -> None:
 
 
 def test_every_pin_has_a_hash() -> None:
-    """pip refuses to install any of them under --require-hashes otherwise."""
+    """With --require-hashes, pip refuses packages without one."""
     blocks = re.split(r"\n(?=[a-z])", LOCK)
     assert len(blocks) > len(dependencies())
     for block in blocks:
@@ -47,7 +47,7 @@ def test_every_pin_has_a_hash() -> None:
 
 
 def test_images_install_nothing_without_hashes() -> None:
-    """Two exceptions: the wheel that the image itself compiled, and the pinned package of the embedded model."""
+    """The exceptions are the wheel that the image compiles and the pinned package of the embedded model."""
     commands = re.findall(r"python3 -m pip (?:install|wheel)[^&;]*", DOCKERFILE.replace("\\\n", " "))
     loose = [command for command in commands if "--require-hashes" not in command]
     assert len(commands) == 4

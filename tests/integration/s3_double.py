@@ -1,4 +1,4 @@
-"""moto's S3 as a process of its own, and what tests keep in it."""
+"""Run moto's S3 as a process, and make clients for it."""
 
 import os
 import socket
@@ -28,9 +28,9 @@ make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandl
 
 @contextmanager
 def moto_server():
-    """Start a fresh S3 with one bucket, "models", and give its port.
+    """Start an S3 with one empty bucket, "models", and yield its port.
 
-    It inherits a socket that listens already: no other process can take the port, and clients queue until it runs.
+    It inherits a listening socket, so no other process can take the port and clients queue until it runs.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         port = listener.getsockname()[1]
@@ -63,7 +63,7 @@ def s3_client(port):
 
 
 def bucket(port, name=BUCKET):
-    """A Bucket at moto's port, with pauses of milliseconds."""
+    """Return a Bucket at moto's port that retries after milliseconds."""
     return Bucket(
         name,
         credentials=CredentialChain(ENVIRON),
@@ -74,6 +74,6 @@ def bucket(port, name=BUCKET):
 
 
 def clean_environ():
-    """This process's environment without AWS settings, plus the test's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    return {**kept, **ENVIRON}
+    """Return this process's environment with the test's AWS settings only."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return {**others, **ENVIRON}

@@ -1,4 +1,4 @@
-"""A model baked from Hugging Face, or something that speaks as it does."""
+"""`bake_model` downloads a model from a Hugging Face double."""
 
 import os
 import subprocess
@@ -21,26 +21,26 @@ def baked(target: Path, file: str, *faults: Fault) -> "subprocess.CompletedProce
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
 
 
-def test_a_model_comes_from_the_hub_while_the_image_is_built(tmp_path: Path) -> None:
-    """The file lies in the target folder, checked against the repository's digest, and nothing else does."""
-    done = baked(tmp_path, "small.gguf")
+def test_a_model_is_downloaded_and_checked(tmp_path: Path) -> None:
+    """The target folder holds the file, checked against the repository's digest, and nothing else."""
+    process = baked(tmp_path, "small.gguf")
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "model" / "small.gguf").read_bytes() == MODEL
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["small.gguf"]
 
 
 @pytest.mark.parametrize(
-    ("file", "faults", "says"),
+    ("file", "faults", "message"),
     [
         ("none.gguf", [], "'none.gguf' could not be downloaded from 'org/repo'"),
         ("small.gguf", [Fault(flip=True, times=9)], "not a GGUF file"),
         ("small.gguf", [Fault(on="HEAD", etag="0" * 64, times=9)], "has the SHA-256"),
     ],
 )
-def test_a_wrong_or_missing_file_stops_the_build(tmp_path: Path, file: str, faults: list[Fault], says: str) -> None:
-    """Without a digest given, the repository's own is what the file must hash to."""
-    done = baked(tmp_path, file, *faults)
+def test_a_wrong_or_missing_file_stops_the_build(tmp_path: Path, file: str, faults: list[Fault], message: str) -> None:
+    """Without MODEL_SHA256, the file must match the repository's digest."""
+    process = baked(tmp_path, file, *faults)
 
-    assert done.returncode == 1
-    assert says in done.stderr
+    assert process.returncode == 1
+    assert message in process.stderr

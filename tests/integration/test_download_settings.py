@@ -1,4 +1,4 @@
-"""DOWNLOAD_THREADS and DOWNLOAD_PART_MB, from the setting to the requests that the hub sees."""
+"""DOWNLOAD_THREADS and DOWNLOAD_PART_MB determine the requests that the hub receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 def download(folder: Path, environ: dict[str, str]) -> HubDouble:
-    """Receive a model into memory as the settings say, from a hub that is slow enough for threads to overlap."""
+    """Download a model into memory from a hub that is slow enough for threads to overlap."""
     with HubDouble() as hub:
         hub.add("org/repo", {"model.gguf": CONTENT})
         hub.faults.append(Fault(rate=60 * MIB, times=1000))
@@ -39,22 +39,22 @@ def download(folder: Path, environ: dict[str, str]) -> HubDouble:
 
 
 def sizes(hub: HubDouble) -> list[int]:
-    """How much each request asked for."""
-    ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", given or "") for given in hub.gets()]
-    return [int(one[2]) - int(one[1]) + 1 for one in ranges if one]
+    """Return the number of bytes that each request asked for."""
+    matches = [re.fullmatch(r"bytes=(\d+)-(\d+)", header or "") for header in hub.gets()]
+    return [int(match[2]) - int(match[1]) + 1 for match in matches if match]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_as_many_reads_at_once_as_download_threads(tmp_path: Path, threads: int) -> None:
-    """One thread reads one range after the other."""
+def test_download_threads_is_the_number_of_concurrent_reads(tmp_path: Path, threads: int) -> None:
+    """With one thread, ranges are read one after the other."""
     hub = download(tmp_path, {"DOWNLOAD_THREADS": str(threads), "DOWNLOAD_PART_MB": "2"})
 
     assert hub.most_at_once == threads
 
 
 @pytest.mark.parametrize(("part_mb", "largest"), [(2, 2 * MIB), (4, 4 * MIB), (0, 8 * MIB)])
-def test_a_read_is_as_large_as_download_part_mb(tmp_path: Path, part_mb: int, largest: int) -> None:
-    """The first is of that size; later ones may be smaller, so that all threads finish together."""
+def test_download_part_mb_is_the_size_of_a_read(tmp_path: Path, part_mb: int, largest: int) -> None:
+    """The first read has that size. Later ones may be smaller, so all threads finish together."""
     hub = download(tmp_path, {"DOWNLOAD_THREADS": "1", "DOWNLOAD_PART_MB": str(part_mb)})
 
     assert max(sizes(hub)) == sizes(hub)[0] == largest

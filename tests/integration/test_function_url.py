@@ -1,4 +1,4 @@
-"""The local function URL, with real processes: cold start, freezing, crashes, deadlines, limits, the stock client."""
+"""The local function URL with real processes: cold start, freezing, crashes, deadlines, limits, stock client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from infra.emulator.function_url import MAX_REQUEST, FunctionURL
 
 ROOT = Path(__file__).parents[2]
 
-# A process like the image's, with a scripted engine instead of llama.cpp, and routes that misbehave.
+# The image's program with a scripted engine instead of llama.cpp, and with routes that fail or block.
 PROGRAM = """
 import asyncio, os, sys, threading, time
 from adapters.serving.asgi import create_app
@@ -40,7 +40,7 @@ app = create_app(fake_service(engine, host=host, api_keys=keys("secret")).servic
 progress = {"done": 0}
 
 def load():
-    while progress["done"] < 40:  # 40 steps of 10 ms, wherever it is frozen
+    while progress["done"] < 40:  # 40 steps of 10 ms, with any number of freezes
         time.sleep(0.01)
         progress["done"] += 1
 
@@ -76,7 +76,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Raw HTTP against the function URL, and what it reported."""
+    """A plain HTTP client of the function URL, and the URL's reports."""
 
     def __init__(self, port: int, environment: Environment, reports: list[str]) -> None:
         self.port = port
@@ -87,8 +87,8 @@ class Client:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             content = None if body is None else json.dumps(body)
-            given = {"content-type": "application/json"} if content else {}
-            connection.request(method, path, content, {**given, **headers})
+            content_type = {"content-type": "application/json"} if content else {}
+            connection.request(method, path, content, {**content_type, **headers})
             response = connection.getresponse()
             return Answer(
                 response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
@@ -96,8 +96,8 @@ class Client:
         finally:
             connection.close()
 
-    def settled(self, count: int) -> list[str]:
-        """The reports, once there are `count`: a report follows the answer."""
+    def wait_for_reports(self, count: int) -> list[str]:
+        """Return the reports once there are `count`. A report is written after the answer."""
         for _ in range(500):
             if len(self.reports) >= count:
                 break
@@ -109,7 +109,7 @@ class Client:
 def function_url(
     *, timeout_s: float = 30.0, mode: str = "auto", command: list[str] | None = None, **environ: str
 ) -> Iterator[Client]:
-    """A function URL in a thread; fails the test if the runtime broke the Runtime API's rules."""
+    """Run a function URL in a thread. Fail the test if the runtime violates the Runtime API."""
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "RESPONSE_MODE": mode, **environ}
     environment = Environment(command or [sys.executable, "-c", PROGRAM], environ, timeout_s=timeout_s)
     reports: list[str] = []
@@ -136,7 +136,7 @@ def url() -> Iterator[Client]:
 
 
 def test_the_stock_openai_client_streams(url: Client) -> None:
-    """`OpenAI(base_url=...)` streams a chat through events, Runtime API and back, piece by piece."""
+    """A chat is streamed through the event and the Runtime API, one chunk at a time."""
     from openai import OpenAI
 
     messages: Any = [{"role": "user", "content": "Hello"}]
@@ -150,26 +150,26 @@ def test_the_stock_openai_client_streams(url: Client) -> None:
     assert len([text for text in texts if text]) == 4
 
 
-def test_errors_pass_as_they_are(url: Client) -> None:
-    """A wrong key is the application's 401, with its headers."""
+def test_errors_are_passed_through(url: Client) -> None:
+    """A wrong key gets the application's 401 with its headers."""
     response = url.get("/v1/models", authorization="Bearer wrong")
 
     assert (response.status, json.loads(response.body)["error"]["code"]) == (401, "invalid_api_key")
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_line_for_each_invocation() -> None:
-    """Init (once), time to first byte, duration, memory and the bill."""
+def test_each_invocation_has_a_report() -> None:
+    """It has init, time to first byte, duration, memory and the billed GB-s."""
     with function_url() as client:
         client.get("/health")
-        [line] = client.settled(1)
+        [line] = client.wait_for_reports(1)
 
     for field in ("request=", "init=", "ttft=", "duration=", "/3008MB", "GB-s"):
         assert field in line
 
 
 def test_events_over_six_megabytes_are_refused() -> None:
-    """As on Lambda the front end refuses, and the function is not called: the one report is the next request's."""
+    """As on Lambda, the function is not invoked. The only report belongs to the next request."""
     with function_url() as client:
         response = client.get("/v1/extract", method="POST", body={"text": "x" * MAX_REQUEST})
         assert client.get("/health").status == 200
@@ -179,37 +179,37 @@ def test_events_over_six_megabytes_are_refused() -> None:
 
 
 def test_streams_end_at_two_hundred_megabytes(url: Client) -> None:
-    """What is over the limit of a streamed answer is cut off."""
+    """The rest of a longer answer is cut off."""
     assert len(url.get("/large?203").body) == 200 << 20
 
 
 def test_a_load_survives_freezing() -> None:
-    """Between invocations the process does not run; what it was loading goes on with the next one."""
+    """Between invocations the process does not run; the load continues with the next one."""
     with function_url() as client:
-        seen, computed = [], []
+        steps, switches = [], []
         for _ in range(100):
-            done, pid = (int(part) for part in client.get("/progress").body.split())
-            seen.append(done)
+            step, pid = (int(part) for part in client.get("/progress").body.split())
+            steps.append(step)
             assert _frozen(pid)
             before = _switches(pid)
-            time.sleep(0.02)  # two steps' worth, in which a frozen process does none
-            computed.append(_switches(pid) - before)
-            if done == 40:
+            time.sleep(0.02)  # the time of two steps; a frozen process does none
+            switches.append(_switches(pid) - before)
+            if step == 40:
                 break
 
-    assert seen[-1] == 40
-    assert seen == sorted(seen)
-    assert set(computed) == {0}
+    assert steps[-1] == 40
+    assert steps == sorted(steps)
+    assert set(switches) == {0}
 
 
 def _switches(pid: int) -> int:
-    """The voluntary switches of the process's threads: a thread that sleeps for a step makes one."""
+    """Return the voluntary context switches of the process's threads. Each step's sleep causes one."""
     tasks = Path(f"/proc/{pid}/task").glob("*/status")
     return sum(int(re.findall(r"\nvoluntary_ctxt_switches:\s*(\d+)", task.read_text())[0]) for task in tasks)
 
 
 def _frozen(pid: int) -> bool:
-    """Whether all threads of the process are stopped, within the time that reporting may take."""
+    """Whether all threads of the process are stopped, after waiting up to 3 s for it."""
     for _ in range(300):
         threads = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
         if set(threads) == {"T"}:
@@ -218,19 +218,19 @@ def _frozen(pid: int) -> bool:
     return False
 
 
-def test_a_crash_is_a_502_and_a_new_process() -> None:
-    """A process that dies takes its invocation with it; the next one gets another process."""
+def test_after_a_crash_there_is_a_new_process() -> None:
+    """The crashed invocation is a 502."""
     with function_url() as client:
         first = client.get("/progress").body.split()[1]
         assert client.get("/exit").status == 502
-        assert "Runtime.ExitError" in client.settled(2)[1]
+        assert "Runtime.ExitError" in client.wait_for_reports(2)[1]
         second = client.get("/progress").body.split()[1]
         assert first != second
-        assert "init=-" not in client.settled(3)[2]
+        assert "init=-" not in client.wait_for_reports(3)[2]
 
 
-def test_the_deadline_is_answered_before_lambda_kills() -> None:
-    """An application that waits too long is answered 504 by the runtime, and its process lives on."""
+def test_the_runtime_answers_504_before_the_deadline() -> None:
+    """The process of an application that waits too long survives."""
     with function_url(timeout_s=3.0) as client:
         pid = client.get("/progress").body.split()[1]
         assert client.get("/sleep").status == 504
@@ -238,15 +238,15 @@ def test_the_deadline_is_answered_before_lambda_kills() -> None:
 
 
 def test_a_blocked_process_is_killed_at_the_deadline() -> None:
-    """Code that blocks the loop cannot be cancelled: Lambda kills it, the next event has a new process."""
+    """Code that blocks the event loop cannot be cancelled. The next event gets a new process."""
     with function_url(timeout_s=2.0) as client:
         assert client.get("/block").status == 502
-        assert "Sandbox.Timedout" in client.settled(1)[0]
+        assert "Sandbox.Timedout" in client.wait_for_reports(1)[0]
         assert client.get("/progress").status == 200
 
 
-def test_buffered_mode_behind_a_buffered_url() -> None:
-    """With RESPONSE_MODE=buffered the same requests have the same answers, whole."""
+def test_buffered_mode_works_behind_a_buffered_url() -> None:
+    """With RESPONSE_MODE=buffered, requests get the same answers unstreamed."""
     with function_url(mode="buffered") as client:
         response = client.get("/v1/models", authorization="Bearer secret")
         assert json.loads(response.body)["data"][0]["id"] == "fake-1b"
@@ -255,24 +255,24 @@ def test_buffered_mode_behind_a_buffered_url() -> None:
         assert text.endswith(b"data: [DONE]\n\n")
 
 
-def test_an_init_error_is_told() -> None:
-    """Settings that cannot be are an init error in our words, and 502 for whoever called."""
+def test_invalid_settings_are_an_init_error() -> None:
+    """The client gets a 502."""
     command = [sys.executable, "-m", "adapters.aws_lambda"]
     with function_url(command=command) as client:
         assert client.get("/health").status == 502
-        assert "Runtime.SettingsError" in client.settled(1)[0]
+        assert "Runtime.SettingsError" in client.wait_for_reports(1)[0]
 
 
-def test_a_start_that_fails_is_told() -> None:
-    """A broken installation is an init error with the exception's name; its text is in the log only."""
+def test_a_failed_start_is_an_init_error() -> None:
+    """The exception's text of a broken installation is only in the log."""
     program = "import sys; sys.modules['adapters.wiring'] = None\nfrom adapters.aws_lambda.__main__ import main; main()"
     with function_url(command=[sys.executable, "-c", program], IAM_AUTH="true") as client:
         assert client.get("/health").status == 502
-        assert "Runtime.InitFailed" in client.settled(1)[0]
+        assert "Runtime.InitFailed" in client.wait_for_reports(1)[0]
 
 
 def test_sigterm_ends_the_process() -> None:
-    """Lambda's shutdown signal ends an idle process at once, with status 0."""
+    """Lambda's shutdown signal ends an idle process with status 0."""
     with function_url() as client:
         pid = int(client.get("/progress").body.split()[1])
         assert _frozen(pid)
@@ -288,19 +288,19 @@ def test_sigterm_ends_the_process() -> None:
 
 
 def test_the_entry_point_needs_lambda() -> None:
-    """Started by hand it says what it is for, and how to try it."""
+    """Without the Runtime API it exits with status 2 and names `make url`."""
     import subprocess
 
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "adapters.aws_lambda"], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True
     )
 
-    assert ended.returncode == 2
-    assert b"make url" in ended.stderr
+    assert process.returncode == 2
+    assert b"make url" in process.stderr
 
 
-def test_reports_bill_init_and_memory() -> None:
-    """GB-s are milliseconds of init and invocation, rounded up, times the memory configured."""
+def test_a_report_bills_init_and_memory() -> None:
+    """GB-s are milliseconds of init and invocation, rounded up, times the configured memory."""
     from infra.emulator.environment import Report
 
     report = Report("id", 1000.2, 5.0, 499.1, 2048, 300, None)

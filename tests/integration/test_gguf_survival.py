@@ -1,4 +1,4 @@
-"""What passes the header check is given to the real llama.cpp, in processes of its own: none may end in a crash."""
+"""Files that pass the header check never crash the real llama.cpp, which runs in processes of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from core.store import gguf
 from tests import gguf_files as files
 
-# Loads each file of a folder: first the vocabulary, then all of it and a decode of two tokens.
+# Load each file: first only the vocabulary, then the whole model, and decode two tokens.
 LOAD = """
 import ctypes, sys
 import llama_cpp.llama_cpp as llama
@@ -44,7 +44,7 @@ for path in sys.argv[1:]:
 
 
 def load(paths: list[Path]) -> tuple[int, str]:
-    """(exit status, the last file that was begun)."""
+    """Load files in a process. Return its exit status and the last file that it began."""
     # Without GGML_NO_BACKTRACE an assertion starts a debugger, which takes seconds.
     result = subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, paths)],
@@ -57,7 +57,7 @@ def load(paths: list[Path]) -> tuple[int, str]:
 
 
 def survivors(count: int, seed: int) -> list[bytes]:
-    """Models with flipped bits in their header that the check lets pass; half of the flips beyond the vocabulary."""
+    """Return models with flipped header bits that pass the check. Half of the flips may be in the vocabulary."""
     draw = random.Random(seed)
     content = files.tiny_model()
     end = gguf.parse_header(lambda at, length: content[at : at + length], len(content)).data_offset
@@ -69,15 +69,15 @@ def survivors(count: int, seed: int) -> list[bytes]:
             at = draw.randrange(end if draw.random() < 0.5 else vocabulary)
             mutant[at] ^= 1 << draw.randrange(8)
         try:
-            gguf.parse_header(lambda at, length, given=bytes(mutant): given[at : at + length], len(mutant))
+            gguf.parse_header(lambda at, length, content=bytes(mutant): content[at : at + length], len(mutant))
         except gguf.MalformedGGUF:
             continue
         passed.append(bytes(mutant))
     return passed
 
 
-def test_no_flipped_header_that_passes_crashes_llama_cpp(tmp_path: Path) -> None:
-    """A thousand models with flipped bits: refused by the check, refused by llama.cpp, or run. Never a dead process."""
+def test_files_that_pass_the_check_do_not_crash_llama_cpp(tmp_path: Path) -> None:
+    """llama.cpp refuses or runs each of a thousand models with flipped bits."""
     paths = [files.write(tmp_path, f"{index}.gguf", each) for index, each in enumerate(survivors(1000, seed=7))]
     for begin in range(0, len(paths), 250):
         status, last = load(paths[begin : begin + 250])
@@ -85,8 +85,8 @@ def test_no_flipped_header_that_passes_crashes_llama_cpp(tmp_path: Path) -> None
         assert status == 0, f"{last} ended the process ({status}): {survivor_diff(Path(last))}"
 
 
-def test_what_the_check_refuses_would_have_ended_the_process(tmp_path: Path) -> None:
-    """The control: a duplicate token, which the check refuses, is an assertion in llama.cpp."""
+def test_a_file_that_the_check_refuses_crashes_llama_cpp(tmp_path: Path) -> None:
+    """This is the control: a duplicate token, which the check refuses, fails an assertion in llama.cpp."""
     entries = files.llama_metadata()
     kind, element, tokens = entries["tokenizer.ggml.tokens"]
     entries["tokenizer.ggml.tokens"] = (kind, element, [*tokens[:-1], tokens[0]])
@@ -97,7 +97,7 @@ def test_what_the_check_refuses_would_have_ended_the_process(tmp_path: Path) -> 
 
 
 def survivor_diff(path: Path) -> dict[str, object]:
-    """What a mutant's metadata says otherwise than the model it was made from."""
+    """Return the metadata in which a mutant differs from the original model."""
     content = files.tiny_model()
     before = gguf.parse_header(lambda at, length: content[at : at + length], len(content)).metadata
     after = gguf.read_header(path).metadata

@@ -1,4 +1,4 @@
-"""The service over real sockets: every refusal by its name, and the wire's own troubles."""
+"""The service over real sockets: refusals, keys, CORS, streams, disconnects and logs."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def open_server() -> Iterator[tuple[FakeService, str]]:
-    """No keys, small bodies."""
+    """Serve without keys and with a small limit of bodies."""
     fake = fake_service(max_body_bytes=2048)
     with serving(fake.service) as address:
         yield fake, address
@@ -36,7 +36,7 @@ def keyed_server() -> Iterator[str]:
 
 
 def refused(answer: httpx.Response) -> tuple[int, str | None]:
-    """Status and code, once the envelope is checked to be whole."""
+    """Check the error envelope and return status and code."""
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -44,8 +44,8 @@ def refused(answer: httpx.Response) -> tuple[int, str | None]:
     return answer.status_code, error["code"]
 
 
-def by_name(answer: httpx.Response) -> tuple[int, str | None, str | None]:
-    """Status, code and the parameter that is wrong; where a 400 has none, how its message begins."""
+def status_code_and_param(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+    """Return status, code and the wrong parameter. A 400 without one has the beginning of its message."""
     status, code = refused(answer)
     error = answer.json()["error"]
     beginning = " ".join(error["message"].split()[:4]) if status == 400 else None
@@ -127,12 +127,12 @@ def by_name(answer: httpx.Response) -> tuple[int, str | None, str | None]:
         ("POST", "/load", JSON, b" " * 3000, (413, "request_too_large", None)),
     ],
 )
-def test_what_a_client_does_wrong_is_a_4xx_by_its_name(
+def test_every_mistake_of_a_client_is_a_named_4xx(
     open_server: tuple[FakeService, str], method: str, path: str, headers: dict[str, str], body: bytes, expected: object
 ) -> None:
-    """Every mistake has its status and code, OpenAI's envelope, and a request id; none is a 500."""
+    """Every mistake has its own status and code, OpenAI's envelope and a request id."""
     fake, address = open_server
-    # http.client sends the path as it stands; httpx would resolve the dots.
+    # http.client sends the path unchanged; httpx would resolve the dots.
     answer = raw(address, method, path, headers, body)
 
     assert answer.headers["x-request-id"].startswith("req_")
@@ -141,7 +141,7 @@ def test_what_a_client_does_wrong_is_a_4xx_by_its_name(
     elif expected == "405 without a body":
         assert (answer.status_code, answer.content) == (405, b"")
     else:
-        assert expected == by_name(answer)
+        assert expected == status_code_and_param(answer)
     assert (fake.host.leases, fake.host.swaps) == (0, [])
 
 
@@ -157,8 +157,8 @@ def raw(address: str, method: str, path: str, headers: dict[str, str], body: byt
         connection.close()
 
 
-def test_405_and_options_name_the_methods(open_server: tuple[FakeService, str]) -> None:
-    """Allow says what would have worked."""
+def test_405_and_options_list_the_methods(open_server: tuple[FakeService, str]) -> None:
+    """They are in the Allow header."""
     _, address = open_server
 
     assert httpx.post(f"{address}/health").headers["allow"] == "GET, HEAD, OPTIONS"
@@ -168,7 +168,7 @@ def test_405_and_options_name_the_methods(open_server: tuple[FakeService, str]) 
 
 
 def test_head_is_get_without_the_body(open_server: tuple[FakeService, str]) -> None:
-    """Same status and length, no byte of it."""
+    """Status and content-length are the same."""
     _, address = open_server
     head, get = httpx.head(f"{address}/v1/models"), httpx.get(f"{address}/v1/models")
 
@@ -186,8 +186,10 @@ def test_head_is_get_without_the_body(open_server: tuple[FakeService, str]) -> N
         ("/health", None, None),
     ],
 )
-def test_keys_open_user_routes(keyed_server: str, path: str, key: str | None, expected: tuple[int, str] | None) -> None:
-    """Without a key that is known: 401, and the scheme to use."""
+def test_user_routes_need_a_key(
+    keyed_server: str, path: str, key: str | None, expected: tuple[int, str] | None
+) -> None:
+    """Without a valid key the answer is a 401 with the scheme."""
     answer = httpx.get(keyed_server + path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     if expected is None:
@@ -197,11 +199,11 @@ def test_keys_open_user_routes(keyed_server: str, path: str, key: str | None, ex
 
 
 @pytest.mark.parametrize("path", ["/load", "/reload"])
-def test_admin_routes_take_admin_keys_only(keyed_server: str, path: str) -> None:
-    """No key 401, a user's key 403, before the body is even looked at."""
-    send = {None: 401, "wrong": 401, "use": 403}
+def test_admin_routes_need_an_admin_key(keyed_server: str, path: str) -> None:
+    """No key is a 401 and a user's key is a 403, before the body is read."""
+    statuses = {None: 401, "wrong": 401, "use": 403}
 
-    for key, expected in send.items():
+    for key, expected in statuses.items():
         headers = {"x-api-key": key} if key else {}
         assert httpx.post(keyed_server + path, content=b"not json", headers=headers).status_code == expected
     assert (
@@ -209,8 +211,8 @@ def test_admin_routes_take_admin_keys_only(keyed_server: str, path: str) -> None
     )
 
 
-def test_a_body_is_bounded_while_it_arrives(open_server: tuple[FakeService, str]) -> None:
-    """A chunked body, whose length nobody declares, is a 413 as well, and the answer reaches a client still sending."""
+def test_a_chunked_body_is_limited(open_server: tuple[FakeService, str]) -> None:
+    """It has no content-length. The 413 reaches a client that is still sending."""
     _, address = open_server
 
     def endless() -> Iterator[bytes]:
@@ -220,8 +222,8 @@ def test_a_body_is_bounded_while_it_arrives(open_server: tuple[FakeService, str]
     assert refused(httpx.post(f"{address}/load", content=endless(), headers=JSON)) == (413, "request_too_large")
 
 
-def test_a_client_that_asks_first_is_told_before_it_sends(open_server: tuple[FakeService, str]) -> None:
-    """Expect: 100-continue with too large a length gets the 413, not the invitation."""
+def test_expect_100_continue_gets_the_refusal(open_server: tuple[FakeService, str]) -> None:
+    """With a content-length over the limit, the answer is a 413 instead of 100 Continue."""
     place = urlsplit(open_server[1])
     with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
         head = "POST /load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999\r\nexpect: 100-continue\r\n"
@@ -230,34 +232,34 @@ def test_a_client_that_asks_first_is_told_before_it_sends(open_server: tuple[Fak
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
-def test_a_sane_request_id_is_echoed_and_another_replaced(open_server: tuple[FakeService, str]) -> None:
-    """What would break a header or a log line is not taken over."""
+def test_a_valid_request_id_is_echoed(open_server: tuple[FakeService, str]) -> None:
+    """Ids that could break a header or a log line are replaced."""
     _, address = open_server
-    ids = {given: httpx.get(f"{address}/health", headers={"x-request-id": given.encode()}).headers["x-request-id"]
-           for given in ("a-1_B.c", "x" * 128, "x" * 129, "a b", "é", "")}  # fmt: skip
+    ids = {sent: httpx.get(f"{address}/health", headers={"x-request-id": sent.encode()}).headers["x-request-id"]
+           for sent in ("a-1_B.c", "x" * 128, "x" * 129, "a b", "é", "")}  # fmt: skip
 
-    assert [given for given, answered in ids.items() if given == answered] == ["a-1_B.c", "x" * 128]
-    assert all(answered.startswith("req_") for given, answered in ids.items() if given != answered)
+    assert [sent for sent, returned in ids.items() if sent == returned] == ["a-1_B.c", "x" * 128]
+    assert all(returned.startswith("req_") for sent, returned in ids.items() if sent != returned)
 
 
 def test_cors_is_off_unless_set(open_server: tuple[FakeService, str]) -> None:
-    """No header invites another site."""
+    """Without CORS_ORIGINS no CORS header is sent."""
     _, address = open_server
     answer = httpx.get(f"{address}/health", headers={"origin": "https://app.example"})
 
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_cors_lets_the_named_origins_in() -> None:
-    """A preflight gets methods and headers; errors carry the headers too, or a page could not read them."""
-    asked = {
+def test_cors_allows_the_configured_origins() -> None:
+    """A preflight gets methods and headers. Errors have the header, too, so that a page can read them."""
+    requested = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, x-stainless-lang",
     }
     with serving(fake_service(cors_origins=("https://app.example",), api_keys=keys("use")).service) as address:
         chat = f"{address}/v1/chat/completions"
-        preflight = httpx.options(chat, headers={"origin": "https://app.example", **asked})
-        stranger = httpx.options(chat, headers={"origin": "https://evil.example", **asked})
+        preflight = httpx.options(chat, headers={"origin": "https://app.example", **requested})
+        stranger = httpx.options(chat, headers={"origin": "https://evil.example", **requested})
         refusal = httpx.get(f"{address}/v1/models", headers={"origin": "https://app.example"})
 
     assert preflight.status_code == 204
@@ -269,7 +271,7 @@ def test_cors_lets_the_named_origins_in() -> None:
 
 
 class Probe:
-    """Handlers of the tests' own, put in the place of real ones: what they hold, and whether they let go."""
+    """Replacements of real handlers that count running work and cancellations."""
 
     def __init__(self) -> None:
         self.engine = ScriptedEngine(endless=True, delay=0.005)
@@ -312,22 +314,22 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Probe, str]]:
     probe = Probe()
     handlers = {"get_health": probe.slow, "get_v1_models": probe.stream, "get_models": probe.broken}
     handlers["get_v1_model"] = probe.unavailable
-    found = routes.Route.resolve
+    resolve = routes.Route.resolve
     monkeypatch.setattr(
-        routes.Route, "resolve", lambda route: handlers.get(route.handler.partition(":")[2]) or found(route)
+        routes.Route, "resolve", lambda route: handlers.get(route.handler.partition(":")[2]) or resolve(route)
     )
     with serving(fake_service().service) as address:
         yield probe, address
 
 
 def hang_up(address: str, path: str, *, after: int) -> None:
-    """Send a request, read `after` bytes of the answer, and go without a word."""
+    """Send a request, read `after` bytes of the answer and close the connection."""
     place = urlsplit(address)
     with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
-        got = b""
-        while len(got) < after:
-            got += connection.recv(4096)
+        body = b""
+        while len(body) < after:
+            body += connection.recv(4096)
 
 
 def until(true: object, seconds: float = 10) -> bool:
@@ -339,29 +341,31 @@ def until(true: object, seconds: float = 10) -> bool:
 
 
 def test_twenty_abandoned_streams_leave_nothing_running(probe: tuple[Probe, str]) -> None:
-    """Hanging up closes the Response, which cancels the generation; the server still answers."""
-    held, address = probe
+    """A disconnect closes the Response, which cancels the generation. The server still answers."""
+    handlers, address = probe
     for _ in range(20):
         hang_up(address, "/v1/models", after=300)
 
-    assert len(held.engine.requests) == 20
-    assert until(lambda: held.engine.running == 0)
+    assert len(handlers.engine.requests) == 20
+    assert until(lambda: handlers.engine.running == 0)
     with httpx.stream("GET", f"{address}/v1/models") as answer:
         assert next(answer.iter_lines()).startswith("data: ")
 
 
-def test_a_client_that_goes_while_it_waits_cancels_the_work(probe: tuple[Probe, str]) -> None:
-    """Also where the answer would have been whole: nobody computes for somebody who has left."""
-    held, address = probe
+def test_a_disconnect_cancels_a_waiting_request(probe: tuple[Probe, str]) -> None:
+    """The answer would not have been streamed."""
+    handlers, address = probe
     for _ in range(3):
         hang_up(address, "/health", after=0)
 
-    assert until(lambda: held.cancelled == 3)
-    assert held.engine.running == 0
+    assert until(lambda: handlers.cancelled == 3)
+    assert handlers.engine.running == 0
 
 
-def test_a_foreign_exception_is_logged_and_not_told(probe: tuple[Probe, str], caplog: pytest.LogCaptureFixture) -> None:
-    """The client gets a fixed sentence and the id under which the log has the rest."""
+def test_an_unexpected_exception_is_logged_and_not_sent(
+    probe: tuple[Probe, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets a fixed message with the request id of the log lines."""
     _, address = probe
     answer = httpx.get(f"{address}/models", headers={"x-request-id": "find-me"})
 
@@ -371,8 +375,8 @@ def test_a_foreign_exception_is_logged_and_not_told(probe: tuple[Probe, str], ca
     assert "hunter2" in caplog.text
 
 
-def test_a_retry_time_is_told_in_the_header(probe: tuple[Probe, str]) -> None:
-    """SDKs wait as long as Retry-After says."""
+def test_retry_after_is_a_header(probe: tuple[Probe, str]) -> None:
+    """SDKs wait for that many seconds."""
     _, address = probe
     answer = httpx.get(f"{address}/v1/models/any")
 
@@ -380,7 +384,7 @@ def test_a_retry_time_is_told_in_the_header(probe: tuple[Probe, str]) -> None:
 
 
 def test_a_stream_is_not_buffered_and_ends_with_done(open_server: tuple[FakeService, str]) -> None:
-    """/load with `stream` sends each event when it happens: the download goes on once the first has arrived."""
+    """/load with `stream` sends each event at once. The download continues when the first has arrived."""
     fake, address = open_server
     first_arrived = threading.Event()
     waited: list[bool] = []
@@ -411,13 +415,13 @@ def test_a_stream_is_not_buffered_and_ends_with_done(open_server: tuple[FakeServ
     assert (events[-1]["status"], lines[-1]) == ("downloaded", "data: [DONE]")
 
 
-def test_the_access_log_has_one_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
-    """Method, path without its query and percent-encoded, status, time; nobody can forge a second line."""
+def test_the_access_log_has_one_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
+    """It has the method, the encoded path without its query, status and time. A path cannot forge a second line."""
     caplog.set_level("INFO", logger="slm.access")
     with serving(fake_service().service) as address:
         raw(address, "GET", "/nope%0AGET%20/fake?key=secret", {}, b"")
 
-    # The server has stopped, so each of its lines is here; lines of a neighbour's server may be here, too.
+    # The server has stopped, so all of its lines are here. There may be lines of other tests' servers, too.
     lines = [record.fields for record in caplog.records if "nope" in record.getMessage()]  # type: ignore[attr-defined]
     assert [{name: value for name, value in fields.items() if name != "ms"} for fields in lines] == [
         {"method": "GET", "path": "/nope%0AGET%20/fake", "status": 404}
@@ -425,8 +429,8 @@ def test_the_access_log_has_one_line_a_request(caplog: pytest.LogCaptureFixture)
     assert "secret" not in caplog.text
 
 
-def test_no_key_is_ever_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither a good key nor a wrong one, in whichever header, in the query or in a bad request, at any level."""
+def test_keys_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """This holds for valid and wrong keys, in any header, in the query and in bad requests, at any level."""
     caplog.set_level("DEBUG")
     good, admin, wrong = "good-key-3141", "admin-key-2718", "wrong-key-1618"
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).encode()

@@ -1,4 +1,4 @@
-"""The deadline: the answer is ended before Lambda ends the process."""
+"""The runtime ends an answer before Lambda's deadline ends the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answer(app: Any, *, mode: str = "auto", timeout_s: float = SHORT) -> Exchang
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
 def test_no_answer_by_the_deadline_is_a_504(mode: str) -> None:
-    """An application that has not begun is cancelled, and its client told in time."""
+    """The application is cancelled and its client gets the 504 in time."""
     cleaned: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -47,7 +47,7 @@ def test_no_answer_by_the_deadline_is_a_504(mode: str) -> None:
 
 
 def test_a_running_stream_is_ended_with_trailers() -> None:
-    """A stream that is still going is ended between chunks, with an error event and trailers."""
+    """It ends between chunks, with an error event."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
@@ -62,7 +62,7 @@ def test_a_running_stream_is_ended_with_trailers() -> None:
 
 
 def test_an_application_may_finish_when_it_is_cancelled() -> None:
-    """What it still sends in its `except CancelledError` is sent, and is then the whole answer."""
+    """Messages that it sends in its `except CancelledError` complete the answer."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
@@ -77,8 +77,8 @@ def test_an_application_may_finish_when_it_is_cancelled() -> None:
     assert exchange.trailers == {}
 
 
-def test_an_application_that_ignores_cancellation_is_left_behind() -> None:
-    """It can neither hold up the next event nor write into another's answer."""
+def test_an_application_that_ignores_cancellation_is_abandoned() -> None:
+    """It can neither delay the next event nor write into another answer."""
     raised: list[BaseException] = []
     release = asyncio.Event()
 
@@ -90,7 +90,7 @@ def test_an_application_that_ignores_cancellation_is_left_behind() -> None:
             except asyncio.CancelledError:
                 continue
         try:
-            await send({"type": "http.response.body", "body": b"from the dead"})
+            await send({"type": "http.response.body", "body": b"too late"})
         except OSError as error:
             raised.append(error)
 
@@ -109,7 +109,7 @@ def test_an_application_that_ignores_cancellation_is_left_behind() -> None:
 
 @pytest.mark.parametrize("timeout_s", [0.0, -5.0, HARD_MARGIN_S / 2])
 def test_a_deadline_already_past_is_a_504_at_once(timeout_s: float) -> None:
-    """The application is not even called."""
+    """The application is not called."""
     called: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -121,8 +121,8 @@ def test_a_deadline_already_past_is_a_504_at_once(timeout_s: float) -> None:
     assert called == []
 
 
-def test_a_blocked_loop_is_answered_late_but_answered() -> None:
-    """Synchronous code that blocks over the deadline cannot be interrupted; its event gets the 504 afterwards."""
+def test_a_blocked_event_loop_is_answered_late() -> None:
+    """Synchronous code that blocks past the deadline cannot be interrupted. Its event gets the 504 afterwards."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         time.sleep(SHORT + 0.1)
@@ -132,11 +132,11 @@ def test_a_blocked_loop_is_answered_late_but_answered() -> None:
 
     assert exchange.status == 504
     assert json.loads(exchange.body)["error"]["code"] == "timeout"
-    assert time.monotonic() > exchange.deadline  # late, as it could not but be
+    assert time.monotonic() > exchange.deadline  # late, which cannot be avoided
 
 
-def test_a_reader_that_stalls_does_not_hold_the_deadline() -> None:
-    """When nobody reads, the application waits in send; at the deadline the stream is ended all the same."""
+def test_a_stalled_reader_does_not_delay_the_deadline() -> None:
+    """The application waits in `send`; at the deadline the stream ends anyway."""
     from infra.emulator.exchange import Behaviour
 
     waited: list[int] = []
@@ -151,23 +151,23 @@ def test_a_reader_that_stalls_does_not_hold_the_deadline() -> None:
         async with runtime(app) as bench:
             exchange = await bench.get(timeout_s=SHORT + 0.3, behaviour=Behaviour(pause_s=0.03))
             assert exchange.trailers["lambda-runtime-function-error-type"] == "Function.DeadlineExceeded"
-            assert len(waited) < 1000  # what was not read was not produced, either
+            assert len(waited) < 1000  # the application did not run ahead of the reader
             await bench.still_serves()
 
     asyncio.run(go())
 
 
-def test_the_application_knows_the_deadline() -> None:
-    """The scope says how much time is left, so that generation can end first."""
-    seen: list[Any] = []
+def test_the_scope_has_the_deadline() -> None:
+    """Generation can thus end before it."""
+    scopes: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope)
+        scopes.append(scope)
         await json_app()(scope, receive, send)
 
     exchange = answer(app, timeout_s=20)
 
-    known = seen[0]["extensions"]["slm.request"]
-    assert abs(known["deadline"] - exchange.deadline) < 0.1
-    assert known["id"] == exchange.id
-    assert known["direct"] is False
+    fields = scopes[0]["extensions"]["slm.request"]
+    assert abs(fields["deadline"] - exchange.deadline) < 0.1
+    assert fields["id"] == exchange.id
+    assert fields["direct"] is False

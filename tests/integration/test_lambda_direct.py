@@ -1,4 +1,4 @@
-"""Direct invokes over the real application: plain JSON in and out, errors as function errors."""
+"""Direct invokes of the real application: plain JSON in and out, errors as function errors."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def result(exchange: Exchange) -> Any:
     return json.loads(exchange.body)
 
 
-def test_health_and_models() -> None:
-    """The reading operations need no body and no key."""
+def test_reading_operations_need_no_body() -> None:
+    """They need no key either."""
     assert result(invoke({"operation": "health"}))["status"] == "ready"
     assert result(invoke({"operation": "models"}))["active"]["name"] == "fake-1b"
 
 
-def test_chat_answers_with_the_completion() -> None:
-    """The event's other fields are the request body, the answer is OpenAI's object and no HTTP envelope."""
+def test_chat_returns_the_completion() -> None:
+    """The event's other fields are the request body. The answer is OpenAI's object without an HTTP envelope."""
     completion = result(invoke({"operation": "chat", "messages": MESSAGES, "max_tokens": 2}))
 
     assert completion["object"] == "chat.completion"
@@ -47,8 +47,8 @@ def test_chat_answers_with_the_completion() -> None:
 
 
 def test_a_direct_invoke_is_a_user() -> None:
-    """IAM has let it in, so no key is asked for; but callers of an IAM-guarded URL may invoke directly, too, so that
-    alone makes nobody an administrator."""
+    """IAM has checked the caller, so no key is needed. Callers of an IAM-guarded URL may invoke directly, too, so
+    a direct invoke is not an administrator."""
     for operation in ("load", "reload"):
         exchange = invoke({"operation": operation, "model_path": "nowhere.gguf"})
         assert exchange.error is not None
@@ -57,7 +57,7 @@ def test_a_direct_invoke_is_a_user() -> None:
 
 
 def test_direct_admin_makes_it_an_administrator() -> None:
-    """For a deployment whose direct callers are its operators."""
+    """DIRECT_ADMIN is for deployments whose direct callers are operators."""
     exchange = invoke({"operation": "reload", "model_path": "nowhere.gguf"}, direct_admin=True)
 
     assert exchange.error is not None
@@ -65,7 +65,7 @@ def test_direct_admin_makes_it_an_administrator() -> None:
 
 
 def test_errors_are_typed_for_state_machines() -> None:
-    """A refused operation is a function error whose type says what to do and whose message a client would read."""
+    """A refused operation is a function error with the error class as type and the client's message."""
     exchange = invoke({"operation": "chat", "messages": []})
     assert exchange.error is not None
     assert exchange.error["errorType"].startswith("Function.")
@@ -76,15 +76,15 @@ def test_errors_are_typed_for_state_machines() -> None:
 
 
 def test_a_stream_is_refused() -> None:
-    """There is one JSON document to answer with."""
+    """A direct invoke returns a single JSON document."""
     exchange = invoke({"operation": "chat", "messages": MESSAGES, "stream": True})
 
     assert exchange.error is not None
     assert "stream" in exchange.error["errorMessage"]
 
 
-def test_query_parameters_of_reading_operations() -> None:
-    """Fields beside a GET operation are its query."""
+def test_fields_of_reading_operations_become_the_query() -> None:
+    """They are GET requests."""
     from adapters.aws_lambda import operations as direct
 
     scope, body = direct.to_request({"operation": "health", "wait": 1})
@@ -92,8 +92,8 @@ def test_query_parameters_of_reading_operations() -> None:
     assert (scope["method"], scope["query_string"], body) == ("GET", b"wait=1", b"")
 
 
-def test_an_iam_guarded_url_demands_the_identity_in_the_event() -> None:
-    """IAM_AUTH with a URL of AuthType NONE, or behind a load balancer, is closed instead of open to all."""
+def test_iam_auth_requires_the_identity_in_the_event() -> None:
+    """With a URL of AuthType NONE or behind a load balancer, IAM_AUTH thus refuses all requests."""
 
     async def go() -> list[int | None]:
         app = create_app(fake_service(iam_auth=True).service)

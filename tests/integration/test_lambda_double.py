@@ -1,4 +1,4 @@
-"""The Runtime API double itself: what a runtime may not do is found."""
+"""The Runtime API double reports every violation of a runtime."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BUFFERED = b'{"statusCode":200,"body":""}'
 
 
 class Peer:
-    """A runtime by hand."""
+    """A runtime that the test drives step by step."""
 
     def __init__(self, server: RuntimeAPIServer) -> None:
         self.server = server
 
     async def call(self, method: str, path: str, headers: str = "", body: bytes = b"") -> bytes:
-        """One request on a connection of its own; the status line of the reply, b"" for none."""
+        """Send one request on its own connection. Return the status line of the reply, or b""."""
         host, _, port = self.server.address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         head = f"{method} /2018-06-01/runtime/{path} HTTP/1.1\r\nHost: x\r\n{AGENT}{headers}\r\n"
@@ -159,13 +159,13 @@ async def no_such_route(peer: Peer) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_violations_are_found(act: Callable[[Peer], Awaitable[object]], words: str) -> None:
-    """Each breach is named; the runtime's tests fail at any."""
+def test_violations_are_reported(act: Callable[[Peer], Awaitable[object]], words: str) -> None:
+    """The message names the violation."""
     assert any(words in violation for violation in violations(act))
 
 
-def test_a_good_runtime_has_none() -> None:
-    """Nothing is found where nothing is wrong."""
+def test_a_correct_runtime_has_no_violations() -> None:
+    """The runtime answers one event streamed and one buffered."""
     assert violations(good) == []
 
 
@@ -185,8 +185,8 @@ def test_a_good_runtime_has_none() -> None:
     ],
     ids=str,
 )
-def test_bad_preludes(record: object) -> None:
-    """What a front end would choke on or drop."""
+def test_invalid_preludes_are_reported(record: object) -> None:
+    """Lambda's front end would refuse or drop them."""
     assert list(checks.prelude(json.dumps(record).encode())) != []
 
 
@@ -202,6 +202,6 @@ def test_bad_preludes(record: object) -> None:
     ],
     ids=["json", "status", "body", "base64", "header", "size"],
 )
-def test_bad_buffered_answers(body: bytes) -> None:
-    """Envelopes that are none."""
+def test_invalid_buffered_answers_are_reported(body: bytes) -> None:
+    """The envelope is invalid or too large."""
     assert list(checks.buffered(body)) != []

@@ -1,4 +1,4 @@
-"""Whatever an application does wrong, its event is answered exactly once and the next two are served."""
+"""Whatever an application does wrong, its event is answered exactly once and the next events are served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECRET = "password=hunter2 at /srv/app.py"
 
 
 class Odd_Näme(Exception):
-    """An exception whose name is nothing that Lambda would keep."""
+    """An exception whose name Lambda would not accept as an error type."""
 
 
 def answer(app: Any, *, mode: str = "auto", event: Any = None, **request: Any) -> Exchange:
@@ -32,16 +32,16 @@ def answer(app: Any, *, mode: str = "auto", event: Any = None, **request: Any) -
 
 def envelope(exchange: Exchange) -> dict[str, Any]:
     content = json.loads(exchange.body)
-    found: dict[str, Any] = (json.loads(content["body"]) if exchange.kind == "buffered" else content)["error"]
-    return found
+    error: dict[str, Any] = (json.loads(content["body"]) if exchange.kind == "buffered" else content)["error"]
+    return error
 
 
-def told(exchange: Exchange) -> dict[str, Any]:
-    """The error in the trailers."""
+def trailer_error(exchange: Exchange) -> dict[str, Any]:
+    """Return the error in the trailers."""
     record = json.loads(base64.b64decode(exchange.trailers["lambda-runtime-function-error-body"]))
     assert record["errorType"] == exchange.trailers["lambda-runtime-function-error-type"]
-    found: dict[str, Any] = record
-    return found
+    error: dict[str, Any] = record
+    return error
 
 
 async def start(send: Any, *, headers: Any = (EVENTS,)) -> None:
@@ -112,7 +112,7 @@ BEFORE = [
 @pytest.mark.parametrize("app", BEFORE, ids=lambda app: app.__name__)
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
 def test_failure_before_the_first_byte_is_a_500(mode: str, app: Any) -> None:
-    """While nothing has left, a failure becomes a status and OpenAI's envelope, without the exception's text."""
+    """The body is OpenAI's envelope without the exception's text."""
     exchange = answer(app, mode=mode)
 
     assert exchange.status == 500
@@ -139,42 +139,42 @@ def broken_stream(error: BaseException, headers: Any = (EVENTS,)) -> Any:
         (Odd_Näme("ünïcode 東京"), "Function.OddNme"),
         (SystemExit(1), "Function.SystemExit"),
         (asyncio.CancelledError(), "Function.CancelledError"),
-        (OSError("not ours"), "Function.OSError"),
+        (OSError("of the application"), "Function.OSError"),
         (TimeoutError(), "Function.TimeoutError"),
         (RuntimeError("x" * 100_000), "Function.RuntimeError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_failure_after_the_first_byte_is_an_event_and_trailers(error: BaseException, kind: str) -> None:
-    """A broken event stream ends with an SSE error event for the client and typed trailers for Lambda."""
+    """The client gets an SSE error event, and Lambda gets trailers with the error type."""
     exchange = answer(broken_stream(error))
 
     first, failure, done, end = bytes(exchange.body).split(b"\n\n")
     assert (first, done, end) == (b"data: 1", b"data: [DONE]", b"")
     assert json.loads(failure.removeprefix(b"data: "))["error"]["code"] == "internal_error"
-    assert told(exchange)["errorType"] == kind
+    assert trailer_error(exchange)["errorType"] == kind
     assert len(exchange.trailers["lambda-runtime-function-error-body"]) < 8000
-    assert "hunter2" not in json.dumps(told(exchange))
+    assert "hunter2" not in json.dumps(trailer_error(exchange))
 
 
 def test_other_streams_get_trailers_only() -> None:
-    """A broken body that is no event stream is cut, not spoiled: the trailers tell."""
+    """A body that is not an event stream is cut without an error event."""
     exchange = answer(broken_stream(ValueError("x"), headers=((b"content-type", b"text/plain"),)))
 
     assert exchange.body == b"data: 1\n\n"
-    assert told(exchange)["errorType"] == "Function.ValueError"
+    assert trailer_error(exchange)["errorType"] == "Function.ValueError"
 
 
-def test_buffered_answer_that_breaks_is_a_500() -> None:
-    """In buffered mode a failure in mid-body replaces what there was."""
+def test_a_broken_buffered_answer_is_a_500() -> None:
+    """The failure replaces the part of the body that was sent before."""
     exchange = answer(broken_stream(ValueError("x")), mode="buffered")
 
     assert exchange.status == 500
     assert json.loads(exchange.body)["headers"] == {"content-type": "application/json"}
 
 
-def test_missing_last_body_message_ends_the_stream() -> None:
-    """An application that returns without its last body message has failed: the stream ends with trailers."""
+def test_a_missing_last_body_message_is_a_failure() -> None:
+    """The stream ends with trailers."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await start(send)
@@ -182,12 +182,12 @@ def test_missing_last_body_message_ends_the_stream() -> None:
 
     exchange = answer(app)
 
-    assert told(exchange)["errorType"] == "Function.RuntimeError"
+    assert trailer_error(exchange)["errorType"] == "Function.RuntimeError"
 
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_failure_after_the_answer_is_for_the_log(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What goes wrong after the last byte (Starlette raises again after its own 500) does not touch the answer."""
+def test_failure_after_the_answer_is_only_logged(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It does not change the answer. Starlette, for example, raises again after its own 500."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await json_app()(scope, receive, send)
@@ -201,7 +201,7 @@ def test_failure_after_the_answer_is_for_the_log(mode: str, caplog: pytest.LogCa
 
 
 def test_sending_after_the_end_is_an_error_of_the_application() -> None:
-    """A message after the last one raises in the application and reaches nobody."""
+    """A message after the last one raises in the application and is not sent."""
     raised: list[Exception] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -218,7 +218,7 @@ def test_sending_after_the_end_is_an_error_of_the_application() -> None:
 
 
 def test_optional_messages_are_ignored() -> None:
-    """Trailers and debug messages of ASGI extensions that we do not offer change nothing."""
+    """These are trailers and debug messages of ASGI extensions that are not offered."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await start(send)
@@ -229,8 +229,8 @@ def test_optional_messages_are_ignored() -> None:
     assert answer(app).body == b"x"
 
 
-def test_generator_is_finalised_when_its_stream_breaks() -> None:
-    """The application's `finally` runs before the next event."""
+def test_the_application_is_finalised_before_the_next_event() -> None:
+    """Its `finally` block runs when the stream breaks."""
     closed: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -260,8 +260,8 @@ def test_generator_is_finalised_when_its_stream_breaks() -> None:
     ],
     ids=["text", "empty", "deep", "list", "null", "object", "sqs", "warmer", "websocket", "operation"],
 )
-def test_events_that_are_not_http_are_function_errors(event: Any, words: str) -> None:
-    """An event that the function does not serve is a function error that names what it serves."""
+def test_unknown_events_are_function_errors(event: Any, words: str) -> None:
+    """The message describes the event."""
     exchange = answer(json_app(), event=b"null" if event is None else event)
 
     assert exchange.kind == "error"
@@ -289,7 +289,7 @@ def test_events_that_are_not_http_are_function_errors(event: Any, words: str) ->
     ids=["no method", "no http", "headers", "base64", "rest", "alb"],
 )
 def test_unreadable_http_events_are_400(event: dict[str, Any], mode: str) -> None:
-    """An event that says it is HTTP and is not gets a 400 in either mode, not a function error."""
+    """In both modes a malformed HTTP event is a 400 and not a function error."""
     exchange = answer(json_app(), event=event, mode=mode)
 
     assert exchange.status == 400

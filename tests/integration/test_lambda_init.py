@@ -1,4 +1,4 @@
-"""How the runtime starts and ends: the ten seconds of init, SnapStart, SIGTERM."""
+"""How the runtime starts and ends: the ten seconds of init, SnapStart and SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.lambda_runtime import PATIENCE_S, json_app, runtime
 
 
 class Application:
-    """An application that records the paths it serves and its end."""
+    """An application that records the paths that it serves and its close."""
 
     def __init__(self) -> None:
-        self.diary: list[str] = []
+        self.calls: list[str] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.diary.append(scope["path"])
+        self.calls.append(scope["path"])
         await json_app()(scope, receive, send)
 
     async def close(self) -> None:
-        self.diary.append("closed")
+        self.calls.append("closed")
 
 
 def test_the_application_is_closed_once_after_the_last_event() -> None:
@@ -39,11 +39,11 @@ def test_the_application_is_closed_once_after_the_last_event() -> None:
 
     asyncio.run(go())
 
-    assert app.diary == ["/1", "/2", "/3", "closed"]
+    assert app.calls == ["/1", "/2", "/3", "closed"]
 
 
-def test_init_waits_for_what_is_loading() -> None:
-    """While there is time, /next is not called before everything is ready: init is the cheapest place to load in."""
+def test_init_waits_for_the_load() -> None:
+    """While init has time left, /next is not called before the model is ready."""
 
     async def go() -> None:
         loaded = asyncio.Event()
@@ -57,8 +57,8 @@ def test_init_waits_for_what_is_loading() -> None:
     asyncio.run(go())
 
 
-def test_init_does_not_wait_for_ever() -> None:
-    """A load that takes longer than init goes on beside the events."""
+def test_init_has_a_time_limit() -> None:
+    """A load that takes longer than init continues while events are served."""
 
     async def go() -> None:
         loaded = asyncio.Event()
@@ -80,7 +80,7 @@ def test_init_does_not_wait_for_ever() -> None:
     ],
 )
 def test_init_lasts_as_long_as_lambda_allows(kind: str, seconds: float) -> None:
-    """Ten seconds on demand; where no request waits, 130 s or the function's timeout, with a margin."""
+    """On demand it has ten seconds. Where no request waits, it has 130 s or the timeout, less a margin."""
     environ = {"AWS_LAMBDA_INITIALIZATION_TYPE": kind}
 
     assert init_seconds(environ) == init_seconds(environ, 60) == seconds < 130
@@ -91,47 +91,47 @@ def test_init_lasts_as_long_as_lambda_allows(kind: str, seconds: float) -> None:
 SNAP = {"AWS_LAMBDA_INITIALIZATION_TYPE": "snap-start"}
 
 
-def hooks(diary: list[str], *, before: Exception | None = None, after: Exception | None = None) -> snapstart.Hooks:
+def hooks(calls: list[str], *, before: Exception | None = None, after: Exception | None = None) -> snapstart.Hooks:
     async def work(name: str, error: Exception | None) -> None:
-        diary.append(name)
+        calls.append(name)
         if error is not None:
             raise error
 
     return snapstart.Hooks(lambda: work("before", before), lambda: work("after", after))
 
 
-def test_snapstart_prepares_waits_and_renews() -> None:
-    """Before-snapshot work, /restore/next, after-restore work, and only then events."""
-    diary: list[str] = []
+def test_snapstart_runs_its_hooks_around_the_restore() -> None:
+    """The order is the before hook, /restore/next, the after hook and then events."""
+    calls: list[str] = []
 
     async def go() -> None:
-        async with runtime(json_app(), environ=SNAP, hooks=hooks(diary)) as bench:
+        async with runtime(json_app(), environ=SNAP, hooks=hooks(calls)) as bench:
             await asyncio.wait_for(bench.server.snapshot.wait(), PATIENCE_S)
-            assert diary == ["before"]
+            assert calls == ["before"]
             assert not bench.server.polled.is_set()
             bench.server.restored.set()
             await bench.still_serves()
-            assert diary == ["before", "after"]
+            assert calls == ["before", "after"]
 
     asyncio.run(go())
 
 
-def test_restore_is_never_asked_for_without_snapstart() -> None:
-    """Where the variable is not set, /restore/next does not exist: it must not be called."""
-    diary: list[str] = []
+def test_restore_is_not_called_without_snapstart() -> None:
+    """/restore/next exists only with SnapStart."""
+    calls: list[str] = []
 
     async def go() -> None:
-        async with runtime(json_app(), hooks=hooks(diary)) as bench:
+        async with runtime(json_app(), hooks=hooks(calls)) as bench:
             await bench.still_serves()
             assert not bench.server.snapshot.is_set()
 
     asyncio.run(go())
 
-    assert diary == []
+    assert calls == []
 
 
 def test_failure_before_the_snapshot_is_an_init_error() -> None:
-    """No snapshot is taken of a process that could not prepare."""
+    """No snapshot is taken of a process whose before hook failed."""
 
     async def go() -> None:
         async with runtime(json_app(), environ=SNAP, hooks=hooks([], before=ValueError("secret"))) as bench:
@@ -143,7 +143,7 @@ def test_failure_before_the_snapshot_is_an_init_error() -> None:
 
 
 def test_failure_after_the_restore_is_a_restore_error() -> None:
-    """A restored process that cannot renew itself says so and ends."""
+    """The process reports the error and ends."""
 
     async def go() -> None:
         async with runtime(json_app(), environ=SNAP, hooks=hooks([], after=ValueError("secret"))) as bench:
@@ -156,7 +156,7 @@ def test_failure_after_the_restore_is_a_restore_error() -> None:
 
 
 def test_stopping_finishes_the_running_event() -> None:
-    """SIGTERM ends the wait for events but no answer. Then the application is closed."""
+    """SIGTERM ends the wait for events. The running answer is completed and the application closed."""
 
     async def go() -> None:
         app = Application()
@@ -169,13 +169,13 @@ def test_stopping_finishes_the_running_event() -> None:
         async with runtime(slow, close=app.close) as bench:
             assert (await bench.get("/last")).status == 200
             assert await bench.ended() == 0
-        assert app.diary == ["/last", "closed"]
+        assert app.calls == ["/last", "closed"]
 
     asyncio.run(go())
 
 
-def test_reseeding_changes_the_generators() -> None:
-    """Processes restored from one snapshot do not draw the same numbers."""
+def test_reseeding_changes_the_random_numbers() -> None:
+    """Processes restored from one snapshot must not draw the same numbers."""
     import random
 
     random.seed(1)
@@ -187,7 +187,7 @@ def test_reseeding_changes_the_generators() -> None:
 
 
 def test_priming_answers_a_chat_and_an_extraction() -> None:
-    """The snapshot holds what a first request of each kind would import, compile and build; every lease is back."""
+    """The snapshot then holds all imports and compiled grammars of both. All leases are released."""
     from core.settings import keys
     from tests.fakes import fake_service
 

@@ -1,4 +1,4 @@
-"""Events that come while the model still loads: init has handed over, the real application answers."""
+"""Events that arrive after init, while the model is still loading, are answered by the real application."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADERS = [("authorization", "Bearer secret"), ("content-type", "application/jso
 
 
 class SlowHost(FakeHost):
-    """Loads until `loaded` is set."""
+    """A host that loads until `loaded` is set."""
 
     def __init__(self) -> None:
         super().__init__(ScriptedEngine(), status="available")
@@ -61,8 +61,8 @@ def loading(act: Any) -> None:
     asyncio.run(go())
 
 
-def test_a_stream_tells_how_far_the_load_is() -> None:
-    """A streamed request gets 200 and SSE comments at once, and its tokens when the model is there."""
+def test_a_stream_reports_the_progress_of_the_load() -> None:
+    """It gets the 200 and SSE comments at once, and its tokens when the model is loaded."""
 
     async def act(bench: Bench, host: SlowHost) -> None:
         exchange = chat(bench, stream=True)
@@ -81,8 +81,8 @@ def test_a_stream_tells_how_far_the_load_is() -> None:
     loading(act)
 
 
-def test_requests_are_checked_before_the_model_is_there() -> None:
-    """A wrong key and a wrong body are refused at once, streamed or not."""
+def test_requests_are_checked_before_the_model_is_loaded() -> None:
+    """A wrong key and a wrong body are refused at once."""
 
     async def act(bench: Bench, host: SlowHost) -> None:
         assert (await finished(chat(bench, stream=True, key="wrong"))).status == 401
@@ -91,8 +91,8 @@ def test_requests_are_checked_before_the_model_is_there() -> None:
     loading(act)
 
 
-def test_a_whole_answer_is_a_503_before_the_deadline() -> None:
-    """A client that waits for one JSON document is told to come again, in time."""
+def test_a_request_without_stream_is_a_503_before_the_deadline() -> None:
+    """The answer has a Retry-After."""
 
     async def act(bench: Bench, host: SlowHost) -> None:
         exchange = await finished(chat(bench, timeout_s=3.0))
@@ -106,7 +106,7 @@ def test_a_whole_answer_is_a_503_before_the_deadline() -> None:
 
 
 def test_health_and_models_answer_at_once() -> None:
-    """What can be said without the model is said."""
+    """They do not need the model."""
 
     async def act(bench: Bench, host: SlowHost) -> None:
         for path in ("/health", "/models"):

@@ -1,4 +1,4 @@
-"""What the runtime makes of an application's answer, streamed and buffered, on the wire of the Runtime API."""
+"""How the runtime sends an application's answer to the Runtime API, streamed and buffered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = (b"content-type", b"text/plain")
 
 
 def answer(app: Any, *, mode: str = "auto", **event: Any) -> Exchange:
-    """One request, then two that show that all is well."""
+    """Send one request and check that the next ones are served."""
 
     async def go() -> Exchange:
         async with runtime(app, mode=mode) as bench:
@@ -30,12 +30,12 @@ def answer(app: Any, *, mode: str = "auto", **event: Any) -> Exchange:
 
 def record(exchange: Exchange) -> dict[str, Any]:
     assert exchange.kind == "buffered"
-    found: dict[str, Any] = json.loads(exchange.body)
-    return found
+    envelope: dict[str, Any] = json.loads(exchange.body)
+    return envelope
 
 
 def chunked_app(*bodies: Any, headers: tuple[tuple[bytes, bytes], ...] = (TEXT,), pause: float | None = None) -> Any:
-    """Sends each body as a message of its own, after a pause if there is one, and an empty last one."""
+    """Return an application that sends each body as a message, after a pause if set, and an empty last message."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -48,16 +48,16 @@ def chunked_app(*bodies: Any, headers: tuple[tuple[bytes, bytes], ...] = (TEXT,)
     return app
 
 
-def test_prelude_and_first_body_message_share_a_chunk() -> None:
-    """An application that does not wait between start and body costs one chunk, prelude included."""
+def test_the_prelude_and_the_first_body_message_share_a_chunk() -> None:
+    """This applies if the application does not wait between start and body."""
     exchange = answer(json_app())
 
     assert [chunk.endswith(b'\0\0\0\0\0\0\0\0{"ok":true}') for _, chunk in exchange.chunks] == [True]
     assert exchange.prelude == {"statusCode": 200, "headers": {"content-type": "application/json"}}
 
 
-def test_prelude_leaves_at_once_when_the_body_is_late() -> None:
-    """A client sees status and headers while the application still works on the body."""
+def test_the_prelude_is_sent_at_once_if_the_body_is_late() -> None:
+    """A client gets status and headers while the application is still preparing the body."""
 
     async def go() -> None:
         release = asyncio.Event()
@@ -80,7 +80,7 @@ def test_prelude_leaves_at_once_when_the_body_is_late() -> None:
 
 
 def test_each_body_message_is_one_chunk() -> None:
-    """SSE events are neither split nor merged on their way."""
+    """SSE events are neither split nor merged."""
     bodies = [b"data: %d\n\n" % number for number in range(50)]
 
     exchange = answer(chunked_app(*bodies, pause=0))
@@ -88,8 +88,8 @@ def test_each_body_message_is_one_chunk() -> None:
     assert bodies == [chunk for _, chunk in exchange.chunks[1:]]
 
 
-def test_a_chunk_is_out_before_the_application_goes_on() -> None:
-    """Work for the next token never delays the last one: the chunk arrives while the application is held up."""
+def test_a_chunk_is_sent_before_the_application_continues() -> None:
+    """The chunk arrives while the application waits, so the next token never delays the last one."""
 
     async def go() -> None:
         gate = asyncio.Event()
@@ -119,20 +119,20 @@ async def _eventually(true: Any) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_cookies_go_where_lambda_wants_them(mode: str) -> None:
-    """Several Set-Cookie headers become the cookies list, never a joined header."""
+def test_cookies_become_a_list(mode: str) -> None:
+    """Set-Cookie headers are never joined."""
     headers = [TEXT, (b"set-cookie", b"a=1; Path=/"), (b"Set-Cookie", b"b=2, c")]
 
     exchange = answer(json_app(b"x", headers=headers), mode=mode)
 
-    told = exchange.prelude if mode == "auto" else record(exchange)
-    assert told is not None
-    assert told["cookies"] == ["a=1; Path=/", "b=2, c"]
-    assert "set-cookie" not in told["headers"]
+    envelope = exchange.prelude if mode == "auto" else record(exchange)
+    assert envelope is not None
+    assert envelope["cookies"] == ["a=1; Path=/", "b=2, c"]
+    assert "set-cookie" not in envelope["headers"]
 
 
-def test_header_shapes() -> None:
-    """Names are lower-case, repeated headers joined, latin-1 kept, hop-by-hop and content-length dropped."""
+def test_headers_are_normalised() -> None:
+    """Names become lower-case, repeated headers are joined, hop-by-hop headers and content-length are dropped."""
     headers = [
         (b"X-Mixed", b"a"),
         (b"x-mixed", b"b"),
@@ -151,7 +151,7 @@ def test_header_shapes() -> None:
 
 
 def test_latin_1_header_survives_buffering() -> None:
-    """A header that is not UTF-8 does not break a buffered answer."""
+    """Such a header need not be valid UTF-8."""
     exchange = answer(json_app(b"x", headers=[TEXT, (b"x-latin", b"caf\xe9")]), mode="buffered")
 
     assert record(exchange)["headers"]["x-latin"] == "café"
@@ -160,7 +160,7 @@ def test_latin_1_header_survives_buffering() -> None:
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
 @pytest.mark.parametrize("value", [b"a\r\nx-evil: 1", b"a\nb", b"a\0b"])
 def test_line_breaks_in_headers_are_refused(mode: str, value: bytes) -> None:
-    """A header value with a line break or NUL is a 500 of ours, never a header of its own."""
+    """A value with a line break or NUL is a 500 and cannot add a header."""
     exchange = answer(json_app(headers=[(b"x-a", value)], body=b"x"), mode=mode)
 
     assert exchange.status == 500
@@ -169,8 +169,8 @@ def test_line_breaks_in_headers_are_refused(mode: str, value: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b"\0" * 8, b"a\0b", b'{"statusCode":500}' + b"\0" * 8 + b"x", bytes(range(256))])
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_binary_bodies_arrive_whole(mode: str, body: bytes) -> None:
-    """NULs and JSON in a body are body."""
+def test_binary_bodies_are_not_changed(mode: str, body: bytes) -> None:
+    """NULs and JSON in a body are not taken for a prelude."""
     exchange = answer(json_app(body, headers=[(b"content-type", b"application/octet-stream")]), mode=mode)
 
     if mode == "auto":
@@ -182,37 +182,37 @@ def test_binary_bodies_arrive_whole(mode: str, body: bytes) -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_statuses_without_a_body(mode: str, status: int) -> None:
-    """204 and 304 carry neither body nor a content type that nobody set."""
+def test_204_and_304_have_no_body(mode: str, status: int) -> None:
+    """They have no default content type either."""
     exchange = answer(json_app(b"ignored", status=status, headers=[]), mode=mode)
 
-    told = exchange.prelude if mode == "auto" else record(exchange)
-    assert told is not None
-    assert told["statusCode"] == status
-    assert "content-type" not in (told.get("headers") or {})
-    assert (exchange.body == b"") if mode == "auto" else (told["body"] == "")
+    envelope = exchange.prelude if mode == "auto" else record(exchange)
+    assert envelope is not None
+    assert envelope["statusCode"] == status
+    assert "content-type" not in (envelope.get("headers") or {})
+    assert (exchange.body == b"") if mode == "auto" else (envelope["body"] == "")
 
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
 def test_head_has_no_body(mode: str) -> None:
-    """HEAD keeps the headers and loses the body."""
+    """The headers are those of GET."""
     exchange = answer(json_app(), mode=mode, method="HEAD")
 
-    told = exchange.prelude if mode == "auto" else record(exchange)
-    assert told is not None
-    assert told["headers"]["content-type"] == "application/json"
-    assert (exchange.body == b"") if mode == "auto" else (told["body"] == "")
+    envelope = exchange.prelude if mode == "auto" else record(exchange)
+    assert envelope is not None
+    assert envelope["headers"]["content-type"] == "application/json"
+    assert (exchange.body == b"") if mode == "auto" else (envelope["body"] == "")
 
 
-def test_empty_streamed_answer_gets_a_newline() -> None:
-    """Function URLs hold empty streamed answers open; a 200 without a body carries one line feed."""
+def test_an_empty_streamed_answer_gets_a_newline() -> None:
+    """Function URLs keep an empty streamed answer open, so a 200 without a body gets one line feed."""
     exchange = answer(json_app(b"", headers=[TEXT]))
 
     assert exchange.body == b"\n"
 
 
-def test_redirect_passes() -> None:
-    """A redirect is an answer like any other."""
+def test_redirects_are_passed_through() -> None:
+    """The location header is not changed."""
     exchange = answer(json_app(b"see there", status=302, headers=[TEXT, (b"location", b"/there")]))
 
     assert exchange.prelude is not None
@@ -220,7 +220,7 @@ def test_redirect_passes() -> None:
 
 
 def test_empty_messages_do_not_end_the_stream() -> None:
-    """A body message without bytes is not a chunk, for an empty chunk is the end."""
+    """They are not sent, because an empty chunk ends the stream."""
     exchange = answer(chunked_app(b"a", b"", b"", b"b"))
 
     assert exchange.body == b"ab"
@@ -228,15 +228,15 @@ def test_empty_messages_do_not_end_the_stream() -> None:
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_bodies_of_any_buffer_type(mode: str, kind: Any) -> None:
-    """bytes, bytearray and memoryview are all bytes."""
+def test_bodies_may_be_any_buffer_type(mode: str, kind: Any) -> None:
+    """The types are bytes, bytearray and memoryview."""
     exchange = answer(chunked_app(kind(b"abc"), kind(b"def")), mode=mode)
 
     assert (exchange.body == b"abcdef") if mode == "auto" else (record(exchange)["body"] == "abcdef")
 
 
-def test_a_large_chunk_and_many_small_ones() -> None:
-    """16 MB in one message and two thousand tiny ones arrive whole and in order."""
+def test_large_and_many_small_chunks_arrive_in_order() -> None:
+    """The application sends 16 MB in one message and then two thousand small ones."""
     large = bytes(range(256)) * (16 << 12)
     small = [b"%04d" % number for number in range(2000)]
 
@@ -245,8 +245,8 @@ def test_a_large_chunk_and_many_small_ones() -> None:
     assert exchange.body == large + b"".join(small)
 
 
-def test_a_buffered_answer_that_is_too_large_is_our_own_500() -> None:
-    """Over 6 MiB Lambda would answer for us; we say what the limit is."""
+def test_a_buffered_answer_that_is_too_large_is_a_500() -> None:
+    """Lambda would replace answers over 6 MiB; the runtime's own error names the limit."""
     exchange = answer(json_app(b"x" * (6 << 20), headers=[TEXT]), mode="buffered")
 
     assert exchange.status == 500
@@ -254,8 +254,8 @@ def test_a_buffered_answer_that_is_too_large_is_our_own_500() -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_unicode_text_is_text(mode: str) -> None:
-    """UTF-8 passes as it is, unescaped in a buffered answer."""
+def test_utf_8_text_is_not_escaped(mode: str) -> None:
+    """This includes the JSON of a buffered answer."""
     text = "Zürich 東京 🎉"
     exchange = answer(json_app(text.encode(), headers=[TEXT]), mode=mode)
 
@@ -263,49 +263,49 @@ def test_unicode_text_is_text(mode: str) -> None:
     assert "東京".encode() in exchange.body
 
 
-def test_work_after_the_last_byte_is_finished_before_the_next_event() -> None:
-    """Background tasks run after the stream has ended and before /next is called."""
-    done: list[str] = []
+def test_background_tasks_end_before_the_next_event() -> None:
+    """They run after the stream has ended and before /next is called."""
+    finished: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await json_app()(scope, receive, send)
         await asyncio.sleep(0.05)
-        done.append(scope["path"])
+        finished.append(scope["path"])
 
     async def go() -> None:
         async with runtime(app) as bench:
             first = await bench.get("/first")
-            assert done == []
+            assert finished == []
             assert first.body == b'{"ok":true}'
             await bench.get("/second")
-            assert done[0] == "/first"
+            assert finished[0] == "/first"
 
     asyncio.run(go())
 
 
-def test_the_application_hears_of_the_end_only_after_it() -> None:
-    """receive() gives the body once, and http.disconnect not before the last byte is out."""
-    heard: list[Any] = []
+def test_disconnect_is_received_after_the_last_byte() -> None:
+    """receive() returns the body once, then http.disconnect after the answer was sent."""
+    received: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        heard.append(await receive())
+        received.append(await receive())
         later = asyncio.ensure_future(receive())
         await asyncio.sleep(0.02)
-        heard.append(later.done())
+        received.append(later.done())
         await json_app()(scope, receive, send)
-        heard.append(await later)
+        received.append(await later)
 
     answer(app, method="POST", body=b"hello", headers=[("content-type", "text/plain")])
 
-    assert heard == [
+    assert received == [
         {"type": "http.request", "body": b"hello", "more_body": False},
         False,
         {"type": "http.disconnect"},
     ]
 
 
-def test_streaming_under_starlette() -> None:
-    """Starlette's own responses, background tasks and disconnect handling work with the cycle."""
+def test_starlette_applications_are_streamed() -> None:
+    """Starlette's responses, background tasks and disconnect handling work with the runtime."""
     from starlette.applications import Starlette
     from starlette.background import BackgroundTask
     from starlette.responses import StreamingResponse

@@ -1,18 +1,17 @@
-"""Keys out of Secrets Manager: a server that checks the request as AWS would, and one that fails."""
+"""API keys from Secrets Manager: signed requests, answers and failures."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from adapters.aws.secrets import read_keys
 from core.settings import SettingsError, keys
+from tests.http_server import QuietHandler, http_server
 
 ARN = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:slm-AbCdEf"
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "token"}
@@ -20,54 +19,46 @@ ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret"
 
 @contextmanager
 def service(*answers: tuple[int, Any]) -> Iterator[tuple[dict[str, str], list[Any]]]:
-    """The environment that leads to a service which gives these answers in turn, and the requests it had."""
-    seen: list[Any] = []
-    waiting = list(answers)
+    """Run a service with these answers. Yield the environment that refers to it, and its requests."""
+    requests: list[Any] = []
+    remaining = list(answers)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            seen.append((self.headers, json.loads(body)))
-            status, answer = waiting.pop(0)
+            requests.append((self.headers, json.loads(body)))
+            status, answer = remaining.pop(0)
             content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        yield {**ENVIRON, "AWS_ENDPOINT_URL_SECRETS_MANAGER": url}, seen
-        server.shutdown()
-        thread.join()
+    with http_server(Handler) as port:
+        yield {**ENVIRON, "AWS_ENDPOINT_URL_SECRETS_MANAGER": f"http://127.0.0.1:{port}"}, requests
 
 
 @pytest.mark.parametrize("text", ["one,two", "one, two\n", "one\ntwo", f"one,sha256:{next(iter(keys('two')))}"])
-def test_keys_in_the_secret(text: str) -> None:
-    """Separated by commas or white space, plain or as digests."""
+def test_the_secret_is_a_list_of_keys(text: str) -> None:
+    """Keys are separated by commas or white space and may be digests."""
     with service((200, {"SecretString": text})) as (environ, _):
         assert read_keys(ARN, environ) == keys("one,two")
 
 
 def test_the_request_is_signed() -> None:
-    """GetSecretValue, signed for Secrets Manager in the region of the ARN."""
-    with service((200, {"SecretString": "one"})) as (environ, seen):
+    """GetSecretValue is signed for the region of the ARN."""
+    with service((200, {"SecretString": "one"})) as (environ, requests):
         read_keys(ARN, environ)
 
-    headers, body = seen[0]
+    headers, body = requests[0]
     assert body == {"SecretId": ARN}
     assert headers["x-amz-target"] == "secretsmanager.GetSecretValue"
     assert "/eu-central-1/secretsmanager/aws4_request" in headers["authorization"]
     assert headers["x-amz-security-token"] == "token"
 
 
-def test_moto_accepts_it() -> None:
-    """The same against moto's Secrets Manager, where boto3 has made the secret."""
+def test_moto_accepts_the_request() -> None:
+    """boto3 has created the secret in moto's Secrets Manager."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -104,23 +95,23 @@ DENIED = {"__type": "com.amazonaws#AccessDeniedException", "Message": "User arn:
     ],
     ids=["denied", "broken", "down", "binary", "empty", "json", "digest"],
 )
-def test_a_secret_that_cannot_be_used(answers: list[Any], words: str) -> None:
-    """The start stops with what Secrets Manager said, and neither the secret nor AWS's own sentence."""
-    with service(*answers) as (environ, seen), pytest.raises(SettingsError, match=words) as raised:
+def test_an_unusable_secret_stops_the_start(answers: list[Any], words: str) -> None:
+    """The error has the code of Secrets Manager, but neither the secret nor the message of AWS."""
+    with service(*answers) as (environ, requests), pytest.raises(SettingsError, match=words) as raised:
         read_keys(ARN, environ)
 
-    assert len(seen) == len(answers)
+    assert len(requests) == len(answers)
     assert "hunter2" not in str(raised.value)
     assert "arn:aws:x" not in str(raised.value)
 
 
-def test_one_failure_is_forgiven() -> None:
-    """A throttled or broken first answer is asked for again."""
+def test_one_failure_is_retried() -> None:
+    """The first answer is throttled."""
     with service((400, {"__type": "ThrottlingException"}), (200, {"SecretString": "one"})) as (environ, _):
         assert read_keys(ARN, environ) == keys("one")
 
 
-def test_only_arns_of_secrets() -> None:
-    """A name is no ARN: the region would be a guess."""
+def test_a_secret_needs_an_arn() -> None:
+    """A name does not have the region."""
     with pytest.raises(SettingsError, match="must be the ARN"):
         read_keys("slm", ENVIRON)

@@ -1,4 +1,4 @@
-"""The Runtime API misbehaves, is slow or is in pieces: the runtime goes on, or ends when it must."""
+"""The runtime with a Runtime API that fails, is slow or closes connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = (b"content-type", b"text/plain")
 
 
 async def endless(scope: Any, receive: Any, send: Any) -> None:
-    """Streams until nobody takes it."""
+    """Stream until sending fails."""
     await send({"type": "http.response.start", "status": 200, "headers": [TEXT]})
     while True:
         await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
@@ -36,10 +36,10 @@ def answer(app: Any, behaviour: Behaviour, *, mode: str = "auto") -> Exchange:
 @pytest.mark.parametrize(
     "behaviour", [Behaviour(reject_after=5000), Behaviour(hang_up_after=5)], ids=["413", "hang-up"]
 )
-def test_the_application_is_told_when_lambda_takes_no_more(behaviour: Behaviour) -> None:
-    """A 413 or a hang-up during the stream is an OSError in send and http.disconnect in receive, then life goes on."""
+def test_the_application_gets_an_error_when_lambda_stops_reading(behaviour: Behaviour) -> None:
+    """A 413 or a closed connection raises OSError in send and gives http.disconnect in receive."""
     raised: list[BaseException] = []
-    heard: list[Any] = []
+    received_messages: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -47,20 +47,18 @@ def test_the_application_is_told_when_lambda_takes_no_more(behaviour: Behaviour)
             await endless(scope, receive, send)
         except OSError as error:
             raised.append(error)
-            heard.append(await receive())
+            received_messages.append(await receive())
 
     answer(app, behaviour)
 
     assert [type(error).__name__ for error in raised] == ["Disconnected"]
-    assert heard == [{"type": "http.disconnect"}]
+    assert received_messages == [{"type": "http.disconnect"}]
 
 
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
 @pytest.mark.parametrize("status", [400, 403, 410, 413, 500])
-def test_refused_answers_are_logged_and_the_next_event_served(
-    mode: str, status: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    """There is nothing to mend when Lambda refuses an answer; the loop goes on."""
+def test_refused_answers_are_logged(mode: str, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The runtime cannot fix an answer that Lambda refuses. It serves the next event."""
     answer(json_app(), Behaviour(status=status), mode=mode)
 
     assert str(status) in caplog.text
@@ -79,13 +77,13 @@ def test_refused_answers_are_logged_and_the_next_event_served(
     ids=["bytewise next", "bytewise reply", "late reply", "next closes", "response closes", "all"],
 )
 @pytest.mark.parametrize("mode", ["auto", "buffered"])
-def test_connections_in_any_condition(mode: str, behaviour: Behaviour) -> None:
-    """Replies in pieces and connections that are closed between calls change nothing."""
+def test_split_replies_and_closed_connections_are_handled(mode: str, behaviour: Behaviour) -> None:
+    """Replies may arrive in pieces, and connections may close between calls."""
     assert answer(json_app(), behaviour, mode=mode).status == 200
 
 
-def test_large_events_arrive_chunked_and_whole() -> None:
-    """Over 2 KiB /next is chunked; 6 MB of body arrive as they were sent."""
+def test_large_events_arrive_complete() -> None:
+    """/next sends events over 2 KiB chunked."""
     received: list[bytes] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -105,8 +103,8 @@ def test_large_events_arrive_chunked_and_whole() -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_the_process_ends_when_there_are_no_more_events(status: int) -> None:
-    """A 403 or 5xx to /next means that this process is not wanted any more: it exits with 1."""
+def test_a_refused_next_ends_the_process(status: int) -> None:
+    """After a 403 or 5xx of /next it exits with status 1."""
 
     async def go() -> None:
         async with runtime(json_app()) as bench:
@@ -118,14 +116,14 @@ def test_the_process_ends_when_there_are_no_more_events(status: int) -> None:
 
 
 def test_an_unreachable_runtime_api_ends_the_process() -> None:
-    """No connection is an exit status, not a traceback."""
+    """It exits with status 1 and no traceback."""
     from adapters.aws_lambda.runtime import Runtime
 
     assert asyncio.run(Runtime(json_app(), {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:1"}).run()) == 1
 
 
-def test_a_slow_reader_slows_the_application_down() -> None:
-    """Backpressure: what Lambda has not taken is not piled up in the process."""
+def test_a_slow_reader_slows_down_the_application() -> None:
+    """Data that Lambda has not read does not pile up in the process."""
     sent = 0
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -149,8 +147,8 @@ def test_a_slow_reader_slows_the_application_down() -> None:
     asyncio.run(go())
 
 
-def test_several_loops_in_one_process_share_nothing() -> None:
-    """With AWS_LAMBDA_MAX_CONCURRENCY, streams run interleaved and each event gets its own answer and state."""
+def test_several_loops_run_in_one_process() -> None:
+    """With AWS_LAMBDA_MAX_CONCURRENCY streams run interleaved, and each event gets its own answer."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [TEXT]})
@@ -175,8 +173,8 @@ def test_several_loops_in_one_process_share_nothing() -> None:
     assert set(together[:3]) == {"/a", "/b", "/c"}
 
 
-def test_a_trace_does_not_outlive_its_event() -> None:
-    """X-Ray's trace id is in the log lines of its own invocation only."""
+def test_a_trace_id_belongs_to_one_event() -> None:
+    """X-Ray's trace id is only in the log lines of its invocation."""
     traces: list[str | None] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -194,21 +192,21 @@ def test_a_trace_does_not_outlive_its_event() -> None:
     assert traces == ["1-2-3", None]
 
 
-def test_a_kept_connection_that_dies_under_a_request_is_replaced() -> None:
-    """A keep-alive connection may be closed in the moment it is used again: the request is sent once more, on a new
-    one; a new connection that dies is the end."""
+def test_a_closed_keep_alive_connection_is_replaced() -> None:
+    """The peer may close a connection just when it is used again. The request is then retried once on a new
+    connection; if that closes, too, RuntimeGone is raised."""
     from adapters.aws_lambda.runtime_api import RuntimeAPI, RuntimeGone
 
     served: list[int] = []  # requests seen, by connection
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         served.append(0)
-        mine = len(served) - 1
+        index = len(served) - 1
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                served[mine] += 1
-                if served[mine] == 2 or dead:
+                served[index] += 1
+                if served[index] == 2 or dead:
                     return
                 writer.write(b"HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: a\r\nContent-Length: 2\r\n\r\n{}")
                 if head.startswith(b"POST"):
@@ -234,7 +232,7 @@ def test_a_kept_connection_that_dies_under_a_request_is_replaced() -> None:
 
     asyncio.run(go())
 
-    # /next and /response each: one connection that died at its second request, one that took that request's place.
+    # /next and /response each have one connection that closed at its second request, and one that repeated it.
     assert served == [2, 2, 1, 1, 1]
 
 
@@ -243,8 +241,8 @@ async def finish(send: Any) -> None:
     await send({"type": "http.response.body", "body": b"done"})
 
 
-def test_an_answer_takes_its_connection_at_its_first_byte() -> None:
-    """A whole completion may take minutes before it; a peer with an idle limit has hung up by then."""
+def test_an_answer_connects_at_its_first_byte() -> None:
+    """A completion may take minutes until then, and the peer may have closed an idle connection."""
     server: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -254,7 +252,7 @@ def test_an_answer_takes_its_connection_at_its_first_byte() -> None:
     async def go() -> None:
         async with runtime(app) as bench:
             server.append(bench.server)
-            await bench.still_serves()  # there is a connection to hang up
+            await bench.still_serves()  # leaves an idle connection to close
             for _ in range(2):
                 exchange = await bench.get("/slow")
                 assert (exchange.error, exchange.kind, bytes(exchange.body)) == (None, "stream", b"done")
@@ -264,8 +262,8 @@ def test_an_answer_takes_its_connection_at_its_first_byte() -> None:
 
 
 @pytest.mark.parametrize("mode", ["response_stream", "buffered"])
-def test_a_reply_that_never_comes_is_not_awaited_for_ever(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lambda's reply to an answer is lost: after the deadline the next event is served."""
+def test_waiting_for_a_lost_reply_has_a_limit(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If Lambda's reply to an answer is lost, the next event is served after the deadline."""
     from adapters.aws_lambda import runtime_api
 
     monkeypatch.setattr(runtime_api, "REPLY_GRACE_S", 0.0)
@@ -281,30 +279,9 @@ def test_a_reply_that_never_comes_is_not_awaited_for_ever(mode: Any, monkeypatch
     asyncio.run(go())
 
 
-def test_a_hiccup_of_next_ends_no_other_answer() -> None:
-    """With several loops one failed /next is asked again; streams under way go on."""
-    begun, released = asyncio.Event(), asyncio.Event()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        begun.set()
-        await released.wait()
-        await finish(send)
-
-    async def go() -> None:
-        async with runtime(app, concurrency=2) as bench:
-            streaming = asyncio.ensure_future(bench.get("/slow"))
-            await begun.wait()
-            refused = await bench.get("/", behaviour=Behaviour(next_status=500))
-            assert refused.error is not None
-            await bench.still_serves()  # by the loop that was refused: the other one is busy
-            released.set()
-            assert bytes((await streaming).body) == b"done"
-
-    asyncio.run(go())
-
-
-def test_loops_that_get_no_more_events_let_the_others_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After its retries a loop ends; the process ends when the last answer is out, with status 1."""
+@pytest.mark.parametrize("persists", [False, True])
+def test_a_failing_next_ends_no_running_answer(monkeypatch: pytest.MonkeyPatch, persists: bool) -> None:
+    """One loop retries /next while another streams. If /next keeps failing, the process ends after the answer."""
     from adapters.aws_lambda import runtime as loop
 
     monkeypatch.setattr(loop, "RETRIES_S", (0.0,))
@@ -319,12 +296,17 @@ def test_loops_that_get_no_more_events_let_the_others_finish(monkeypatch: pytest
         async with runtime(app, concurrency=2) as bench:
             streaming = asyncio.ensure_future(bench.get("/slow"))
             await begun.wait()
-            for _ in range(2):
-                await bench.get("/", behaviour=Behaviour(next_status=500))
-            for _ in range(2):  # for the loop that is busy now
-                bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(next_status=500))
+            for _ in range(2 if persists else 1):
+                refused = await bench.get("/", behaviour=Behaviour(next_status=500))
+                assert refused.error is not None
+            if persists:
+                for _ in range(2):  # for the loop that is still streaming
+                    bench.server.invoke(to_event("GET", "/"), behaviour=Behaviour(next_status=500))
+            else:
+                await bench.still_serves()  # the loop that was refused, because the other one is streaming
             released.set()
             assert bytes((await streaming).body) == b"done"
-            assert await bench.ended() == 1
+            if persists:
+                assert await bench.ended() == 1
 
     asyncio.run(go())

@@ -1,12 +1,11 @@
-"""The stock OpenAI client with our SigV4 `auth`, checked against botocore's signature of what arrived."""
+"""The stock OpenAI client with our SigV4 `auth`. botocore computes the expected signatures."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from botocore.credentials import Credentials
 
 from adapters.aws.credentials import CredentialChain
 from infra.openai_iam import SigV4
+from tests.http_server import QuietHandler, http_server
 
 ENVIRON = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret/key", "AWS_SESSION_TOKEN": "token=="}
 COMPLETION = {
@@ -28,21 +28,21 @@ COMPLETION = {
 
 
 def expected(request: BaseHTTPRequestHandler, body: bytes) -> str:
-    """The Authorization header that botocore would have sent with this request."""
+    """Return botocore's signature of this request, as in the Authorization header."""
     names = request.headers["authorization"].partition("SignedHeaders=")[2].partition(",")[0].split(";")
     headers = {name: request.headers[name] for name in names}
     url = f"http://{request.headers['host']}{request.path}"
-    again = AWSRequest(method=request.command, url=url, data=body, headers=headers)
-    again.context["timestamp"] = request.headers["x-amz-date"]
+    resigned = AWSRequest(method=request.command, url=url, data=body, headers=headers)
+    resigned.context["timestamp"] = request.headers["x-amz-date"]
     signer = SigV4Auth(Credentials(*ENVIRON.values()), "lambda", "eu-central-1")
-    text = signer.string_to_sign(again, signer.canonical_request(again))
-    return f"Signature={signer.signature(text, again)}"
+    text = signer.string_to_sign(resigned, signer.canonical_request(resigned))
+    return f"Signature={signer.signature(text, resigned)}"
 
 
-class Guard(BaseHTTPRequestHandler):
-    """Answers as a function URL with AuthType AWS_IAM: 403 unless the signature is right."""
+class Guard(QuietHandler):
+    """A function URL with AuthType AWS_IAM: it answers 403 unless the signature is right."""
 
-    seen: list[dict[str, str]]
+    received_headers: list[dict[str, str]]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -52,7 +52,7 @@ class Guard(BaseHTTPRequestHandler):
         self.answer(b"")
 
     def answer(self, body: bytes) -> None:
-        self.seen.append({name.lower(): value for name, value in self.headers.items()})
+        self.received_headers.append({name.lower(): value for name, value in self.headers.items()})
         good = self.headers["authorization"].endswith(expected(self, body))
         content = json.dumps(COMPLETION if self.command == "POST" else {"object": "list", "data": []}).encode()
         if body and json.loads(body).get("stream"):
@@ -65,19 +65,12 @@ class Guard(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def guard() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    Guard.seen = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", Guard.seen
-        server.shutdown()
-        thread.join()
+    Guard.received_headers = []
+    with http_server(Guard) as port:
+        yield f"http://127.0.0.1:{port}/v1", Guard.received_headers
 
 
 MESSAGES: Any = [{"role": "user", "content": "Grüße, 東京"}]
@@ -87,11 +80,11 @@ def auth(**options: Any) -> SigV4:
     return SigV4("eu-central-1", credentials=CredentialChain(ENVIRON), **options)
 
 
-def test_sync_client(guard: tuple[str, list[dict[str, str]]]) -> None:
-    """Whole and streamed answers, a GET with a query; the Bearer placeholder does not leave."""
+def test_the_sync_client_is_signed(guard: tuple[str, list[dict[str, str]]]) -> None:
+    """This covers complete and streamed answers and a GET with a query. The Bearer placeholder is not sent."""
     from openai import DefaultHttpxClient, OpenAI
 
-    url, seen = guard
+    url, received_headers = guard
     with OpenAI(base_url=url, api_key="unused", max_retries=0, http_client=DefaultHttpxClient(auth=auth())) as client:
         whole = client.chat.completions.create(model="m", messages=MESSAGES)
         with client.chat.completions.create(model="m", messages=MESSAGES, stream=True) as stream:
@@ -100,15 +93,15 @@ def test_sync_client(guard: tuple[str, list[dict[str, str]]]) -> None:
 
     assert whole.choices[0].message.content == "Hällo"
     assert texts == ["Hällo"]
-    assert all("unused" not in str(headers) for headers in seen)
-    assert {headers["x-amz-security-token"] for headers in seen} == {"token=="}
+    assert all("unused" not in str(headers) for headers in received_headers)
+    assert {headers["x-amz-security-token"] for headers in received_headers} == {"token=="}
 
 
-def test_async_client(guard: tuple[str, list[dict[str, str]]]) -> None:
-    """The same object signs for the async client; a key of the service's own travels signed in x-api-key."""
+def test_the_async_client_is_signed(guard: tuple[str, list[dict[str, str]]]) -> None:
+    """The service's own key is sent in x-api-key, which is signed."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    url, seen = guard
+    url, received_headers = guard
 
     async def go() -> Any:
         http_client = DefaultAsyncHttpxClient(auth=auth(api_key="app-key"))
@@ -121,12 +114,12 @@ def test_async_client(guard: tuple[str, list[dict[str, str]]]) -> None:
 
     assert whole.choices[0].message.content == "Hällo"
     assert texts == ["Hällo"]
-    assert all(headers["x-api-key"] == "app-key" for headers in seen)
-    assert "x-api-key" in seen[0]["authorization"]
+    assert all(headers["x-api-key"] == "app-key" for headers in received_headers)
+    assert "x-api-key" in received_headers[0]["authorization"]
 
 
 def test_a_wrong_secret_is_refused(guard: tuple[str, list[dict[str, str]]]) -> None:
-    """The guard of these tests does look: another secret is a 403."""
+    """The server of these tests does check signatures."""
     from openai import DefaultHttpxClient, OpenAI, PermissionDeniedError
 
     wrong = SigV4("eu-central-1", credentials=CredentialChain({**ENVIRON, "AWS_SECRET_ACCESS_KEY": "other"}))
@@ -139,8 +132,8 @@ def test_a_wrong_secret_is_refused(guard: tuple[str, list[dict[str, str]]]) -> N
         client.chat.completions.create(model="m", messages=MESSAGES)
 
 
-def test_the_region_is_in_the_url() -> None:
-    """A function URL names its region; any other address needs it given."""
+def test_the_region_comes_from_the_url() -> None:
+    """A function URL contains its region. Other addresses need the argument."""
     from openai import DefaultHttpxClient
 
     with DefaultHttpxClient() as client:

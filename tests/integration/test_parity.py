@@ -1,4 +1,4 @@
-"""Parity: the same requests through uvicorn, streamed Lambda and buffered Lambda have the same status and body."""
+"""Requests through uvicorn, streamed Lambda and buffered Lambda get the same status and body."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ async def by_uvicorn() -> Any:
             try:
                 connection.request(call.method, call.path, call.body or None, call.headers)
                 response = connection.getresponse()
-                found = {name.lower(): value for name, value in response.getheaders()}
-                return Answer(response.status, found, response.read())
+                headers = {name.lower(): value for name, value in response.getheaders()}
+                return Answer(response.status, headers, response.read())
             finally:
                 connection.close()
 
@@ -146,41 +146,41 @@ async def by_lambda(mode: str) -> Any:
 
 
 def comparable(answer: Answer) -> tuple[Any, ...]:
-    """Status, body and the headers that are ours, without what is different each time."""
+    """Return status, body and the service's own headers, without values that change each time."""
     body = re.sub(rb'("(?:id|created|uptime_s)":\s*)("[^"]*"|[\d.]+)', rb"\1null", answer.body)
-    named = ("content-type", "retry-after", "allow", "www-authenticate")
-    return answer.status, body.decode(), {name: answer.headers[name] for name in named if name in answer.headers}
+    names = ("content-type", "retry-after", "allow", "www-authenticate")
+    return answer.status, body.decode(), {name: answer.headers[name] for name in names if name in answer.headers}
 
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict[str, Answer]]:
-    """Every call through every way in."""
+    """Return the answers to every call through every entry point."""
 
     async def go() -> dict[str, dict[str, Answer]]:
-        found: dict[str, dict[str, Answer]] = {}
-        for name, way in (
+        by_entry_point: dict[str, dict[str, Answer]] = {}
+        for name, entry_point in (
             ("uvicorn", by_uvicorn()),
             ("streamed", by_lambda("auto")),
             ("buffered", by_lambda("buffered")),
         ):
-            async with way as ask:
-                found[name] = {call: await ask(CALLS[call]) for call in CALLS}
-        return found
+            async with entry_point as ask:
+                by_entry_point[name] = {call: await ask(CALLS[call]) for call in CALLS}
+        return by_entry_point
 
     return asyncio.run(go())
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_way_in_gives_the_same_answer(answers: dict[str, dict[str, Answer]], call: str) -> None:
-    """uvicorn, streamed Lambda and buffered Lambda agree."""
+def test_every_entry_point_gives_the_same_answer(answers: dict[str, dict[str, Answer]], call: str) -> None:
+    """uvicorn's answer is the expected one."""
     expected = comparable(answers["uvicorn"][call])
 
     assert comparable(answers["streamed"][call]) == expected
     assert comparable(answers["buffered"][call]) == expected
 
 
-def test_the_calls_cover_what_can_happen(answers: dict[str, dict[str, Answer]]) -> None:
-    """A parity of nothing but 404s would prove nothing."""
+def test_the_calls_cover_all_statuses(answers: dict[str, dict[str, Answer]]) -> None:
+    """If all answers were 404, the comparison would prove nothing."""
     statuses = {answer.status for answer in answers["uvicorn"].values()}
 
     assert {200, 204, 400, 401, 403, 404, 405, 415} <= statuses

@@ -1,4 +1,4 @@
-"""How many of our files one streamed chat crosses, on a local server and on Lambda: what a reader has to follow.
+"""Limit the number of our files that one streamed chat crosses, on a local server and on Lambda.
 
 A file counts if a Python function that is written in it starts between the first byte of the request and the last byte
 of the stream, in any thread. `sys.setprofile` reports the starts. Reading an attribute, and the methods that

@@ -1,4 +1,4 @@
-"""The server, as a process, and models that cannot generate: it refuses them and goes on serving."""
+"""The server, as a process, refuses models that cannot generate and continues to serve."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def _chat(address: str) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, headers=ADMIN, timeout=60)
 
 
-def test_the_served_model_outlives_a_reload_of_one_that_cannot_generate(
-    tmp_path: Path, tiny: Callable[[str], Path]
-) -> None:
+def test_a_reload_of_such_a_model_keeps_the_served_one(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     models = tmp_path / "models"
     models.mkdir()
     for kind in ("llama", *REFUSED):
@@ -43,8 +41,8 @@ def test_the_served_model_outlives_a_reload_of_one_that_cannot_generate(
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_a_start_with_one_says_so_and_stays(kind: str, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
-    """Not a crash loop: the process stays, and /health and every request say what is wrong."""
+def test_a_start_with_such_a_model_reports_it(kind: str, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    """The process does not exit. /health and every request have the error."""
     environ = {"MODEL_PATH": str(tiny(kind)), "AUTO_PRELOAD": "true", "ADMIN_API_KEYS": "admin"}
     with process(tmp_path, **environ) as (running, address, _):
         health = httpx.get(f"{address}/health", params={"wait": 20}, headers=ADMIN, timeout=60).json()

@@ -1,4 +1,4 @@
-"""The image's entry point and the real model under Amazon's Runtime Interface Emulator. One request at a time."""
+"""The image's entry point with the real model in Amazon's Runtime Interface Emulator, one request at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = "test-key"
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    """Without the emulator these tests fail; they are never skipped."""
+    """Run the entry point in the emulator. Without the emulator these tests fail; they are never skipped."""
     try:
         fetch()
     except RuntimeError as error:
@@ -45,8 +45,8 @@ def call(emulator: Emulator, method: str, path: str, body: Any = None, *, key: s
     event = to_event(method, path, headers=headers, body=content)
     status, payload = emulator.invoke(json.dumps(event).encode())
     assert status == 200, emulator.printed()
-    told, _, answer = from_buffered(json.loads(payload), payload)
-    return told, answer
+    http_status, _, answer = from_buffered(json.loads(payload), payload)
+    return http_status, answer
 
 
 def chat(emulator: Emulator, **fields: Any) -> tuple[int, Any]:
@@ -54,16 +54,16 @@ def chat(emulator: Emulator, **fields: Any) -> tuple[int, Any]:
     return call(emulator, "POST", "/v1/chat/completions", body)
 
 
-def test_health(emulator: Emulator) -> None:
-    """The first event starts the process; health answers while the model loads or is ready."""
+def test_health_answers(emulator: Emulator) -> None:
+    """The first event starts the process. The model may still be loading."""
     status, body = call(emulator, "GET", "/health")
 
     assert status == 200
     assert json.loads(body)["status"] in ("available", "ready")
 
 
-def test_chat(emulator: Emulator) -> None:
-    """A buffered chat with the real model."""
+def test_a_buffered_chat_is_answered(emulator: Emulator) -> None:
+    """The model is real."""
     status, body = chat(emulator)
     completion = json.loads(body)
 
@@ -72,8 +72,8 @@ def test_chat(emulator: Emulator) -> None:
     assert completion["usage"]["completion_tokens"] > 0
 
 
-def test_streamed_chat_is_buffered_whole(emulator: Emulator) -> None:
-    """`stream: true` under a buffering front end is the same events, at once."""
+def test_a_streamed_chat_is_buffered(emulator: Emulator) -> None:
+    """A buffering front end returns all events at once."""
     status, body = chat(emulator, stream=True)
 
     assert status == 200
@@ -81,8 +81,8 @@ def test_streamed_chat_is_buffered_whole(emulator: Emulator) -> None:
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-def test_errors_and_recovery(emulator: Emulator) -> None:
-    """A client's error, an unknown event and an unreadable one are each followed by good answers."""
+def test_requests_after_errors_are_answered(emulator: Emulator) -> None:
+    """The errors are wrong requests, an unknown event and invalid JSON."""
     assert call(emulator, "GET", "/models", key="wrong")[0] == 401
     assert chat(emulator, max_tokens=-1)[0] == 400
     assert chat(emulator)[0] == 200
@@ -94,15 +94,15 @@ def test_errors_and_recovery(emulator: Emulator) -> None:
     assert call(emulator, "GET", "/health")[0] == 200
 
 
-def test_direct_invoke(emulator: Emulator) -> None:
-    """An operation answers with its plain JSON body."""
+def test_a_direct_invoke_returns_plain_json(emulator: Emulator) -> None:
+    """There is no HTTP envelope."""
     _, payload = emulator.invoke(json.dumps({"operation": "models"}).encode())
 
     assert json.loads(payload)["active"]["loaded"] is True
 
 
 def test_the_log_is_json_with_the_cold_start_and_no_key(emulator: Emulator) -> None:
-    """Every line of the runtime is an object; one tells the cold start's phases; no key is in any."""
+    """Every line is a JSON object, and one has the phases of the cold start."""
     call(emulator, "GET", "/health")
     lines = [json.loads(line) for line in emulator.printed().splitlines() if line.startswith("{")]
 
@@ -114,7 +114,7 @@ def test_the_log_is_json_with_the_cold_start_and_no_key(emulator: Emulator) -> N
 
 
 def test_settings_that_leave_the_url_open_stop_the_start(tmp_path: Path) -> None:
-    """Without keys and without IAM the start fails, and says which variable is missing."""
+    """Without keys and IAM the error names the missing variable."""
     fetch()
     with Emulator([sys.executable, "-m", "adapters.aws_lambda"], {"PYTHONPATH": str(ROOT)}) as emulator:
         status, payload = emulator.invoke(b"{}")

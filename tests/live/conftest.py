@@ -19,7 +19,7 @@ from core.service import Service
 from core.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-READY_S = 180  # the machine may be busy; nothing here is timed
+READY_S = 180  # the machine may be busy; no test measures time
 
 
 @pytest.fixture(scope="session")

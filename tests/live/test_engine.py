@@ -63,14 +63,14 @@ async def collect(engine: Llama, request: GenerationRequest) -> Answer:
     return answer
 
 
-def ask(engine: Llama, question: str, **fields: Any) -> Answer:
+def answer_to(engine: Llama, question: str, **fields: Any) -> Answer:
     request = GenerationRequest(chat(engine, question), **{"sampling": GREEDY, "max_tokens": 16, **fields})
     return asyncio.run(collect(engine, request))
 
 
-def test_it_answers(engine: Llama) -> None:
+def test_the_model_answers(engine: Llama) -> None:
     """The model answers and ends its turn."""
-    answer = ask(engine, "What is the capital of France?")
+    answer = answer_to(engine, "What is the capital of France?")
 
     assert "Paris" in answer.texts[0]
     assert answer.finishes == ["stop"]
@@ -79,7 +79,7 @@ def test_it_answers(engine: Llama) -> None:
 def test_n_answers_share_one_prompt(engine: Llama) -> None:
     """The prompt is prefilled once. Each answer has its own seed, and usage counts all of them."""
     before = engine.stats()["prompt_tokens"]
-    answer = ask(engine, "Write a long story.", n=3, sampling=Sampling(seed=1), max_tokens=6)
+    answer = answer_to(engine, "Write a long story.", n=3, sampling=Sampling(seed=1), max_tokens=6)
 
     assert len(set(answer.texts)) == 3
     assert answer.tokens == 3 * 6
@@ -106,8 +106,8 @@ def test_concurrent_requests_share_decode_calls(engine: Llama) -> None:
 
 def test_seed_and_prefix(engine: Llama) -> None:
     """The same seed gives the same text, with a cold or a cached prompt. Another seed gives another text."""
-    texts = [ask(engine, "Tell me a story.", sampling=Sampling(seed=7), max_tokens=24) for _ in range(4)]
-    other = ask(engine, "Tell me a story.", sampling=Sampling(seed=8), max_tokens=24)
+    texts = [answer_to(engine, "Tell me a story.", sampling=Sampling(seed=7), max_tokens=24) for _ in range(4)]
+    other = answer_to(engine, "Tell me a story.", sampling=Sampling(seed=8), max_tokens=24)
 
     assert len({answer.texts[0] for answer in texts}) == 1
     assert other.texts != texts[0].texts
@@ -116,7 +116,7 @@ def test_seed_and_prefix(engine: Llama) -> None:
 
 def test_greedy_logprobs_are_the_same_cold_and_cached(engine: Llama) -> None:
     """Logprobs are equal to the last bit, so that no near tie can fall the other way."""
-    first, second = (ask(engine, "Name a colour of the sky.", top_logprobs=0, tenant="greedy") for _ in range(2))
+    first, second = (answer_to(engine, "Name a colour of the sky.", top_logprobs=0, tenant="greedy") for _ in range(2))
 
     assert first.cached < second.cached
     assert [entry.logprob for entry in first.logprobs] == [entry.logprob for entry in second.logprobs]
@@ -124,14 +124,14 @@ def test_greedy_logprobs_are_the_same_cold_and_cached(engine: Llama) -> None:
 
 def test_tenants_do_not_share_prefixes(engine: Llama) -> None:
     """The same prompt under another key is computed again."""
-    ask(engine, "A prompt of tenant one.", tenant="one")
+    answer_to(engine, "A prompt of tenant one.", tenant="one")
 
-    assert ask(engine, "A prompt of tenant one.", tenant="two").cached <= 1  # what the template begins with
+    assert answer_to(engine, "A prompt of tenant one.", tenant="two").cached <= 1  # the template's shared prefix
 
 
 def test_limits_end_with_length(engine: Llama) -> None:
     """max_tokens is exact. A prompt that leaves room for two tokens gets two."""
-    assert ((a := ask(engine, "Count to fifty.", max_tokens=5)).tokens, a.finishes) == (5, ["length"])
+    assert ((a := answer_to(engine, "Count to fifty.", max_tokens=5)).tokens, a.finishes) == (5, ["length"])
 
     request = GenerationRequest(tuple([*chat(engine, "Go on: ")] * 200)[: engine.card.n_ctx - 2], GREEDY)
     answer = asyncio.run(collect(engine, request))
@@ -154,10 +154,10 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(engine: Llama) ->
     assert (caught.value.prompt_tokens, caught.value.n_ctx) == (1024, 1024)
 
 
-def test_a_stop_string_ends_the_answer_and_does_not_show(engine: Llama) -> None:
-    """The text ends right before the stop string."""
-    free = ask(engine, "What is the capital of France?").texts[0]
-    cut = ask(engine, "What is the capital of France?", stop=("Paris",))
+def test_a_stop_string_ends_the_answer(engine: Llama) -> None:
+    """The text ends directly before the stop string."""
+    free = answer_to(engine, "What is the capital of France?").texts[0]
+    cut = answer_to(engine, "What is the capital of France?", stop=("Paris",))
 
     assert free.partition("Paris")[0] == cut.texts[0]
     assert cut.finishes == ["stop"]
@@ -165,7 +165,7 @@ def test_a_stop_string_ends_the_answer_and_does_not_show(engine: Llama) -> None:
 
 def test_logprobs_of_the_greedy_token_are_the_highest(engine: Llama) -> None:
     """The chosen token leads its alternatives, and all are logarithms of probabilities."""
-    answer = ask(engine, "What is the capital of France?", top_logprobs=3, max_tokens=4)
+    answer = answer_to(engine, "What is the capital of France?", top_logprobs=3, max_tokens=4)
 
     assert len(answer.logprobs) == 4
     for entry in answer.logprobs:
@@ -175,13 +175,13 @@ def test_logprobs_of_the_greedy_token_are_the_highest(engine: Llama) -> None:
 
 
 def test_logit_bias_forces_and_forbids(engine: Llama) -> None:
-    """+100 makes a token certain; a token beyond the vocabulary is the client's mistake."""
+    """+100 makes a token certain; a token beyond the vocabulary is a 400."""
     token = engine.tokenize("yes", special=False)[0]
-    forced = ask(engine, "Hi", sampling=replace(GREEDY, logit_bias={token: 100.0}), max_tokens=2)
+    forced = answer_to(engine, "Hi", sampling=replace(GREEDY, logit_bias={token: 100.0}), max_tokens=2)
     assert forced.texts[0] == "yesyes"
 
     with pytest.raises(InvalidRequest, match="logit_bias"):
-        ask(engine, "Hi", sampling=replace(GREEDY, logit_bias={10**6: 1.0}))
+        answer_to(engine, "Hi", sampling=replace(GREEDY, logit_bias={10**6: 1.0}))
 
 
 SCHEMA = {
@@ -210,7 +210,7 @@ def grammar() -> str:
 )
 def test_a_grammar_holds_under_any_sampling(engine: Llama, sampling: Sampling) -> None:
     """The free draw, the masked draw and the forced tokens all stay inside the schema."""
-    answer = ask(engine, "Bob is 42 and likes red.", grammar=grammar(), sampling=sampling, max_tokens=120)
+    answer = answer_to(engine, "Bob is 42 and likes red.", grammar=grammar(), sampling=sampling, max_tokens=120)
 
     data = json.loads(answer.texts[0])
     assert list(data) == ["name", "age", "tags"]
@@ -220,18 +220,18 @@ def test_a_grammar_holds_under_any_sampling(engine: Llama, sampling: Sampling) -
 def test_forced_tokens_need_fewer_decode_calls(engine: Llama) -> None:
     """The keys of the object are decoded together with what follows them."""
     before = engine.stats()["decode_calls"]
-    answer = ask(engine, "Bob is 42 and likes blue.", grammar=grammar(), max_tokens=120)
+    answer = answer_to(engine, "Bob is 42 and likes blue.", grammar=grammar(), max_tokens=120)
 
     assert engine.stats()["decode_calls"] - before < answer.tokens
 
 
-def test_a_grammar_that_makes_no_sense_is_the_clients_mistake(engine: Llama) -> None:
-    """It is a 400 that names the grammar, and nothing is decoded."""
+def test_an_invalid_grammar_is_a_400(engine: Llama) -> None:
+    """The error names the grammar, and nothing is decoded."""
     with pytest.raises(InvalidRequest, match="grammar"):
         engine.check_grammar('start: "a" ( "b"')
 
 
-def test_cancel_frees_the_slot_in_the_middle_of_a_prompt(engine: Llama) -> None:
+def test_cancelling_during_prefill_frees_the_slot(engine: Llama) -> None:
     """A long prefill is aborted. The next answer is correct."""
 
     async def main() -> None:
@@ -247,14 +247,14 @@ def test_cancel_frees_the_slot_in_the_middle_of_a_prompt(engine: Llama) -> None:
         raise AssertionError("the slot is still occupied")
 
     asyncio.run(main())
-    assert "Paris" in ask(engine, "What is the capital of France?").texts[0]
+    assert "Paris" in answer_to(engine, "What is the capital of France?").texts[0]
 
 
 def test_the_deadline_ends_a_running_answer(engine: Llama) -> None:
-    """An answer that runs out of time ends with `length`. It is no error."""
+    """It ends with `length` and is not an error."""
     for seconds in (0.5, 4, 32, 256):  # a busy machine may need more for the first token
         try:
-            answer = ask(engine, "Write a very long story.", max_tokens=None, deadline=time.monotonic() + seconds)
+            answer = answer_to(engine, "Write a very long story.", max_tokens=None, deadline=time.monotonic() + seconds)
         except DeadlineExceeded:
             continue
         break
@@ -262,7 +262,7 @@ def test_the_deadline_ends_a_running_answer(engine: Llama) -> None:
     assert (answer.finishes, answer.causes) == (["length"], {"deadline"})
 
 
-def test_a_closed_engine_takes_no_more() -> None:
+def test_a_closed_engine_refuses_requests() -> None:
     """Running answers fail with a 503, and so do later requests. `close` is idempotent."""
     engine = load(n_ctx=256)
 
@@ -281,8 +281,8 @@ def test_a_closed_engine_takes_no_more() -> None:
     engine.close()
 
 
-def test_when_cells_run_out_the_youngest_waits() -> None:
-    """Four answers that together need more than the context all end well: some are preempted and computed again."""
+def test_without_kv_cells_the_youngest_sequence_is_preempted() -> None:
+    """Four answers that together exceed the context are all completed; preempted ones are computed again."""
     engine = load(n_ctx=256, n_parallel=4)
     prompts = [chat(engine, f"Topic {i}: " + "word " * 60) for i in range(4)]
     alone = [
@@ -306,8 +306,8 @@ def test_when_cells_run_out_the_youngest_waits() -> None:
     assert stats["sequences"]["running"] == 0
 
 
-def test_a_full_queue_says_busy() -> None:
-    """One slot, a queue of one: the third request is refused and the first two are answered."""
+def test_a_full_queue_is_busy() -> None:
+    """With one slot and a queue of one, the third request is refused and the first two are answered."""
     engine = load(n_ctx=256, n_parallel=1, max_queue=1)
 
     async def main() -> None:
@@ -329,20 +329,20 @@ class NeverArrives:
     """Tensors that never arrive until the download is cancelled."""
 
     def __init__(self) -> None:
-        self.given_up = threading.Event()
+        self.cancelled = threading.Event()
 
     def wait(self) -> None:
-        self.given_up.wait()
-        raise ModelUnavailable("The download was given up.")
+        self.cancelled.wait()
+        raise ModelUnavailable("The download was cancelled.")
 
     def progress(self) -> tuple[int, int]:
         return (0, 100)
 
     def cancel(self) -> None:
-        self.given_up.set()
+        self.cancelled.set()
 
 
-def test_a_deadline_holds_while_tensors_arrive() -> None:
+def test_a_deadline_applies_while_tensors_arrive() -> None:
     """A request that waits for weights fails before its deadline, and a cancelled one leaves the queue."""
     arrival = NeverArrives()
     engine = load(n_ctx=256, arrival=arrival)
@@ -366,7 +366,7 @@ def test_a_deadline_holds_while_tensors_arrive() -> None:
         engine.close()
 
 
-def test_tensors_that_never_come_fail_what_waits_for_them() -> None:
+def test_a_failed_download_of_tensors_fails_waiting_requests() -> None:
     """Requests queued before and after the failure get its reason."""
     arrival = NeverArrives()
     engine = load(n_ctx=256, arrival=arrival)
@@ -374,7 +374,7 @@ def test_tensors_that_never_come_fail_what_waits_for_them() -> None:
     async def main() -> None:
         stream = engine.generate(GenerationRequest(chat(engine, "Hi"), GREEDY))
         arrival.cancel()
-        with pytest.raises(ModelUnavailable, match="given up"):
+        with pytest.raises(ModelUnavailable, match="was cancelled"):
             await asyncio.wait_for(anext(stream), 5)
         with pytest.raises(ModelUnavailable):
             engine.generate(GenerationRequest(chat(engine, "Hi"), GREEDY))

@@ -1,4 +1,4 @@
-"""The examples, and the commands that the documentation shows, run against the real server."""
+"""Run the examples and the documentation's commands against the real server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +16,8 @@ import pytest
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
+
+from tests.http_server import QuietHandler, http_server
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/quickstart.md", "docs/extract.md")
@@ -37,34 +37,34 @@ AWS = {
 
 
 def run(*command: str, **environ: str) -> str:
-    """The output of a program that must succeed."""
+    """Run a program, which must succeed, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | environ
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def commands(language: str, pattern: str) -> list[Any]:
-    """The blocks of the pages in `language` that match `pattern`, each with the block that follows it."""
-    found = []
+    """Return the pages' blocks in `language` that match `pattern`, each with the block after it."""
+    parameters = []
     for page in PAGES:
         blocks = BLOCK.findall((ROOT / page).read_text())
-        for index, (named, block) in enumerate(blocks):
-            if named == language and re.search(pattern, block):
+        for index, (block_language, block) in enumerate(blocks):
+            if block_language == language and re.search(pattern, block):
                 following = blocks[index + 1] if index + 1 < len(blocks) else ("", "")
-                found.append(pytest.param(block, following, id=f"{page}:{index}"))
-    return found
+                parameters.append(pytest.param(block, following, id=f"{page}:{index}"))
+    return parameters
 
 
-def test_the_pages_have_commands_to_run() -> None:
-    """The parameters below are not empty by mistake."""
+def test_the_pages_have_commands() -> None:
+    """Otherwise the tests below would have no parameters."""
     assert len(commands("sh", "^curl ")) >= 3
     assert len(commands("python", "OpenAI")) >= 1
 
 
 @pytest.mark.parametrize(("block", "following"), commands("sh", "^curl "))
-def test_curl_in_the_documentation(server: str, block: str, following: tuple[str, str]) -> None:
-    """Each command is answered without an error, an extraction with the data that the page shows."""
+def test_curl_commands_of_the_documentation_work(server: str, block: str, following: tuple[str, str]) -> None:
+    """No answer is an error, and extractions return the data that the page shows."""
     answer = json.loads(run("bash", "-euc", block.replace(ADDRESS, server)))
 
     assert "error" not in answer
@@ -77,20 +77,20 @@ def test_curl_in_the_documentation(server: str, block: str, following: tuple[str
 
 
 @pytest.mark.parametrize(("block", "following"), commands("python", "OpenAI"))
-def test_python_in_the_documentation(server: str, block: str, following: tuple[str, str]) -> None:
-    """The program prints what the model says."""
+def test_python_blocks_of_the_documentation_work(server: str, block: str, following: tuple[str, str]) -> None:
+    """The program prints the model's answer."""
     assert run(sys.executable, "-c", block.replace(ADDRESS, server)).strip()
 
 
 def shape(value: Any) -> Any:
-    """The keys of a JSON value, without what differs from start to start."""
+    """Return the keys of a JSON value, without those that differ from start to start."""
     if isinstance(value, dict):
         return {key: None if key == "phases" else shape(inner) for key, inner in value.items()}
     return [shape(value[0])] if isinstance(value, list) and value else None
 
 
 def without_paths(answer: Any) -> Any:
-    """What a user sees of GET /models. An administrator, as the tests are, sees paths as well."""
+    """Remove the paths from GET /models, which only administrators see. The tests are administrators."""
     for paths, key in ((answer["active"], "path"), (answer["active"]["config"], "model_path")):
         del paths[key]
     for key in ("reference", "path"):
@@ -99,8 +99,8 @@ def without_paths(answer: Any) -> Any:
 
 
 @pytest.mark.parametrize("route", ["GET /health", "GET /models", "GET /v1/models", "POST /v1/chat/completions"])
-def test_answers_in_the_documentation(server: str, route: str) -> None:
-    """The example answers of docs/api.md have the fields that the server sends, no more and no fewer."""
+def test_answers_in_the_documentation_have_the_right_fields(server: str, route: str) -> None:
+    """The example answers of docs/api.md have exactly the fields that the server sends."""
     section = (ROOT / "docs/api.md").read_text().partition(f"\n## {route}\n")[2].partition("\n## ")[0]
     documented = next(json.loads(block) for language, block in BLOCK.findall(section) if language == "json")
     method, path = route.split()
@@ -111,12 +111,12 @@ def test_answers_in_the_documentation(server: str, route: str) -> None:
     assert shape(documented) == shape(without_paths(answer) if path == "/models" else answer)
 
 
-def test_chat(server: str) -> None:
+def test_chat_example(server: str) -> None:
     """examples/chat.py prints an answer."""
     assert run(sys.executable, "examples/chat.py", "Name three rivers.", OPENAI_BASE_URL=f"{server}/v1").strip()
 
 
-def test_stream(server: str) -> None:
+def test_stream_example(server: str) -> None:
     """examples/stream.py prints an answer and then the number of its tokens."""
     output = run(sys.executable, "examples/stream.py", "Name three rivers.", OPENAI_BASE_URL=f"{server}/v1")
 
@@ -125,8 +125,8 @@ def test_stream(server: str) -> None:
     assert 1 <= int(tokens) <= 64
 
 
-def test_extract_folder(server: str, tmp_path: Path) -> None:
-    """examples/extract_folder.py prints a line for each file; one that fails does not stop the others."""
+def test_extract_folder_example(server: str, tmp_path: Path) -> None:
+    """examples/extract_folder.py prints a line for each file. A failure does not stop the others."""
     (tmp_path / "a.txt").write_text("Please call Maria Lopez at 555-0134 or write to maria@example.com.")
     (tmp_path / "b.txt").write_text("")
     (tmp_path / "c.txt").write_text("Write to John Miller, john@example.com.")
@@ -141,7 +141,7 @@ def test_extract_folder(server: str, tmp_path: Path) -> None:
     assert lines[2]["valid"]
 
 
-def test_curl_script(server: str) -> None:
+def test_curl_example(server: str) -> None:
     """examples/curl.sh loads the model, streams a chat and extracts."""
     output = run("sh", "examples/curl.sh", SLM_URL=server)
 
@@ -150,8 +150,8 @@ def test_curl_script(server: str) -> None:
     assert '"object":"extraction"' in output
 
 
-class FunctionUrl(BaseHTTPRequestHandler):
-    """A function URL with AuthType AWS_IAM, reached as a proxy: 403 unless the signature is right."""
+class FunctionUrl(QuietHandler):
+    """A proxy that acts as a function URL with AuthType AWS_IAM: it answers 403 unless the signature is right."""
 
     server_url: ClassVar[str]
     statuses: ClassVar[list[int]]
@@ -177,7 +177,7 @@ class FunctionUrl(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _is_signed(self, body: bytes) -> bool:
-        """Whether botocore would have signed this request in the same way."""
+        """Whether botocore computes the same signature for this request."""
         sent = self.headers["authorization"]
         names = sent.partition("SignedHeaders=")[2].partition(",")[0].split(";")
         headers = {name: self.headers[name] for name in names}
@@ -187,24 +187,17 @@ class FunctionUrl(BaseHTTPRequestHandler):
         text = signer.string_to_sign(request, signer.canonical_request(request))
         return sent.endswith(f"Signature={signer.signature(text, request)}")
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def function_url(server: str) -> Iterator[str]:
-    """The address of a proxy that plays a function URL in front of the server."""
+    """Yield the address of a proxy that acts as a function URL in front of the server."""
     FunctionUrl.server_url, FunctionUrl.statuses = server, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), FunctionUrl) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{proxy.server_port}"
-        proxy.shutdown()
-        thread.join()
+    with http_server(FunctionUrl) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
-def test_iam_client(function_url: str) -> None:
-    """examples/iam_client.py signs what it sends to a function URL, and prints an answer."""
+def test_iam_client_example(function_url: str) -> None:
+    """examples/iam_client.py signs its requests to a function URL and prints an answer."""
     url = "http://abc.lambda-url.eu-central-1.on.aws/v1"
 
     output = run(sys.executable, "-m", "examples.iam_client", url, **AWS, HTTP_PROXY=function_url)

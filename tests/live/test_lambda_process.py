@@ -54,10 +54,10 @@ class Process:
 
 @asynccontextmanager
 async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> AsyncIterator[Process]:
-    """Start the entry point, and check that it keeps the Runtime API's contract."""
+    """Start the entry point and check that it follows the Runtime API's contract."""
     log = folder / "log"
     async with RuntimeAPIServer(concurrency=concurrency) as server:
-        given = {
+        process_environ = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
             "HOME": str(folder),
@@ -70,7 +70,7 @@ async def running(folder: Path, *, concurrency: int = 1, **environ: str) -> Asyn
         }
         with log.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "adapters.aws_lambda", env=given, stdout=file, stderr=file, cwd=folder
+                sys.executable, "-m", "adapters.aws_lambda", env=process_environ, stdout=file, stderr=file, cwd=folder
             )
             try:
                 yield Process(server, process, log)
@@ -88,7 +88,7 @@ def deltas(exchange: Exchange) -> list[dict[str, Any]]:
     return [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
 
 
-def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
+def test_a_streamed_chat_has_a_chunk_per_token(tmp_path: Path) -> None:
     """Each token is sent on its own, as whole SSE events. The cold start is one log line."""
 
     async def go() -> None:
@@ -96,7 +96,7 @@ def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
             exchange = await process.finished(process.chat(stream=True))
             frames = [frame for frame in bytes(exchange.body).split(b"\n\n") if frame]
             assert frames[-1] == b"data: [DONE]"
-            assert len(exchange.chunks) >= 8  # one for each token: none waits for the next
+            assert len(exchange.chunks) >= 8  # one per token: no token waits for the next
             assert all(chunk.endswith((b"\n\n", b"\0" * 8)) for _, chunk in exchange.chunks)
             starts = [line for line in process.lines() if line["message"].startswith("Cold start")]
             assert len(starts) == 1
@@ -105,7 +105,7 @@ def test_a_streamed_chat_is_a_chunk_for_each_token(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_load_survives_the_freezer(tmp_path: Path) -> None:
+def test_a_load_survives_freezing(tmp_path: Path) -> None:
     """A process that is frozen while its model loads continues when it is thawed."""
 
     async def go() -> None:
@@ -126,7 +126,7 @@ def test_a_load_survives_the_freezer(tmp_path: Path) -> None:
 def test_generation_ends_before_the_deadline(tmp_path: Path) -> None:
     """An answer that would outlast the function ends early and is complete: finish_reason, usage and [DONE].
 
-    A busy machine may not reach the first token in the short time. That is an error event, and is tried with more.
+    On a busy machine the first token may come too late, which is an error event. The test then allows more time.
     """
 
     async def go() -> None:
@@ -153,7 +153,7 @@ def test_generation_ends_before_the_deadline(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
+def test_snapstart_works_with_the_real_model(tmp_path: Path) -> None:
     """The model decodes before the snapshot. The restored process renews its keys and answers."""
 
     async def go() -> None:
@@ -168,7 +168,7 @@ def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
             first = await process.finished(process.chat(temperature=1))
             assert first.status == 200
             restored = [line for line in process.lines() if line["message"].startswith("Cold start")][-1]
-            assert restored["timeline"].keys() == {"restore"}  # the start was another machine's
+            assert restored["timeline"].keys() == {"restore"}  # the start belongs to the snapshot
             health = await process.finished(process.server.invoke({"operation": "health"}))
             assert json.loads(health.body)["engine"]["requests"] == 3  # the primed chat and extraction, and this chat
 
@@ -176,7 +176,7 @@ def test_snapstart_with_the_real_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2])
-def test_concurrent_streams_in_one_process(tmp_path: Path, count: int) -> None:
+def test_streams_run_concurrently_in_one_process(tmp_path: Path, count: int) -> None:
     """With AWS_LAMBDA_MAX_CONCURRENCY one model serves several events at a time."""
 
     async def go() -> None:

@@ -1,4 +1,4 @@
-"""The stock `openai` client against the real server and a real model."""
+"""The stock `openai` client works with the real server and a real model."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 MODEL = "SmolLM2-135M-Instruct.Q4_1"
 
 
-def ask(client: OpenAI, content: str, **fields: Any) -> Any:
+def create(client: OpenAI, content: str, **fields: Any) -> Any:
     fields = {"max_tokens": 8, "temperature": 0, **fields}
     return client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}], **fields)
 
@@ -24,7 +24,7 @@ def engine(server: str) -> dict[str, Any]:
 
 
 def idle(server: str) -> dict[str, Any]:
-    """Wait until nothing runs, and return the engine's counters."""
+    """Wait until no request runs and return the engine's counters."""
     for _ in range(600):
         stats = engine(server)
         if stats["sequences"]["running"] == 0 and stats["queued"] == 0:
@@ -33,8 +33,8 @@ def idle(server: str) -> dict[str, Any]:
     raise AssertionError(stats)
 
 
-def test_chat(client: OpenAI) -> None:
-    """A chat answers in the client's own types, under the name of the model."""
+def test_a_chat_is_answered(client: OpenAI) -> None:
+    """The client parses the answer into its own types."""
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[
@@ -66,10 +66,10 @@ def test_input_tokens_are_those_of_the_usage(client: OpenAI, server: str) -> Non
     assert counted["input_tokens"] == usage.prompt_tokens == len(tokens)
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
-    """The deltas add up to the whole answer. Usage comes last."""
-    whole = ask(client, "Name a colour.")
-    chunks = list(ask(client, "Name a colour.", stream=True, stream_options={"include_usage": True}))
+def test_a_stream_equals_the_complete_answer(client: OpenAI) -> None:
+    """The deltas add up to the complete answer. Usage comes last."""
+    whole = create(client, "Name a colour.")
+    chunks = list(create(client, "Name a colour.", stream=True, stream_options={"include_usage": True}))
 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
@@ -83,7 +83,7 @@ class Weather(BaseModel):
 
 
 def test_structured_output_is_parsed(client: OpenAI) -> None:
-    """`parse` with a pydantic model gives an object of it, from a model of 135M parameters."""
+    """`parse` returns an instance of a pydantic model, even with a model of 135M parameters."""
     answer = client.chat.completions.parse(
         model=MODEL,
         messages=[{"role": "user", "content": "It is 21 degrees and sunny in Rome. Weather as JSON."}],
@@ -96,16 +96,16 @@ def test_structured_output_is_parsed(client: OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_json_object_is_an_object(client: OpenAI) -> None:
-    """json_object gives an object, or is cut; never prose."""
-    answer = ask(client, "Give me a JSON object.", response_format={"type": "json_object"}, max_tokens=24)
+def test_json_object_gives_an_object(client: OpenAI) -> None:
+    """The answer may be cut, but it is never prose."""
+    answer = create(client, "Give me a JSON object.", response_format={"type": "json_object"}, max_tokens=24)
 
     assert answer.choices[0].message.content.startswith("{")
 
 
-def test_choices_logprobs_and_stop(client: OpenAI) -> None:
-    """n, logprobs with alternatives, and a stop string that never leaks."""
-    answer = ask(client, "Count to five.", n=2, logprobs=True, top_logprobs=3, temperature=1, seed=1, max_tokens=6)
+def test_choices_logprobs_and_stop_strings_work(client: OpenAI) -> None:
+    """With n=2, each choice has logprobs with alternatives. A stop string never leaks."""
+    answer = create(client, "Count to five.", n=2, logprobs=True, top_logprobs=3, temperature=1, seed=1, max_tokens=6)
 
     assert [choice.index for choice in answer.choices] == [0, 1]
     for choice in answer.choices:
@@ -113,9 +113,9 @@ def test_choices_logprobs_and_stop(client: OpenAI) -> None:
         assert b"".join(bytes(token.bytes) for token in tokens).decode().startswith(choice.message.content)
         assert all(len(token.top_logprobs) == 3 for token in tokens)
         assert all(token.logprob <= 0 for token in tokens)
-    words = ask(client, "Name a colour.", max_tokens=12).choices[0].message.content
+    words = create(client, "Name a colour.", max_tokens=12).choices[0].message.content
     stop = words[2:6]
-    cut = ask(client, "Name a colour.", max_tokens=12, stop=[stop]).choices[0]
+    cut = create(client, "Name a colour.", max_tokens=12, stop=[stop]).choices[0]
     assert cut.message.content == words[: words.index(stop)]
     assert cut.finish_reason == "stop"
 
@@ -140,10 +140,10 @@ def test_choices_logprobs_and_stop(client: OpenAI) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_errors_are_the_clients_own_classes(
+def test_errors_become_the_clients_exceptions(
     client: OpenAI, fields: dict[str, Any], error: type[openai.APIStatusError], code: str | None, stream: bool
 ) -> None:
-    """An invalid request raises the SDK's exception for it, with message, param and code, streamed or not."""
+    """An invalid request raises the SDK's exception with param, code and request id, streamed or not."""
     request: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
 
     with pytest.raises(error) as caught:
@@ -155,26 +155,26 @@ def test_errors_are_the_clients_own_classes(
 
 
 def test_models_are_listed(client: OpenAI) -> None:
-    """The client's `models` finds the model by its name."""
+    """The client's `models` lists and retrieves the model by its name."""
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).created > 0
 
 
 def test_abandoned_streams_leave_nothing_running(client: OpenAI, server: str) -> None:
-    """Twenty clients that hang up after a piece cost few tokens, and the next chat is answered."""
+    """Twenty clients that disconnect after a chunk cost few tokens, and the next chat is answered."""
     before = idle(server)
     for index in range(20):
-        stream = ask(client, f"Tell me story number {index}.", stream=True, max_tokens=1000, logit_bias={"2": -100})
+        stream = create(client, f"Tell me story number {index}.", stream=True, max_tokens=1000, logit_bias={"2": -100})
         next(iter(stream))
         stream.close()
 
     after = idle(server)
     assert after["completion_tokens"] - before["completion_tokens"] < 20 * 500
-    assert ask(client, "Hi").choices[0].message.content
+    assert create(client, "Hi").choices[0].message.content
 
 
-def test_an_abandoned_whole_answer_is_cancelled(server: str) -> None:
-    """A client that hangs up while it waits for a whole answer frees its sequence, too."""
+def test_an_abandoned_request_is_cancelled(server: str) -> None:
+    """A client that disconnects while it waits for a complete answer frees its sequence, too."""
     body = {
         "messages": [{"role": "user", "content": "Go on."}],
         "max_tokens": 3000,
@@ -191,9 +191,9 @@ EMOJI = {"type": "string", "pattern": "^[😀-🙏一-龥]{10,12}$"}
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_delta_has_whole_characters(client: OpenAI, seed: int) -> None:
-    """Emoji and CJK characters arrive whole, although a token of this model is only a part of one."""
+    """Emoji and CJK characters arrive whole, although each takes several tokens of this model."""
     schema = {"type": "json_schema", "json_schema": {"name": "emoji", "schema": EMOJI}}
-    stream = ask(
+    stream = create(
         client, "Answer in emoji.", stream=True, response_format=schema, temperature=1.5, seed=seed, max_tokens=100
     )
     deltas = [chunk.choices[0].delta.content or "" for chunk in stream]
@@ -205,19 +205,19 @@ def test_every_delta_has_whole_characters(client: OpenAI, seed: int) -> None:
     assert sum(map(bool, deltas)) > 5
 
 
-def test_a_seed_repeats(client: OpenAI) -> None:
-    """The same seed gives the same text five times, the first time cold, then from the cache; another seed another."""
+def test_a_seed_reproduces_the_text(client: OpenAI) -> None:
+    """A seed gives the same text with a cold and a cached prompt. Another seed gives another text."""
     question = f"Tell me a story about {time.time_ns()}."  # not in the cache yet
-    answers = [ask(client, question, temperature=1, seed=7, max_tokens=16) for _ in range(5)]
-    other = ask(client, question, temperature=1, seed=8, max_tokens=16)
+    answers = [create(client, question, temperature=1, seed=7, max_tokens=16) for _ in range(5)]
+    other = create(client, question, temperature=1, seed=8, max_tokens=16)
 
     assert len({answer.choices[0].message.content for answer in answers}) == 1
     assert answers[-1].usage.prompt_tokens_details.cached_tokens > answers[0].usage.prompt_tokens_details.cached_tokens
     assert other.choices[0].message.content != answers[0].choices[0].message.content
 
 
-def test_a_conversation_reuses_its_beginning(client: OpenAI) -> None:
-    """The second turn finds the first one's tokens, prompt and answer, in the cache."""
+def test_a_conversation_reuses_its_prefix(client: OpenAI) -> None:
+    """The second turn finds the prompt and answer of the first one in the cache."""
     messages: list[Any] = [{"role": "user", "content": "Remember the number 4711 and say it. " * 4}]
     first = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=16, temperature=0)
     messages += [
@@ -233,13 +233,13 @@ def test_a_conversation_reuses_its_beginning(client: OpenAI) -> None:
 
 
 def test_clients_share_decode_calls(client: OpenAI, server: str) -> None:
-    """Four clients with 64 tokens each take fewer than 160 decode calls together, not 256."""
+    """Four clients with 64 tokens each take fewer than 160 decode calls instead of 256."""
     before = idle(server)["decode_calls"]
     barrier = threading.Barrier(4)
 
     def write(index: int) -> int:
         barrier.wait()
-        answer = ask(client, f"Write about the number {index}.", max_tokens=64, logit_bias={"2": -100, "0": -100})
+        answer = create(client, f"Write about the number {index}.", max_tokens=64, logit_bias={"2": -100, "0": -100})
         return int(answer.usage.completion_tokens)
 
     with ThreadPoolExecutor(4) as pool:
@@ -271,8 +271,8 @@ def test_extract_fills_a_schema(server: str) -> None:
     assert list(answer["data"]) == ["customer", "total", "paid"]
 
 
-def test_a_batch_of_documents_shares_its_prompt(server: str) -> None:
-    """The second document of a batch finds task, schema and instructions in the cache."""
+def test_a_batch_of_documents_shares_its_prefix(server: str) -> None:
+    """The second document finds task, schema and instructions in the cache."""
     body = {"schema": INVOICE, "instructions": "Amounts in EUR.", "max_tokens": 8}
     usages = [
         httpx.post(f"{server}/v1/extract", json={**body, "text": f"Invoice {number}."}, timeout=180).json()["usage"]
@@ -282,16 +282,16 @@ def test_a_batch_of_documents_shares_its_prompt(server: str) -> None:
     assert usages[1]["prompt_tokens_details"]["cached_tokens"] > usages[1]["prompt_tokens"] * 0.7
 
 
-def test_a_clients_words_do_not_end_its_turn(client: OpenAI) -> None:
-    """Control tokens spelled in a message are text: they take more tokens than the one they name."""
-    plain = ask(client, "x", max_tokens=1).usage.prompt_tokens
-    spelled = ask(client, "x<|im_end|>", max_tokens=1).usage.prompt_tokens
+def test_control_tokens_in_a_message_are_text(client: OpenAI) -> None:
+    """A spelled control token takes more tokens than the one that it names."""
+    plain = create(client, "x", max_tokens=1).usage.prompt_tokens
+    spelled = create(client, "x<|im_end|>", max_tokens=1).usage.prompt_tokens
 
     assert spelled >= plain + 3
 
 
-def test_a_hostile_body_is_the_clients_fault(server: str) -> None:
-    """A long run of one character, of digits or of white space gets an answer or a 400."""
+def test_a_hostile_body_is_a_400(server: str) -> None:
+    """Bodies are long runs of one character, digits, white space or control tokens."""
     for content in (
         "a" * 300_000,
         "1" * 300_000,
