@@ -10,7 +10,7 @@ from hashlib import sha256
 from msgspec import UNSET
 
 from core import conversation
-from core.engine.interface import Text
+from core.engine.interface import Delta
 from core.service import Service
 from core.session import Session
 from core.wire import chat as wire
@@ -47,30 +47,41 @@ async def _chunks(session: Session, request: ChatRequest, *, with_usage: bool) -
     """Yield for each choice its role, its deltas and its finish reason, then the usage of all choices."""
     head = wire.ChunkHead(new_id("chatcmpl"), int(time.time()), session.card.name, fingerprint(session))
     no_usage = None if with_usage else UNSET  # OpenAI sends "usage": null in every chunk before the last
-    started: set[int] = set()
+    calls = [wire.CallWriter(legacy=request.legacy) for _ in range(request.n or 1)]
 
+    # 1) The role of each choice, in order: a client may index its choices by arrival.
+    opening = None if request.tools or request.functions else ""
+    for index in range(len(calls)):
+        yield head.chunk(wire.ChunkChoice(index, wire.ChunkDelta("assistant", opening, None)), no_usage)
     async for delta in session:
-        # 1) The role, once a choice.
-        if delta.index not in started:
-            started.add(delta.index)
-            yield head.chunk(wire.ChunkChoice(delta.index, wire.ChunkDelta("assistant", "", None)), no_usage)
-        # 2) The text.
-        text = "".join([event.text for event in delta.events if isinstance(event, Text)])
-        if text or delta.logprobs:
-            logprobs = wire.logprobs(delta.logprobs) if request.logprobs else None
-            yield head.chunk(wire.ChunkChoice(delta.index, wire.ChunkDelta(content=text), logprobs), no_usage)
+        # 2) Text, reasoning and calls.
+        logprobs = fields.logprobs(delta.logprobs) if request.logprobs and delta.logprobs else None
+        parts = wire.deltas(delta.events, calls[delta.index])
+        if logprobs is not None and not parts:
+            parts = [wire.ChunkDelta(content="")]
+        for part in parts:
+            yield head.chunk(wire.ChunkChoice(delta.index, part, logprobs), no_usage)
+            logprobs = None
         # 3) Why the choice ended.
         if delta.finish_reason is not None:
             cause = UNSET if delta.cause is None else delta.cause
-            end = wire.ChunkChoice(delta.index, wire.ChunkDelta(), None, delta.finish_reason, cause)
+            end = wire.ChunkChoice(delta.index, wire.ChunkDelta(), None, finish_reason(delta, request), cause)
             yield head.chunk(end, no_usage)
     # 4) The usage of all choices.
     if with_usage:
         yield head.chunk(None, usage(session))
 
 
+def finish_reason(delta: Delta, request: ChatRequest) -> wire.ChatFinishReason | None:
+    if delta.finish_reason == "tool_calls" and request.legacy:
+        return "function_call"
+    return delta.finish_reason
+
+
 def usage(session: Session) -> fields.Usage:
-    return fields.usage(session.prompt_tokens, session.completion_tokens, session.cached_tokens)
+    return fields.usage(
+        session.prompt_tokens, session.completion_tokens, session.cached_tokens, session.reasoning_tokens
+    )
 
 
 def new_id(kind: str) -> str:

@@ -86,6 +86,7 @@ class Session:
         self.measured: FinishedRequest | None = None  # once it is closed
         self.prompt_tokens = len(request.prompt)
         self.completion_tokens = 0  # so far
+        self.reasoning_tokens = 0  # of them
         self.finish_reason: FinishReason | None = None  # "length" if any of the n sequences was cut
         self.cause: Cause | None = None
 
@@ -118,6 +119,7 @@ class Session:
                 self.close()
                 raise
         self.completion_tokens += delta.tokens
+        self.reasoning_tokens += delta.reasoning_tokens
         if delta.finish_reason is not None:
             self._unfinished -= 1
             if self.finish_reason != "length":

@@ -11,6 +11,7 @@ from typing import Any
 
 from core.downloads import Downloads
 from core.engine.interface import (
+    CallEnd,
     Cause,
     Delta,
     EngineConfig,
@@ -18,6 +19,7 @@ from core.engine.interface import (
     FinishReason,
     GenerationRequest,
     ModelCard,
+    Reasoning,
     Text,
     Timings,
 )
@@ -52,6 +54,7 @@ CARD = ModelCard(
 class ScriptedEngine:
     """Answer every sequence of every request with `text`, one token per item of `pieces` (words by default).
 
+    A piece is text or an event. Reasoning counts as reasoning tokens. A CallEnd makes the finish reason "tool_calls".
     Prompt tokens are UTF-8 bytes. `delay` seconds pass before each piece; `endless` repeats the text until it
     is cancelled or `max_tokens` is reached. `error` is raised instead of the first piece. `requests` records requests;
     `running` counts the generations that have neither ended nor been cancelled.
@@ -61,7 +64,7 @@ class ScriptedEngine:
         self,
         text: str = "Hello there, friend.",
         *,
-        pieces: tuple[str, ...] | None = None,
+        pieces: tuple[str | Event, ...] | None = None,
         card: ModelCard = CARD,
         delay: float = 0.0,
         endless: bool = False,
@@ -139,12 +142,17 @@ class ScriptedGeneration:
         cut = request.max_tokens is not None and request.max_tokens < len(script)
         script = script[: request.max_tokens] if cut else script
         last = len(script) - 1
-        end: tuple[FinishReason, Cause | None] = ("length", "max_tokens") if cut else ("stop", None)
-        return [
-            (Delta(index, _text(text), 1, (), *end) if at == last else Delta(index, _text(text), 1))
-            for at, text in enumerate(script)
-            for index in range(request.n)
-        ]
+        own: FinishReason = "tool_calls" if any(isinstance(piece, CallEnd) for piece in script) else "stop"
+        end: tuple[FinishReason, Cause | None] = ("length", "max_tokens") if cut else (own, None)
+        deltas = []
+        for at, piece in enumerate(script):
+            for index in range(request.n):
+                event = Text(piece) if isinstance(piece, str) else piece
+                reasoning = int(isinstance(event, Reasoning))
+                events = () if event == Text("") else (event,)
+                finish_reason, cause = end if at == last else (None, None)
+                deltas.append(Delta(index, events, 1, (), finish_reason, cause, None, reasoning))
+        return deltas
 
     def __aiter__(self) -> ScriptedGeneration:
         return self
@@ -315,7 +323,3 @@ def fake_service(
     parsed = Settings(**{"local_admin": True, **settings})
     service = Service(parsed, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)
-
-
-def _text(text: str) -> tuple[Event, ...]:
-    return (Text(text),) if text else ()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Protocol
 
 from msgspec import Meta, Struct
 
-from core.engine.interface import Sampling
+from core.engine.interface import Sampling, TokenLogprob
 from core.errors import InvalidRequest
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -19,6 +19,7 @@ Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Meta(max_length=4)]
@@ -32,16 +33,58 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
-    completion_tokens: int  # of all choices
+    completion_tokens: int  # of all choices, with reasoning
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0) -> Usage:
     return Usage(
-        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+        CompletionTokensDetails(reasoning_tokens),
+    )
+
+
+class TopLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Token(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(Struct):
+    content: list[Token]
+    refusal: None = None
+
+
+def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
+    """Return logprobs in OpenAI's shape. `token` shows an incomplete character as U+FFFD; `bytes` is exact."""
+    return Logprobs(
+        [
+            Token(
+                token.token.decode(errors="replace"),
+                token.logprob,
+                list(token.token),
+                [TopLogprob(text.decode(errors="replace"), logprob, list(text)) for text, logprob in token.top],
+            )
+            for token in tokens
+        ]
     )
 
 
@@ -164,16 +207,13 @@ class UnsupportedFields(Struct, kw_only=True):
 
     # The prompt's form
     chat_template: Any = None
-    chat_template_kwargs: Any = {}
     add_generation_prompt: Any = True
     continue_final_message: Any = False
     documents: Any = []
     system: Any = None
 
     # Reasoning and style
-    reasoning_effort: Any = None
     reasoning: Any = None
-    enable_thinking: Any = None
     thinking: Any = None
     verbosity: Any = "medium"
     web_search_options: Any = None
