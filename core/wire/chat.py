@@ -153,12 +153,14 @@ class ChatRequest(UnsupportedFields, kw_only=True):
         check_unsupported(self)
         if self.tools and self.functions:
             raise InvalidRequest("Give either 'tools' or 'functions', not both.", param="functions")
-        check_arguments(self.chat_template_kwargs, "chat_template_kwargs")
+        if self.chat_template_kwargs:
+            check_arguments(self.chat_template_kwargs, "chat_template_kwargs")
         for index, message in enumerate(self.messages):
             _check(message, f"messages[{index}]")
-        declared = tools(self)
-        check_tools(declared, "functions" if self.functions else "tools")
-        check_choice(tool_choice(self), declared, "function_call" if self.functions else "tool_choice")
+        declared, choice = tools(self), tool_choice(self)
+        if declared or choice != ToolChoice():
+            check_tools(declared, "functions" if self.functions else "tools")
+            check_choice(choice, declared, "function_call" if self.functions else "tool_choice")
 
     @property
     def legacy(self) -> bool:
