@@ -1,4 +1,4 @@
-"""`python -m infra.mirror`: from the hub to the bucket in one command."""
+"""`python -m infra.mirror` copies a model from the hub to a bucket."""
 
 import hashlib
 import os
@@ -20,8 +20,8 @@ def run(environ, *arguments):
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
 
 
-def test_mirror_by_hand(tmp_path):
-    """The model is in the bucket, readable by its hub reference; doing it again changes nothing; no file is left."""
+def test_a_model_is_mirrored_by_command(tmp_path):
+    """The model can be read by its hub reference. A second run uploads nothing, and no local file remains."""
     with moto_server() as port, HubDouble({"org/repo": Repo({"tiny.gguf": MODEL})}) as hub:
         environ = {
             **clean_environ(),
@@ -33,22 +33,22 @@ def test_mirror_by_hand(tmp_path):
         first, second = run(environ, *arguments), run(environ, *arguments)
         reader = bucket(port)
         storage = S3Storage(lambda name: reader, mirror=reader, prefix="some/prefix")
-        found = storage.resolve(parse("hf://org/repo/tiny.gguf"), refresh=False)
+        resolved = storage.resolve(parse("hf://org/repo/tiny.gguf"), refresh=False)
         reader.close()
 
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "upload" in first.stderr
     assert "upload" not in second.stderr
     assert "S3_PREFIX=some/prefix" in first.stdout
-    assert found is not None
-    assert found.files[0].sha256 == hashlib.sha256(MODEL).hexdigest()
+    assert resolved is not None
+    assert resolved.files[0].sha256 == hashlib.sha256(MODEL).hexdigest()
     assert not [name for name in os.listdir(tmp_path) if name.startswith("mirror-")]
 
 
-def test_wrong_arguments():
-    """What was given and what is wanted is said, without a traceback."""
+def test_wrong_arguments_are_one_line_errors():
+    """The error names the argument, without a traceback."""
     for arguments in (("s3://a/b.gguf", "s3://b/c"), ("hf://org/repo/m.gguf", "bucket"), ("hf://x", "s3://b/c")):
-        done = run(clean_environ(), *arguments)
-        assert done.returncode == 1
-        assert "got" in done.stderr
-        assert "Traceback" not in done.stderr
+        process = run(clean_environ(), *arguments)
+        assert process.returncode == 1
+        assert "got" in process.stderr
+        assert "Traceback" not in process.stderr

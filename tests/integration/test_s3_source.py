@@ -1,4 +1,4 @@
-"""S3 as a source, from moto through a faulty network to a whole model or a clear error."""
+"""S3 as a source: with moto and a faulty network, a read ends in a complete model or a clear error."""
 
 import base64
 import dataclasses
@@ -38,8 +38,8 @@ TENSOR = random.Random(6).randbytes(4 * 1024 * 1700)
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 1700), TENSOR)])  # 7 MB: four blocks
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "tiny.gguf")
-FOUND = RemoteModel("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
-KEY = f"org/repo/{COMMIT}/tiny.gguf"  # of its manifest, without the suffix
+REMOTE = RemoteModel("huggingface", REFERENCE, (RemoteFile("tiny.gguf", len(MODEL), SHA256),), COMMIT)
+KEY = f"org/repo/{COMMIT}/tiny.gguf"  # the key of its manifest without the suffix
 
 
 POLICY = RetryPolicy(stall_s=0.5, backoff=Backoff(0.001, 0.01))
@@ -47,14 +47,14 @@ POLICY = RetryPolicy(stall_s=0.5, backoff=Backoff(0.001, 0.01))
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    """An S3 that mirrors MODEL, and holds it as a plain object under odd names."""
+    """Run an S3 that mirrors MODEL and has it as plain objects, one with an odd name."""
     with moto_server() as port:
         client = s3_client(port)
         storage = S3Storage(lambda name: bucket(port, name), mirror=bucket(port))
         path = tmp_path_factory.mktemp("models") / "tiny.gguf"
         path.write_bytes(MODEL)
         mirror = S3Mirror(storage, BUCKET, "", lambda: client, background=False)
-        mirror.upload(REFERENCE, FOUND, (path,))
+        mirror.upload(REFERENCE, REMOTE, (path,))
         mirror.close()
         client.put_object(Bucket=BUCKET, Key="plain.gguf", Body=MODEL)
         client.put_object(Bucket=BUCKET, Key="odd ~name+ü//(1).gguf", Body=MODEL)
@@ -92,8 +92,8 @@ def memory_store(storage, tmp_path):
     return Store(tmp_path / "models", sources=(storage,), target="memory")
 
 
-def test_fetch_from_the_mirror(store):
-    """A model in the mirror lands in MODELS_DIR, by its hub reference, with commit and sha256."""
+def test_a_model_is_fetched_from_the_mirror(store):
+    """Its hub reference names it. Commit and SHA-256 come from the mirror."""
     fetched = store.fetch(REFERENCE, refresh=False)
 
     assert fetched.path.read_bytes() == MODEL
@@ -101,20 +101,20 @@ def test_fetch_from_the_mirror(store):
 
 
 @pytest.mark.parametrize("key", [KEY, "plain.gguf"])
-def test_fetch_by_key(store, key):
-    """Any object can be named, with a manifest or without."""
+def test_an_object_is_fetched_by_key(store, key):
+    """It may have a manifest or not."""
     assert store.fetch(S3(BUCKET, key)).path.read_bytes() == MODEL
 
 
-def test_odd_key(storage, store):
-    """Keys are bytes: blanks, plus signs, double slashes and umlauts are signed as they are."""
-    found = storage.resolve(S3(BUCKET, "odd ~name+ü//(1).gguf"), refresh=True)
+def test_an_odd_key_is_signed_correctly(storage, store):
+    """The key has blanks, plus signs, double slashes and umlauts."""
+    remote = storage.resolve(S3(BUCKET, "odd ~name+ü//(1).gguf"), refresh=True)
 
-    assert found.size_bytes == len(MODEL)
+    assert remote.size_bytes == len(MODEL)
 
 
-def test_open_into_memory(memory_store, proxy, tmp_path):
-    """With a manifest the model can be opened once its header is there; the rest arrives meanwhile."""
+def test_a_mirrored_model_is_opened_after_its_header(memory_store, proxy, tmp_path):
+    """The manifest permits this; the rest arrives in the background."""
     proxy.plan(Stall(after=0, seconds=0.4), matching=r"bytes=6291456-")
     model = memory_store.open(REFERENCE)
     try:
@@ -129,8 +129,8 @@ def test_open_into_memory(memory_store, proxy, tmp_path):
         model.release()
 
 
-def test_plain_object_into_memory(memory_store):
-    """Without a manifest it is opened when all is there."""
+def test_a_plain_object_is_opened_when_it_is_complete(memory_store):
+    """It has no manifest."""
     model = memory_store.open(S3(BUCKET, "plain.gguf"))
 
     assert model.arrival is None
@@ -141,8 +141,8 @@ def test_plain_object_into_memory(memory_store):
     model.release()
 
 
-def test_release_while_arriving(memory_store, proxy):
-    """Giving a model up while it arrives ends the download and closes the memory."""
+def test_releasing_an_arriving_model_cancels_its_download(memory_store, proxy):
+    """The memory is closed, too."""
     proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=6291456-")
     model = memory_store.open(REFERENCE)
     memory = model.path.stat()
@@ -194,8 +194,8 @@ FAULTS = [
 
 @pytest.mark.parametrize("into", ["disk", "memory"])
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
-def test_passing_fault(storage, proxy, tmp_path, fault, into):
-    """A fault in the data that passes is survived, to the disk and to memory."""
+def test_a_passing_fault_is_retried(storage, proxy, tmp_path, fault, into):
+    """The model arrives complete on disk or in memory."""
     proxy.plan(fault, matching="(?i)range: bytes")
     model = Store(tmp_path, sources=(storage,), target=into).open(REFERENCE)
     if model.arrival is not None:
@@ -207,8 +207,8 @@ def test_passing_fault(storage, proxy, tmp_path, fault, into):
 
 
 @pytest.mark.parametrize("fault", [Status(500), Status(503, "SlowDown"), Reset(after=10), Short(after=10)], ids=repr)
-def test_passing_fault_of_the_manifest(store, proxy, fault):
-    """A fault while ref and manifest are read is survived too."""
+def test_a_passing_fault_of_the_manifest_is_retried(store, proxy, fault):
+    """The same applies to the ref."""
     proxy.plan(fault, matching="manifest|refs")
 
     assert store.fetch(REFERENCE, refresh=False).path.read_bytes() == MODEL
@@ -228,8 +228,8 @@ def test_passing_fault_of_the_manifest(store, proxy, fault):
     ids=repr,
 )
 @pytest.mark.parametrize("into", ["disk", "memory"])
-def test_lasting_fault(storage, proxy, tmp_path, fault, message, into):
-    """A fault that stays is a clear error and leaves no model; the next try succeeds."""
+def test_a_lasting_fault_is_a_clear_error(storage, proxy, tmp_path, fault, message, into):
+    """No model is left, and the next attempt succeeds."""
     proxy.plan(fault, times=1000, matching="(?i)range: bytes")
     store = Store(tmp_path, sources=(storage,), target=into)
     with pytest.raises(ModelUnavailable, match=message):
@@ -244,8 +244,8 @@ def test_lasting_fault(storage, proxy, tmp_path, fault, message, into):
     model.release()
 
 
-def test_interrupted_download_resumes(proxy, tmp_path):
-    """What an interrupted download left on the disk is verified and not fetched again."""
+def test_an_interrupted_download_resumes(proxy, tmp_path):
+    """Blocks on the disk are verified and not fetched again."""
     reader = bucket(proxy.port)
     storage = S3Storage(lambda name: reader, mirror=reader, threads=1)
     proxy.plan(Status(500), times=1000, matching=r"bytes=4194304-")
@@ -261,8 +261,8 @@ def test_interrupted_download_resumes(proxy, tmp_path):
     assert ranges == ["range: bytes=4194304-6291455", f"range: bytes=6291456-{len(MODEL) - 1}"]
 
 
-def test_cancel(storage, proxy, tmp_path):
-    """A cancelled download says so, and leaves no model."""
+def test_a_cancelled_download_leaves_no_model(storage, proxy, tmp_path):
+    """It raises DownloadCancelled."""
     proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=[1-9]")
     store = Store(tmp_path, sources=(storage,), target="disk")
     with pytest.raises(DownloadCancelled):
@@ -271,28 +271,28 @@ def test_cancel(storage, proxy, tmp_path):
     assert list(tmp_path.rglob("tiny.gguf")) == []
 
 
-def test_another_etag(storage):
-    """A manifest whose object has been replaced never yields a mixture."""
-    found = storage.resolve(REFERENCE, refresh=False)
-    other = dataclasses.replace(found, files=(dataclasses.replace(found.files[0], etag='"another"'),))
+def test_an_object_with_another_etag_is_refused(storage):
+    """The object was replaced after its manifest, and versions must not be mixed."""
+    remote = storage.resolve(REFERENCE, refresh=False)
+    other = dataclasses.replace(remote, files=(dataclasses.replace(remote.files[0], etag='"another"'),))
     with pytest.raises(ModelUnavailable, match="was replaced"):
         storage.open_memory(other, name="m", progress=lambda *_: None, cancelled=lambda: False)
 
 
-def test_no_such_object(storage):
-    """An s3:// reference without an object is the client's mistake."""
+def test_a_missing_object_is_not_found(storage):
+    """The error names the s3:// reference."""
     with pytest.raises(ModelNotFound, match=r"s3://models/none\.gguf"):
         storage.resolve(S3(BUCKET, "none.gguf"), refresh=True)
 
 
-def test_no_such_bucket(storage):
-    """A bucket that does not exist is said to be the matter."""
+def test_a_missing_bucket_is_named(storage):
+    """It is a ModelUnavailable."""
     with pytest.raises(ModelUnavailable, match="no bucket 'elsewhere'"):
         storage.resolve(S3("elsewhere", "none.gguf"), refresh=True)
 
 
-def test_denied(storage, proxy):
-    """A 403 on an object that was asked for by name is an error that names the right it needs."""
+def test_a_denied_object_names_the_missing_permission(storage, proxy):
+    """A 403 of a named object raises Denied."""
     proxy.plan(Status(403, "AccessDenied"), times=9)
     proxy.plan(Status(403, "AccessDenied"), times=9, method="HEAD")
     with pytest.raises(Denied, match="s3:GetObject"):
@@ -300,8 +300,8 @@ def test_denied(storage, proxy):
 
 
 @pytest.mark.parametrize("into", ["disk", "memory"])
-def test_not_a_model(storage, tmp_path, into):
-    """An object that is no GGUF file is refused with the reason, wherever it goes."""
+def test_an_object_that_is_not_a_gguf_is_refused(storage, tmp_path, into):
+    """This applies on disk and in memory."""
     with pytest.raises(InvalidRequest, match="GGUF"):
         Store(tmp_path, sources=(storage,), target=into).open(S3(BUCKET, "not.gguf"))
 
@@ -313,8 +313,8 @@ def test_not_a_model(storage, tmp_path, into):
         ("crc32", base64.b64encode(zlib.crc32(MODEL).to_bytes(4, "big")).decode()),
     ],
 )
-def test_checksum_of_a_plain_object(memory_store, proxy, algorithm, value):
-    """The checksum that S3 keeps of a plain object is what its bytes must have."""
+def test_the_checksum_of_a_plain_object_is_checked(memory_store, proxy, algorithm, value):
+    """S3 stores it with the object."""
     name = f"x-amz-checksum-{algorithm}"
     proxy.plan(Header(name, value), method="HEAD")
     memory_store.open(S3(BUCKET, "plain.gguf")).release()
@@ -325,30 +325,30 @@ def test_checksum_of_a_plain_object(memory_store, proxy, algorithm, value):
         memory_store.open(S3(BUCKET, "plain.gguf"))
 
 
-def test_composite_checksum_is_not_of_the_whole(memory_store, proxy):
-    """A checksum of part checksums says nothing about the bytes, so it is not held against them."""
+def test_a_composite_checksum_is_ignored(memory_store, proxy):
+    """It is a checksum of part checksums, so the bytes cannot be compared with it."""
     proxy.plan(Header("x-amz-checksum-sha256", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=-3"), method="HEAD")
 
     memory_store.open(S3(BUCKET, "plain.gguf")).release()
 
 
-def test_wrong_region_is_found():
-    """S3 names a bucket's region when it is asked in a wrong one; it is used from then on."""
+def test_the_region_of_a_redirect_is_used():
+    """S3 names a bucket's region if a request goes to another one. Later requests use it."""
     chain = CredentialChain(ENVIRON)
-    asked = []
+    urls = []
 
     class Redirecting(Bucket):
         def _exchange(self, method, url, headers, most):
-            asked.append(url)
+            urls.append(url)
             if "ap-south-1" in url and "ap-south-1" in headers["authorization"]:
                 return bucket_module.S3Response(200, {}, b"here")
             return bucket_module.S3Response(301, {"x-amz-bucket-region": "ap-south-1"})
 
-    found = Redirecting("models", credentials=chain, environ=ENVIRON)
+    redirected = Redirecting("models", credentials=chain, environ=ENVIRON)
 
-    assert found.get("key").body == b"here"
-    assert found.get("key").body == b"here"
-    assert [url.split(".")[2] for url in asked] == ["eu-central-1", "ap-south-1", "ap-south-1"]
+    assert redirected.get("key").body == b"here"
+    assert redirected.get("key").body == b"here"
+    assert [url.split(".")[2] for url in urls] == ["eu-central-1", "ap-south-1", "ap-south-1"]
 
 
 @pytest.mark.parametrize(
@@ -360,15 +360,15 @@ def test_wrong_region_is_found():
         ("models", "eu-central-1", "http://minio:9000/", "http://minio:9000/models/a%20b/%2B.gguf"),
     ],
 )
-def test_addresses(name, region, endpoint, expected):
-    """AWS is addressed by host; dotted buckets, which no certificate covers, and MinIO by path."""
+def test_buckets_are_addressed_by_host_or_by_path(name, region, endpoint, expected):
+    """AWS is addressed by host. Names with dots, which no certificate covers, and MinIO are addressed by path."""
     made = Bucket(name, credentials=CredentialChain(ENVIRON), endpoint_url=endpoint, region=region)
 
     assert expected == made.url("a b/+.gguf")
 
 
-def test_cold_path_imports_no_boto3(port, tmp_path):
-    """Reading a model from S3, its credentials from the environment, imports neither boto3 nor botocore nor the hub."""
+def test_reading_from_s3_imports_no_boto3(port, tmp_path):
+    """A cold start with credentials from the environment imports neither botocore nor huggingface_hub."""
     script = f"""
         import sys
         from pathlib import Path
@@ -386,11 +386,11 @@ def test_cold_path_imports_no_boto3(port, tmp_path):
         assert not heavy, heavy
     """
     environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env=environ, capture_output=True, text=True, timeout=60
     )
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 # Credentials
@@ -416,15 +416,15 @@ def credential_endpoint(lifetime_s=3600):
         yield f"http://127.0.0.1:{port}/creds?x=1", requests
 
 
-def test_credentials_of_the_environment():
-    """Lambda's variables are used as they are."""
+def test_credentials_come_from_the_environment():
+    """Lambda sets these variables."""
     environ = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_SESSION_TOKEN": "c"}
 
     assert CredentialChain(environ).get() == Credentials("a", "b", "c")
 
 
-def test_credentials_of_the_container():
-    """With SnapStart they come from an endpoint, and are kept while they are good."""
+def test_credentials_come_from_the_container():
+    """With SnapStart an endpoint returns them. They are cached while they are valid."""
     with credential_endpoint() as (url, requests):
         environ = {
             "AWS_CONTAINER_CREDENTIALS_FULL_URI": url,
@@ -440,7 +440,7 @@ def test_credentials_of_the_container():
 
 
 def test_credentials_are_renewed_before_they_expire(tmp_path):
-    """Credentials near their end are not used any more; the token may stand in a file."""
+    """Credentials that expire soon are not used. The token may be in a file."""
     token = tmp_path / "token"
     token.write_text("from a file\n")
     with credential_endpoint(lifetime_s=100) as (url, requests):
@@ -454,15 +454,15 @@ def test_credentials_are_renewed_before_they_expire(tmp_path):
         assert requests[0][1] == "from a file"
 
 
-def test_credentials_are_not_shown_to_the_network():
-    """An endpoint over plain HTTP on a foreign host is not asked."""
+def test_a_credential_endpoint_must_be_local_or_https():
+    """No request is sent to a foreign host over plain HTTP."""
     chain = CredentialChain({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://example.com/creds"})
     with pytest.raises(ModelUnavailable, match="https"):
         chain.get()
 
 
-def test_no_credentials(monkeypatch, tmp_path):
-    """Without any, the error says what can be set."""
+def test_missing_credentials_are_a_clear_error(monkeypatch, tmp_path):
+    """The error names the variables."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Faults of a source: another source is asked, or an error names what failed. A pinned sha256 is computed."""
+"""When a source fails, the store uses another one or raises an error that names the failure. Pins are checked."""
 
 import base64
 import hashlib
@@ -58,7 +58,7 @@ def port():
 
 @pytest.fixture(scope="module")
 def mirrored(port, tmp_path_factory):
-    """A mirror of MODEL under the prefix MATRIX, and MODEL as a plain object; no test changes them."""
+    """Mirror MODEL under the prefix MATRIX and store it as a plain object. No test changes them."""
     client = s3_client(port)
     reader = bucket(port)
     storage = S3Storage(lambda name: reader, mirror=reader, prefix=MATRIX)
@@ -91,7 +91,7 @@ def hub():
 
 
 class Serving:
-    """A mirror that holds MODEL, and stores that read it before they ask the hub."""
+    """A mirror of MODEL, and stores that read from it before the hub."""
 
     def __init__(self, port, client, hub, folder):
         self.client, self.hub, self.folder = client, hub, folder
@@ -108,14 +108,14 @@ class Serving:
         return Store(self.folder / target, sources, self.mirror, target=target)
 
     def key(self, suffix=""):
-        """The key of the mirrored object, or of what lies beside it."""
+        """Return the key of the mirrored object, or the key with this suffix."""
         keys = [each["Key"] for each in self.client.list_objects_v2(Bucket=BUCKET)["Contents"]]
         keys = [key for key in keys if not key.startswith(MATRIX)]
         objects = [key for key in keys if key.startswith("blobs/")]
         return objects[0] if not suffix else next(key for key in keys if key.endswith(suffix))
 
     def manifest(self, **changes):
-        """Rewrite the manifest with these fields, and the object's own ETag."""
+        """Rewrite the manifest with these fields and the object's current ETag."""
         key = self.key(".json")
         fields = json.loads(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
         fields |= {"etag": self.client.head_object(Bucket=BUCKET, Key=self.key())["ETag"], **changes}
@@ -134,7 +134,7 @@ def serving(port, client, hub, tmp_path):
 
 
 def arrived(model):
-    """The bytes of an open model, once all are there."""
+    """Wait for all bytes of an open model, return them and release it."""
     try:
         if model.arrival is not None:
             model.arrival.wait()
@@ -150,7 +150,7 @@ def digests(body):
 
 
 def test_memory_falls_back_to_the_hub(serving):
-    """Where the mirror's tensors are wrong, the next try reads from the hub; then the mirror is whole again."""
+    """If the mirror's tensors are wrong, the next attempt reads from the hub. Then the mirror is repaired."""
     serving.replace(EVIL)
     serving.manifest()
     store = serving.store("memory")
@@ -161,13 +161,13 @@ def test_memory_falls_back_to_the_hub(serving):
     assert model.source == "huggingface"
     assert arrived(model) == MODEL
     assert store.idle(None)
-    again = serving.store("memory").open(REFERENCE)
-    assert again.source == "s3"
-    assert arrived(again) == MODEL
+    repaired = serving.store("memory").open(REFERENCE)
+    assert repaired.source == "s3"
+    assert arrived(repaired) == MODEL
 
 
 def test_disk_falls_back_to_the_hub(serving):
-    """On its way to the disk the same try goes on with the hub; then the mirror is whole again."""
+    """A download to disk continues with the hub. Then the mirror is repaired."""
     serving.replace(EVIL)
     serving.manifest()
     store = serving.store("disk")
@@ -177,8 +177,8 @@ def test_disk_falls_back_to_the_hub(serving):
     assert arrived(serving.store("memory").open(REFERENCE)) == MODEL
 
 
-def test_a_source_that_failed_is_asked_again(serving):
-    """When the hub cannot help either, the mirror is asked again: what failed once may be right now."""
+def test_a_failed_source_is_tried_again(serving):
+    """If the hub fails, too, the mirror is tried again, because it may work by then."""
     serving.replace(EVIL)
     serving.manifest()
     store = serving.store("memory")
@@ -191,20 +191,20 @@ def test_a_source_that_failed_is_asked_again(serving):
     assert arrived(store.open(REFERENCE)) == MODEL
 
 
-def test_cancelling_blames_nobody(serving):
-    """A model that is given up while it arrives is read from the same source the next time."""
+def test_cancelling_does_not_count_as_a_failure(serving):
+    """The next attempt reads from the same source."""
     store = serving.store("memory")
     model = store.open(REFERENCE)
     model.arrival.cancel()
     model.release()
 
-    again = store.open(REFERENCE)
-    assert again.source == "s3"
-    again.release()
+    second = store.open(REFERENCE)
+    assert second.source == "s3"
+    second.release()
 
 
-def test_pin_is_computed_in_memory(serving):
-    """A manifest that claims the pinned sha256 for other bytes is found out before the first decode."""
+def test_a_pin_is_checked_in_memory(serving):
+    """A manifest that claims the pinned SHA-256 for other bytes is detected before the first decode."""
     serving.replace(EVIL)
     serving.manifest(blocks=digests(EVIL))
     store = serving.store("memory")
@@ -214,8 +214,8 @@ def test_pin_is_computed_in_memory(serving):
     assert arrived(store.open(pin(REFERENCE, (SHA256,)))) == MODEL
 
 
-def test_pin_of_a_plain_object_in_memory(serving):
-    """An s3:// object without any checksum of its own is held against the pin, too."""
+def test_a_pin_of_a_plain_object_is_checked_in_memory(serving):
+    """The object has no checksum of its own."""
     serving.client.put_object(Bucket=BUCKET, Key="plain.gguf", Body=EVIL)
     store = serving.store("memory")
 
@@ -224,8 +224,8 @@ def test_pin_of_a_plain_object_in_memory(serving):
         arrived(store.open(S3(BUCKET, "plain.gguf", (SHA256,))))
 
 
-def test_mirror_of_another_version_than_the_pinned_one(serving):
-    """A ref in the mirror that means another version than the pin is passed over; the hub's no is final."""
+def test_a_mirror_of_another_version_is_skipped(serving):
+    """The version is not the pinned one. If the hub has another version, too, that is an error."""
     serving.manifest(sha256=EVIL_SHA256)
     store = serving.store("memory")
 
@@ -234,8 +234,8 @@ def test_mirror_of_another_version_than_the_pinned_one(serving):
         store.open(pin(REFERENCE, ("0" * 64,)))
 
 
-def test_cancelling_ends_a_pause_of_the_hub(hub: HubDouble) -> None:
-    """A download that is cancelled while the hub fails does not wait for the next try."""
+def test_cancelling_ends_a_retry_pause_of_the_hub(hub: HubDouble) -> None:
+    """The download does not wait for the next attempt."""
     hub.faults.append(Fault(on="HEAD", status=503, times=100))
     source = hub_source(hub, RetryPolicy(backoff=Backoff(3600, 3600)))
 
@@ -243,8 +243,8 @@ def test_cancelling_ends_a_pause_of_the_hub(hub: HubDouble) -> None:
         source.resolve(REFERENCE, refresh=True, cancelled=lambda: bool(hub.log))
 
 
-def test_cancelling_ends_a_pause_of_the_mirror(port: int) -> None:
-    """The same while S3 fails."""
+def test_cancelling_ends_a_retry_pause_of_the_mirror(port: int) -> None:
+    """The download does not wait for the next attempt of S3."""
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.plan(Status(503, "SlowDown"), times=100)
         reader = Bucket(
@@ -274,23 +274,23 @@ FAULTS = {
     "200 for a range": WholeBody(),
 }
 PLACES = {"header": 10, "middle": (2 << 20) + 10, "last": len(MODEL) - 800}  # bytes of the object
-SURVIVED = {"drip"}  # by every source: it is slow, not wrong
-# The hub's ETag is not used, and its sequential download starts over where ranges are ignored.
+SURVIVED = {"drip"}  # with every source, because it is only slow
+# The hub's ETag is not used, and its sequential download starts over if ranges are ignored.
 SURVIVED_BY_HUB = SURVIVED | {"If-Match ignored", "200 for a range"}
 
 
 def policy_for(fault: str) -> RetryPolicy:
-    """Only the cells that wait for a timeout have a short one, so that a busy machine does not stall the others."""
+    """Return a short timeout only for faults that wait for it, so that a busy machine does not affect the others."""
     return RetryPolicy(stall_s=0.1 if fault == "stall" else 5.0, attempts=3, backoff=Backoff(0.001, 0.01))
 
 
 @pytest.mark.parametrize("target", ["disk", "memory"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_lasting_fault_of_the_mirror_ends_in_the_hubs_bytes(
+def test_a_lasting_fault_of_the_mirror_falls_back_to_the_hub(
     mirrored: None, hub: HubDouble, port: int, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
 ) -> None:
-    """A lasting fault of the mirror, in any block, ends in the right bytes, perhaps from the hub on the next try."""
+    """The bytes are right for a fault in any block. In memory this may take a second attempt."""
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.plan(FAULTS[fault], times=100, matching="(?i)range: ", at=PLACES[place])
         reader = bucket(proxy.port)
@@ -318,14 +318,14 @@ def test_lasting_fault_of_the_mirror_ends_in_the_hubs_bytes(
 @pytest.mark.parametrize("target", ["disk", "memory"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_lasting_fault_of_a_plain_object_ends_in_a_named_error(
+def test_a_lasting_fault_of_a_plain_object_is_a_named_error(
     mirrored: None, port: int, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
 ) -> None:
-    """An s3:// object has no other source: the right bytes or an error that names it, and never a wrong byte."""
+    """An s3:// object has no other source. Wrong bytes are never published."""
     reference = S3(BUCKET, f"{MATRIX}/{PLAIN}")
     checksum = base64.b64encode(bytes.fromhex(SHA256)).decode()
     with FaultProxy("127.0.0.1", port) as proxy:
-        proxy.plan(Header("x-amz-checksum-sha256", checksum), times=2, method="HEAD")  # as S3 keeps it; moto does not
+        proxy.plan(Header("x-amz-checksum-sha256", checksum), times=2, method="HEAD")  # S3 stores it; moto does not
         proxy.plan(FAULTS[fault], times=100, matching="(?i)range: ", at=PLACES[place])
         reader = bucket(proxy.port)
         storage = S3Storage(lambda name: reader, threads=4, part_bytes=ranged.BLOCK_BYTES, policy=policy_for(fault))
@@ -345,10 +345,10 @@ def test_lasting_fault_of_a_plain_object_ends_in_a_named_error(
 @pytest.mark.parametrize("target", ["disk", "memory"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_lasting_fault_of_the_hub_ends_in_a_named_error(
+def test_a_lasting_fault_of_the_hub_is_a_named_error(
     hub: HubDouble, tmp_path: Path, fault: str, place: str, target: Literal["disk", "memory"]
 ) -> None:
-    """Without a mirror: the right bytes or an error that names file or repository, and never a wrong byte."""
+    """There is no mirror. The error names the file or the repository."""
     with FaultProxy("127.0.0.1", hub.cdn_port) as proxy:
         hub.cdn_url = proxy.url
         proxy.plan(FAULTS[fault], times=100, at=PLACES[place])

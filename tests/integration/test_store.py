@@ -1,4 +1,4 @@
-"""The store against a hub: huggingface_hub over HTTP, faults in between, several processes, sudden ends."""
+"""The store with a hub: huggingface_hub over HTTP, faults, several processes and kills."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def names(folder: Path) -> list[str]:
 
 
 def part_of(folder: Path, name: str = NAME) -> Path:
-    """The one partial file of `name`; its own name holds the version."""
+    """Return the only partial file of `name`. Its file name contains the version."""
     (part,) = folder.glob(f".{name}.*.part")
     return part
 
 
-def test_a_download_lands_whole_with_its_sidecar(store: Store, folder: Path) -> None:
-    """The file, and what is known of it; nothing else is left behind."""
+def test_a_download_has_a_sidecar(store: Store, folder: Path) -> None:
+    """No other file is left."""
     fetched = store.fetch(REFERENCE)
 
     assert (fetched.status, fetched.sha256, fetched.source) == ("downloaded", SHA256, "huggingface")
@@ -95,16 +95,16 @@ def test_a_download_lands_whole_with_its_sidecar(store: Store, folder: Path) -> 
     assert [model.name for model in store.list()] == [NAME]
 
 
-def test_what_is_there_is_not_downloaded_again(store: Store, hub: HubDouble) -> None:
-    """A second fetch asks the hub what the branch means and reads no byte of the model."""
+def test_a_present_model_is_not_downloaded_again(store: Store, hub: HubDouble) -> None:
+    """A second fetch resolves the branch at the hub and reads no bytes of the model."""
     store.fetch(REFERENCE)
-    again = store.fetch(REFERENCE)
+    second = store.fetch(REFERENCE)
 
-    assert (again.status, again.sha256, again.source) == ("present", SHA256, "huggingface")
+    assert (second.status, second.sha256, second.source) == ("present", SHA256, "huggingface")
     assert len(hub.gets()) == 1
 
 
-def test_without_refresh_the_hub_is_not_even_asked(store: Store, hub: HubDouble) -> None:
+def test_without_refresh_the_hub_gets_no_request(store: Store, hub: HubDouble) -> None:
     """A cold start with the model on its disk needs no network."""
     store.fetch(REFERENCE)
     hub.log.clear()
@@ -115,7 +115,7 @@ def test_without_refresh_the_hub_is_not_even_asked(store: Store, hub: HubDouble)
 
 
 def test_a_branch_that_moved_replaces_the_file(store: Store, hub: HubDouble, folder: Path) -> None:
-    """The new version takes the name; the sidecar tells the new commit; the pinned old one is no longer here."""
+    """The sidecar has the new commit, and the old one is no longer present."""
     store.fetch(REFERENCE)
     hub.add(REPO, {NAME: OTHER}, commit="d" * 40)
     fetched = store.fetch(REFERENCE)
@@ -127,8 +127,8 @@ def test_a_branch_that_moved_replaces_the_file(store: Store, hub: HubDouble, fol
     assert store.present(HuggingFace(REPO, NAME, "c" * 40)) is None
 
 
-def test_two_repositories_may_have_a_file_of_one_name(store: Store, hub: HubDouble, folder: Path) -> None:
-    """The second goes below its repository's name; neither is taken for the other."""
+def test_two_repositories_may_have_files_of_the_same_name(store: Store, hub: HubDouble, folder: Path) -> None:
+    """The second is stored below its repository's name."""
     hub.add("other/repo", {NAME: OTHER})
     first, second = store.fetch(REFERENCE), store.fetch(HuggingFace("other/repo", NAME))
 
@@ -138,8 +138,8 @@ def test_two_repositories_may_have_a_file_of_one_name(store: Store, hub: HubDoub
     assert second.path.read_bytes() == OTHER
 
 
-def test_a_file_put_there_by_hand_is_adopted_if_it_is_the_same(store: Store, hub: HubDouble, folder: Path) -> None:
-    """Its sha256 is computed once; then it has a sidecar like any other."""
+def test_an_equal_file_copied_by_hand_is_adopted(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Its SHA-256 is computed once; then it has a sidecar."""
     files.write(folder, NAME, CONTENT)
     fetched = store.fetch(REFERENCE)
 
@@ -148,8 +148,8 @@ def test_a_file_put_there_by_hand_is_adopted_if_it_is_the_same(store: Store, hub
     assert sidecar.read(folder / NAME) is not None
 
 
-def test_a_file_put_there_by_hand_is_not_overwritten_by_another(store: Store, folder: Path) -> None:
-    """Someone's own model of the same name stays; the hub's goes beside it."""
+def test_another_file_copied_by_hand_is_not_overwritten(store: Store, folder: Path) -> None:
+    """The hub's model is stored below its repository's name."""
     own = files.write(folder, NAME, OTHER)
     fetched = store.fetch(REFERENCE)
 
@@ -158,7 +158,7 @@ def test_a_file_put_there_by_hand_is_not_overwritten_by_another(store: Store, fo
 
 
 def test_a_truncated_file_is_replaced(store: Store, folder: Path) -> None:
-    """The half of a model that another tool left is no model, so its place is free."""
+    """Another tool may have left half of a model, which need not be preserved."""
     files.write(folder, NAME, CONTENT[: SIZE // 2])
 
     assert store.present(REFERENCE) is None
@@ -166,16 +166,16 @@ def test_a_truncated_file_is_replaced(store: Store, folder: Path) -> None:
 
 
 def test_a_split_model_is_one_model(store: Store, hub: HubDouble, folder: Path) -> None:
-    """Any part names it; all parts come; it is listed, found and opened by its first."""
+    """Any part names it and all parts are downloaded. It is listed and opened by its first part."""
     parts = files.split_model("big", 3)
     hub.add(REPO, parts)
     reference = HuggingFace(REPO, "big-00002-of-00003.gguf")
-    seen: list[tuple[int, int]] = []
-    fetched = store.fetch(reference, progress=lambda done, total: seen.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    fetched = store.fetch(reference, progress=lambda done, total: progress.append((done, total)))
     total = sum(map(len, parts.values()))
 
     assert fetched.path == folder / "big-00001-of-00003.gguf"
-    assert (fetched.size_bytes, seen[-1]) == (total, (total, total))
+    assert (fetched.size_bytes, progress[-1]) == (total, (total, total))
     assert [(model.name, model.size_bytes) for model in store.list()] == [("big-00001-of-00003.gguf", total)]
     model = store.open(reference)
     assert (model.name, store.present(reference)) == ("big", fetched.path)
@@ -188,22 +188,22 @@ def test_a_split_model_is_one_model(store: Store, hub: HubDouble, folder: Path) 
         store.locate("big-00001-of-00003.gguf")
 
 
-def test_progress_counts_up_to_the_whole(store: Store) -> None:
-    """Bytes done of bytes in all, never backwards."""
-    seen: list[tuple[int, int]] = []
-    store.fetch(REFERENCE, progress=lambda done, total: seen.append((done, total)))
+def test_progress_counts_up_to_the_size(store: Store) -> None:
+    """It reports (done bytes, total bytes) and never goes backwards."""
+    reports: list[tuple[int, int]] = []
+    store.fetch(REFERENCE, progress=lambda done, total: reports.append((done, total)))
 
-    assert seen[-1] == (len(CONTENT), len(CONTENT))
-    assert seen == sorted(seen)
+    assert reports[-1] == (len(CONTENT), len(CONTENT))
+    assert reports == sorted(reports)
 
 
 def test_the_token_stays_with_the_hub(store: Store, hub: HubDouble) -> None:
-    """It is sent to the hub and not to where the hub redirects."""
+    """It is not sent to the CDN that the hub redirects to."""
     hub.repos[REPO].token = "t"
     store.fetch(REFERENCE)
 
-    assert {given for host, given in hub.authorizations if host == "hub"} == {"Bearer t"}
-    assert {given for host, given in hub.authorizations if host == "cdn"} == {None}
+    assert {header for host, header in hub.authorizations if host == "hub"} == {"Bearer t"}
+    assert {header for host, header in hub.authorizations if host == "cdn"} == {None}
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,10 @@ def test_the_token_stays_with_the_hub(store: Store, hub: HubDouble) -> None:
         ("hf://org/private/model.gguf", InvalidRequest, "HF_TOKEN"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_our_words(
+def test_refusals_of_the_hub_become_our_errors(
     store: Store, hub: HubDouble, folder: Path, reference: str, kind: type[Exception], words: str
 ) -> None:
-    """Each mistake names the field and what to do; nothing is left on the disk."""
+    """The error says what to do, and no file is left on the disk."""
     hub.add("org/gated", {NAME: CONTENT}, gated=True)
     hub.add("org/private", {NAME: CONTENT}, token="another")
     with pytest.raises(kind, match=words):
@@ -240,25 +240,23 @@ def test_what_the_hub_refuses_is_said_in_our_words(
         Fault(status=429),
         Fault(on="HEAD", status=503, times=2),
     ],
-    ids=["reset", "short", "empty", "stall", "500", "503 thrice", "429", "HEAD 503 twice"],
+    ids=["reset", "short", "empty", "stall", "500", "503 three times", "429", "HEAD 503 twice"],
 )
-def test_a_passing_fault_is_survived(store: Store, hub: HubDouble, fault: Fault) -> None:
-    """The download goes on where it broke off, and what lands is right."""
+def test_a_passing_fault_is_retried(store: Store, hub: HubDouble, fault: Fault) -> None:
+    """The download resumes where it was interrupted."""
     hub.faults.append(fault)
     fetched = store.fetch(REFERENCE)
 
     assert fetched.path.read_bytes() == CONTENT
     assert len(hub.gets()) >= 2 or fault.on == "HEAD"
-    if fault.reset_after is None:  # a reset takes with it what the kernel had received and nobody had read
+    if fault.reset_after is None:  # a reset discards bytes in the kernel that were not read yet
         assert hub.sent <= len(CONTENT) * 1.1
 
 
 @pytest.mark.parametrize("on", ["HEAD", "GET"])
 @pytest.mark.parametrize("status", [500, 403, 404])
-def test_a_lasting_fault_is_a_clear_error_and_the_next_try_succeeds(
-    store: Store, hub: HubDouble, folder: Path, on: str, status: int
-) -> None:
-    """The error is ours; no model appears; when the hub is well again the same call works."""
+def test_a_lasting_fault_is_a_clear_error(store: Store, hub: HubDouble, folder: Path, on: str, status: int) -> None:
+    """No model is left. When the hub works again, the same call succeeds."""
     hub.faults.append(Fault(on=on, status=status, times=100))
     kind = ModelUnavailable if status == 500 else InvalidRequest
     with pytest.raises(kind) as caught:
@@ -272,7 +270,7 @@ def test_a_lasting_fault_is_a_clear_error_and_the_next_try_succeeds(
 
 
 def test_wrong_bytes_never_become_a_model(store: Store, hub: HubDouble, folder: Path) -> None:
-    """The sha256 that the hub names is what counts; the damaged file is thrown away and the next try succeeds."""
+    """A file that does not match the hub's SHA-256 is deleted, and the next attempt succeeds."""
     hub.faults.append(Fault(flip=True))
     with pytest.raises(ModelUnavailable, match="arrived damaged"):
         store.fetch(REFERENCE)
@@ -281,8 +279,8 @@ def test_wrong_bytes_never_become_a_model(store: Store, hub: HubDouble, folder: 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
 
 
-def test_a_wrong_etag_is_noticed(store: Store, hub: HubDouble, folder: Path) -> None:
-    """A hub that names another sha256 than its bytes have delivers nothing."""
+def test_a_wrong_etag_is_an_error(store: Store, hub: HubDouble, folder: Path) -> None:
+    """The hub's SHA-256 does not match its bytes."""
     hub.faults.append(Fault(on="HEAD", etag="0" * 64))
     with pytest.raises(ModelUnavailable, match=f"sha256 {SHA256}, expected {'0' * 64}"):
         store.fetch(REFERENCE)
@@ -291,7 +289,7 @@ def test_a_wrong_etag_is_noticed(store: Store, hub: HubDouble, folder: Path) -> 
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(store: Store, hub: HubDouble, folder: Path) -> None:
-    """Right bytes of the wrong kind: the client is told, nothing stays."""
+    """It matches its SHA-256, but it is deleted."""
     hub.add(REPO, {NAME: b"<html>" + bytes(1000)})
     with pytest.raises(InvalidRequest, match="another kind of file"):
         store.fetch(REFERENCE)
@@ -299,8 +297,8 @@ def test_a_file_that_is_not_a_gguf_is_refused(store: Store, hub: HubDouble, fold
     assert names(folder) == []
 
 
-def test_a_pinned_sha256_is_checked_before_a_byte_is_read(store: Store, hub: HubDouble) -> None:
-    """A pin that the hub does not bear out is the client's mistake; the right one is fine."""
+def test_a_pin_is_checked_before_the_download(store: Store, hub: HubDouble) -> None:
+    """A pin that differs from the hub's SHA-256 is a 400."""
     with pytest.raises(InvalidRequest, match=SHA256) as caught:
         store.fetch(REFERENCE, sha256="1" * 64)
     assert caught.value.param == "sha256"
@@ -309,15 +307,15 @@ def test_a_pinned_sha256_is_checked_before_a_byte_is_read(store: Store, hub: Hub
     assert store.fetch(REFERENCE, sha256=SHA256).status == "downloaded"
 
 
-def test_a_server_that_ignores_ranges_is_survived(store: Store, hub: HubDouble) -> None:
-    """When a resumed read is answered with the whole file, the file starts over."""
+def test_a_server_may_ignore_ranges(store: Store, hub: HubDouble) -> None:
+    """If a resumed read returns the whole file, the download starts over."""
     hub.faults += [Fault(reset_after=1_500_000), Fault(ignore_range=True)]
 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
 
 
 def test_a_cancelled_download_resumes(store: Store, hub: HubDouble, folder: Path) -> None:
-    """Cancelling keeps what arrived and nothing else; the next try asks for the rest only."""
+    """Only the partial file and the lock stay. The next attempt requests the rest."""
     hub.faults.append(Fault(rate=3_000_000))
     stop = threading.Event()
 
@@ -331,13 +329,13 @@ def test_a_cancelled_download_resumes(store: Store, hub: HubDouble, folder: Path
     assert store.list() == ()
 
     assert store.fetch(REFERENCE).path.read_bytes() == CONTENT
-    (resumed,) = [given for given in hub.gets() if given]
+    (resumed,) = [header for header in hub.gets() if header]
     assert int(resumed.removeprefix("bytes=").rstrip("-")) > 1_000_000
     assert names(folder) == [NAME, NAME + ".json"]
 
 
-def test_a_partial_of_another_version_is_not_continued(store: Store, hub: HubDouble) -> None:
-    """When the branch moved meanwhile, what arrived of the old file is of no use."""
+def test_a_partial_file_of_another_version_is_not_resumed(store: Store, hub: HubDouble) -> None:
+    """The branch moved between the two attempts."""
     hub.faults.append(Fault(close_after=1_500_000))
     stop = threading.Event()
     with pytest.raises(DownloadCancelled):
@@ -347,8 +345,8 @@ def test_a_partial_of_another_version_is_not_continued(store: Store, hub: HubDou
     assert store.fetch(REFERENCE).path.read_bytes() == OTHER
 
 
-def test_a_damaged_partial_is_found_out(store: Store, hub: HubDouble, folder: Path) -> None:
-    """Bytes that changed between two tries make the whole wrong: it is thrown away, the try after that is right."""
+def test_a_damaged_partial_file_is_deleted(store: Store, hub: HubDouble, folder: Path) -> None:
+    """Bytes changed between two attempts, so the checksum fails. The next attempt starts over."""
     stop = threading.Event()
     hub.faults.append(Fault(rate=3_000_000))
     with pytest.raises(DownloadCancelled):
@@ -365,7 +363,7 @@ def test_a_damaged_partial_is_found_out(store: Store, hub: HubDouble, folder: Pa
 def test_disk_space_is_checked_first(
     store: Store, hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that does not fit is refused before a byte of it is read."""
+    """A model that does not fit is refused before the download."""
     monkeypatch.setattr(target, "free_disk", lambda _folder: 1000)
     with pytest.raises(ModelUnavailable, match="does not fit in MODELS_DIR"):
         store.fetch(REFERENCE)
@@ -374,8 +372,8 @@ def test_disk_space_is_checked_first(
     assert names(folder) == []
 
 
-def test_a_disk_that_fills_up_gives_its_room_back(store: Store, folder: Path) -> None:
-    """ENOSPC midway (here: EFBIG) is said in our words, and the partial file goes."""
+def test_a_full_disk_is_a_clear_error(store: Store, folder: Path) -> None:
+    """The partial file is deleted. The test uses EFBIG for ENOSPC."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -389,34 +387,34 @@ def test_a_disk_that_fills_up_gives_its_room_back(store: Store, folder: Path) ->
 
 
 @contextmanager
-def permissions_count() -> Iterator[None]:
-    """Root writes everywhere by a capability (CAP_DAC_OVERRIDE, bit 1): this thread does without it for a while."""
+def without_root_capability() -> Iterator[None]:
+    """Drop the capability by which root writes everywhere (CAP_DAC_OVERRIDE, bit 1) in this thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    kept = (ctypes.c_uint32 * 6)()  # twice (effective, permitted, inheritable), low words first
-    assert libc.capget(header, kept) == 0
-    without = (ctypes.c_uint32 * 6)(*kept)
-    without[0] &= ~(1 << 1)
-    assert libc.capset(header, without) == 0
+    original = (ctypes.c_uint32 * 6)()  # twice (effective, permitted, inheritable), low words first
+    assert libc.capget(header, original) == 0
+    reduced = (ctypes.c_uint32 * 6)(*original)
+    reduced[0] &= ~(1 << 1)
+    assert libc.capset(header, reduced) == 0
     try:
         yield
     finally:
-        assert libc.capset(header, kept) == 0
+        assert libc.capset(header, original) == 0
 
 
-def test_a_read_only_folder_says_so(store: Store, folder: Path) -> None:
-    """What is in it is served; what is not cannot be brought."""
+def test_a_read_only_folder_is_a_clear_error(store: Store, folder: Path) -> None:
+    """A fetch cannot write to it."""
     folder.mkdir()
     folder.chmod(0o500)
     try:
-        with permissions_count(), pytest.raises(ModelUnavailable, match="cannot be written"):
+        with without_root_capability(), pytest.raises(ModelUnavailable, match="cannot be written"):
             store.fetch(REFERENCE)
     finally:
         folder.chmod(0o700)
 
 
-def test_a_folder_that_is_a_link_out_is_refused(store: Store, hub: HubDouble, folder: Path, tmp_path: Path) -> None:
-    """A file name with folders cannot lead the download out of MODELS_DIR."""
+def test_a_folder_that_links_outside_is_refused(store: Store, hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    """A file name with folders cannot lead a download out of MODELS_DIR."""
     hub.add(REPO, {"sub/model.gguf": CONTENT})
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir()
@@ -427,8 +425,8 @@ def test_a_folder_that_is_a_link_out_is_refused(store: Store, hub: HubDouble, fo
     assert names(tmp_path / "elsewhere") == []
 
 
-def test_an_unreachable_hub_leaves_what_is_there(tmp_path: Path, store: Store, hub: HubDouble) -> None:
-    """With the model on the disk a fetch is content with it; without, it says that the hub cannot be reached."""
+def test_without_a_hub_the_present_model_is_used(tmp_path: Path, store: Store, hub: HubDouble) -> None:
+    """A model that is not present is ModelUnavailable."""
     store.fetch(REFERENCE)
     hub.faults.append(Fault(on="HEAD", status=404, times=0))
     away = Store(tmp_path / "models", (_Away(),))
@@ -439,7 +437,7 @@ def test_an_unreachable_hub_leaves_what_is_there(tmp_path: Path, store: Store, h
 
 
 def test_offline_mode_is_respected(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_HUB_OFFLINE stops the download with a word on what to do."""
+    """HF_HUB_OFFLINE makes a download an error that names the variable."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -447,10 +445,10 @@ def test_offline_mode_is_respected(store: Store, monkeypatch: pytest.MonkeyPatch
         store.fetch(REFERENCE)
 
 
-def test_a_source_that_delivers_rubbish_is_passed_over(store: Store, hub: HubDouble, tmp_path: Path) -> None:
-    """A mirror with wrong bytes costs a warning; the hub then delivers, and the mirror is offered the right ones."""
+def test_a_source_with_wrong_bytes_is_skipped(store: Store, hub: HubDouble, tmp_path: Path) -> None:
+    """The hub is used instead, and the mirror is offered the right bytes."""
     mirror = _Mirror()
-    both = Store(tmp_path / "models", (_Rubbish(), Hub(hub.url, policy=QUICK)), mirror)
+    both = Store(tmp_path / "models", (_WrongBytes(), Hub(hub.url, policy=QUICK)), mirror)
     fetched = both.fetch(REFERENCE)
 
     assert (fetched.source, fetched.path.read_bytes()) == ("huggingface", CONTENT)
@@ -464,8 +462,8 @@ class _Away:
         raise ModelUnavailable("The hub is away.")
 
 
-class _Rubbish:
-    """A mirror that claims the right sha256 and writes zeros."""
+class _WrongBytes:
+    """A mirror that claims the right SHA-256 and writes zeros."""
 
     name, authority = "rubbish", False
 
@@ -512,26 +510,26 @@ def start(folder: Path, hub: HubDouble) -> subprocess.Popen[str]:
 
 
 def test_ten_processes_download_a_model_once(hub: HubDouble, folder: Path) -> None:
-    """The first takes the lock, the others wait for it and find the model there."""
+    """The first takes the lock; the others wait for it and find the model."""
     hub.faults.append(Fault(rate=1_500_000))
     running = [start(folder, hub) for _ in range(10)]
-    said = [process.communicate(timeout=120)[0].strip() for process in running]
+    statuses = [process.communicate(timeout=120)[0].strip() for process in running]
 
-    assert sorted(said) == ["downloaded"] + ["present"] * 9
+    assert sorted(statuses) == ["downloaded"] + ["present"] * 9
     assert len(hub.gets()) == 1
     assert (folder / NAME).read_bytes() == CONTENT
     assert names(folder) == [NAME, NAME + ".json"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_ends_leaves_what_the_next_resumes(hub: HubDouble, folder: Path, how: signal.Signals) -> None:
-    """No handler is needed: the kernel releases the lock, the partial file is continued."""
+def test_a_download_of_a_killed_process_is_resumed(hub: HubDouble, folder: Path, number: signal.Signals) -> None:
+    """The kernel releases the lock, and the partial file is resumed. No signal handler is needed."""
     hub.faults.append(Fault(rate=1_500_000))
     process = start(folder, hub)
     while sum(part.stat().st_size for part in folder.glob(f".{NAME}.*.part")) < 1_200_000:
         time.sleep(0.01)
         assert process.poll() is None
-    process.send_signal(how)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert names(folder) == sorted([f".{NAME}.lock", part_of(folder).name])
 
@@ -540,8 +538,8 @@ def test_a_process_that_ends_leaves_what_the_next_resumes(hub: HubDouble, folder
     assert names(folder) == [NAME, NAME + ".json"]
 
 
-def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> None:
-    """SIGSTOP for longer than any timeout (a frozen Lambda): the connection is gone, the download is not."""
+def test_a_stopped_process_continues_its_download(hub: HubDouble, folder: Path) -> None:
+    """It was stopped for longer than any timeout, as by Lambda's freeze, so the connection is lost."""
     hub.faults.append(Fault(stall_after=1_500_000, stall_s=1.5))
     process = start(folder, hub)
     while sum(part.stat().st_size for part in folder.glob(f".{NAME}.*.part")) < 1_200_000:
@@ -557,10 +555,10 @@ def test_a_process_that_was_stopped_goes_on(hub: HubDouble, folder: Path) -> Non
 
 # A forked child takes no lock of the threads that pytest-xdist's workers have. Python 3.12 and later warn of them.
 @pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
-def test_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
-    """kill -9 at random moments: whatever has the model's name is the whole right model, and the last try succeeds.
+def test_random_kills_never_leave_a_wrong_model(folder: Path) -> None:
+    """After a kill -9 at a random moment, the model's file is missing or complete. The last attempt succeeds.
 
-    The time until a kill follows the speed of the machine, so that some fetches finish and some do not.
+    The time until a kill adapts to the speed of the machine, so that some fetches finish and some do not.
     """
     draw = random.Random(0)
     finished, killed, longest = 0, 0, 0.05
@@ -591,7 +589,7 @@ def test_sudden_ends_never_make_a_wrong_model(folder: Path) -> None:
 
 
 class _Local:
-    """The content without a network, in pieces: so that many processes take seconds."""
+    """A source of the content in pieces, without a network, so that many processes take only seconds."""
 
     name, authority = "huggingface", True
 
@@ -613,7 +611,7 @@ class _Local:
 
 
 def _fetch_slowly(folder: Path) -> None:
-    """In a forked child: ends it in any case."""
+    """Fetch in a forked child and exit in any case."""
     try:
         Store(folder, (_Local(0.002),)).fetch(REFERENCE)
     finally:
@@ -625,8 +623,8 @@ def memory_store(hub: HubDouble, folder: Path, mirror: _Mirror | None = None) ->
     return Store(folder, (source,), mirror, target="memory")
 
 
-def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
-    """In parallel ranges, verified, without a file; the mirror is offered it, and releasing it frees it."""
+def test_a_model_is_downloaded_into_memory(hub: HubDouble, folder: Path) -> None:
+    """It is read in parallel ranges, verified and offered to the mirror. No file is written."""
     mirror = _Mirror()
     model = memory_store(hub, folder, mirror).open(REFERENCE)
 
@@ -635,7 +633,7 @@ def test_a_model_goes_to_memory(hub: HubDouble, folder: Path) -> None:
     assert len(hub.gets()) >= 2
     assert not folder.exists()
     assert mirror.offered == [(REFERENCE, "c" * 40, (model.path,))]
-    assert {given for host, given in hub.authorizations if host == "cdn"} == {None}
+    assert {header for host, header in hub.authorizations if host == "cdn"} == {None}
     memory = model.path.stat()
     model.release()
     model.release()
@@ -698,8 +696,8 @@ def test_an_unreachable_hub_leaves_what_is_in_memory(hub: HubDouble, folder: Pat
 @pytest.mark.parametrize(
     "fault", [Fault(reset_after=500_000), Fault(status=503), Fault(status=403), Fault(close_after=10)], ids=str
 )
-def test_a_model_goes_to_memory_through_passing_faults(hub: HubDouble, folder: Path, fault: Fault) -> None:
-    """A part that breaks off is asked for again; a signed address that was refused is looked up anew."""
+def test_passing_faults_of_a_memory_download_are_retried(hub: HubDouble, folder: Path, fault: Fault) -> None:
+    """An interrupted part is requested again; a refused signed URL is resolved again."""
     hub.faults.append(fault)
     model = memory_store(hub, folder).open(REFERENCE)
 
@@ -707,8 +705,8 @@ def test_a_model_goes_to_memory_through_passing_faults(hub: HubDouble, folder: P
     model.release()
 
 
-def test_wrong_bytes_in_memory_are_never_served(hub: HubDouble, folder: Path) -> None:
-    """A memory download that arrives damaged is given up; the disk's then fails or succeeds by its own sha256."""
+def test_wrong_bytes_in_memory_are_an_error(hub: HubDouble, folder: Path) -> None:
+    """No file is left on the disk either."""
     hub.faults.append(Fault(on="GET", flip=True, times=100))
     with pytest.raises(ModelUnavailable):
         memory_store(hub, folder).open(REFERENCE)
@@ -717,7 +715,7 @@ def test_wrong_bytes_in_memory_are_never_served(hub: HubDouble, folder: Path) ->
 
 
 def test_memory_is_checked_first(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that does not fit is refused before a byte of it is read, not by the kernel's OOM killer."""
+    """A model that does not fit is refused before the download, and not by the OOM killer."""
     monkeypatch.setattr(target, "free_memory", lambda: 1_000_000)
     with pytest.raises(ModelUnavailable, match="does not fit in memory"):
         memory_store(hub, folder).open(REFERENCE)
@@ -725,23 +723,23 @@ def test_memory_is_checked_first(hub: HubDouble, folder: Path, monkeypatch: pyte
     assert hub.gets() == []
 
 
-def test_a_split_model_goes_to_the_disk(hub: HubDouble, folder: Path) -> None:
-    """llama.cpp finds the parts by their names, which memory does not have."""
+def test_a_split_model_is_downloaded_to_disk(hub: HubDouble, folder: Path) -> None:
+    """llama.cpp finds the parts by file name, which a memfd does not have."""
     hub.add(REPO, files.split_model("big", 2))
     model = memory_store(hub, folder).open(HuggingFace(REPO, "big-00001-of-00002.gguf"))
 
     assert (model.name, model.path) == ("big", (folder / "big-00001-of-00002.gguf").resolve())
 
 
-def test_a_model_on_the_disk_is_opened_there(hub: HubDouble, store: Store, folder: Path) -> None:
-    """Memory is for what would have to be downloaded."""
+def test_a_model_on_the_disk_is_opened_from_disk(hub: HubDouble, store: Store, folder: Path) -> None:
+    """Memory is only for models that must be downloaded."""
     fetched = store.fetch(REFERENCE)
 
     assert memory_store(hub, folder).open(REFERENCE).path == fetched.path
 
 
-def test_a_local_file_is_opened_as_it_is(store: Store, folder: Path) -> None:
-    """No source is asked; the name is the file's."""
+def test_a_local_file_is_opened_directly(store: Store, folder: Path) -> None:
+    """No source is used, and the model's name is that of the file."""
     files.write(folder, "sub/own.Q8_0.gguf", CONTENT)
     model = store.open(File("sub/own.Q8_0.gguf"))
 

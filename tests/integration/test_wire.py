@@ -1,4 +1,4 @@
-"""The wire before any key is looked at: heads and bodies that are too large, too slow or too many."""
+"""Limits of connections before any key is checked: size, time and number of heads and bodies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def connected(address: str) -> Iterator[socket.socket]:
 
 
 def received(connection: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """Return all bytes until the server closes the connection."""
     parts = []
     while part := connection.recv(65536):
         parts.append(part)
@@ -41,7 +41,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """One answer with a content-length."""
+    """Read one answer, which has a content-length."""
     stream = connection.makefile("rb")
     status = int(stream.readline().split()[1])
     headers = {}
@@ -55,14 +55,14 @@ def head(*lines: str, method: str = "GET", path: str = "/health") -> bytes:
     return "\r\n".join((f"{method} {path} HTTP/1.1", "host: localhost", *lines, "", "")).encode()
 
 
-def refused(answered: tuple[int, dict[str, str], bytes]) -> tuple[int, str]:
-    status, headers, body = answered
+def refused(response: tuple[int, dict[str, str], bytes]) -> tuple[int, str]:
+    status, headers, body = response
     assert headers["content-type"] == "application/json"
     return status, json.loads(body)["error"]["code"]
 
 
-def test_a_head_has_a_size() -> None:
-    """64 KiB pass, one byte more is 431; and one that never ends is not collected."""
+def test_the_size_of_a_head_is_limited() -> None:
+    """64 KiB are accepted, one byte more is a 431. An endless head is not read to memory."""
     with serving(fake_service().service) as address:
         rest = len(head("x-a: ")) - len("GET  HTTP/1.1\r\n") - len("\r\n")
         with connected(address) as connection:
@@ -77,7 +77,7 @@ def test_a_head_has_a_size() -> None:
 
 
 def sent(connection: socket.socket, opening: bytes, most: int) -> int:
-    """How much of an endless head the server took before it closed."""
+    """Return how much of an endless head the server read before it closed the connection."""
     connection.sendall(opening)
     total = 0
     try:
@@ -88,17 +88,17 @@ def sent(connection: socket.socket, opening: bytes, most: int) -> int:
     return total
 
 
-def test_a_head_has_a_hundred_headers() -> None:
-    """One more is 431."""
+def test_the_number_of_headers_is_limited() -> None:
+    """A hundred are accepted, one more is a 431."""
     with serving(fake_service().service) as address:
-        for count, status in ((99, 200), (100, 431)):  # and the host
+        for count, status in ((99, 200), (100, 431)):  # plus the host header
             with connected(address) as connection:
                 connection.sendall(head(*(f"x-{number}: a" for number in range(count))))
                 assert answer(connection)[0] == status
 
 
-def test_a_head_has_a_time() -> None:
-    """A half-open one is 408, also the second of a connection; an idle connection is closed without a word."""
+def test_the_time_of_a_head_is_limited() -> None:
+    """An incomplete head is a 408, also the second of a connection. An idle connection is closed without an answer."""
     with serving(fake_service().service, SHORT) as address:
         with connected(address) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\n")
@@ -112,14 +112,14 @@ def test_a_head_has_a_time() -> None:
         with connected(address) as connection:
             assert received(connection) == b""
         with connected(address) as connection:
-            connection.sendall(head() + b"\r\n")  # line ends before a request are allowed, and are none
+            connection.sendall(head() + b"\r\n")  # line ends before a request are allowed and are not a request
             assert answer(connection)[0] == 200
             connection.sendall(b"\r\n")
             assert received(connection) == b""
 
 
-def test_a_body_has_a_least_rate() -> None:
-    """A slow one is 408; one that keeps the rate may take longer than the window."""
+def test_the_rate_of_a_body_is_limited() -> None:
+    """A slow body is a 408. A body at the minimum rate may take longer than the window."""
     with serving(
         fake_service(api_keys=keys("use")).service, Limits(body_bytes_per_s=100, body_window_s=1.5)
     ) as address:
@@ -158,10 +158,10 @@ def test_a_body_has_a_least_rate() -> None:
         (("content-type: application/json", "x-api-key: use"), "/health", (405, "method_not_allowed")),
     ],
 )
-def test_what_the_head_decides_is_answered_before_the_body(
+def test_refusals_by_the_head_come_before_the_body(
     lines: tuple[str, ...], path: str, expected: tuple[int, str]
 ) -> None:
-    """No byte of the body is there, and none is needed; the connection stays good for the next request."""
+    """The server has not received the body yet. The connection can be used for the next request."""
     with serving(fake_service(api_keys=keys("use")).service) as address, connected(address) as connection:
         connection.sendall(head("content-length: 5", *lines, method="POST", path=path))
         assert refused(answer(connection)) == expected
@@ -169,8 +169,8 @@ def test_what_the_head_decides_is_answered_before_the_body(
         assert answer(connection)[0] == 200
 
 
-def test_a_client_that_asks_first_is_refused_without_its_body() -> None:
-    """With Expect: 100-continue the refusal comes instead of "100 Continue", and the connection ends there."""
+def test_expect_100_continue_is_refused_without_the_body() -> None:
+    """The refusal replaces "100 Continue", and the connection is closed."""
     with serving(fake_service(api_keys=keys("use")).service) as address, connected(address) as connection:
         lines = ("content-type: application/json", "content-length: 5", "expect: 100-continue")
         connection.sendall(head(*lines, method="POST", path="/v1/extract"))
@@ -179,7 +179,7 @@ def test_a_client_that_asks_first_is_refused_without_its_body() -> None:
 
 
 def test_bodies_of_all_requests_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond it a large body is a 429 before it is read. Small ones are served, and a request that ends makes room."""
+    """Beyond it, a large body is a 429 before it is read. Small ones are served; a finished request frees its share."""
     monkeypatch.setattr(bodies, "WAIT_S", 0.0)
     limit = 2 * bodies.UNCOUNTED_BYTES
     most = bodies.BUDGET_FACTOR * limit // (limit - bodies.UNCOUNTED_BYTES)
@@ -195,7 +195,7 @@ def test_bodies_of_all_requests_share_a_budget(monkeypatch: pytest.MonkeyPatch) 
         for connection in holding:
             connection.sendall(large)
             assert connection.recv(100).startswith(b"HTTP/1.1 100")
-        # 2) The next one is refused, whether it asks first or sends its body at once.
+        # 2) The next one is refused, with Expect: 100-continue and without.
         with connected(address) as connection:
             connection.sendall(large)
             assert answered_busy(connection) > 0
@@ -207,7 +207,7 @@ def test_bodies_of_all_requests_share_a_budget(monkeypatch: pytest.MonkeyPatch) 
             lines = ("content-type: application/json", f"content-length: {len(body)}")
             connection.sendall(head(*lines, method="POST", path="/v1/chat/completions") + body)
             assert answer(connection)[0] == 200
-        # 4) A request that ends makes room, perhaps a moment after its answer has arrived.
+        # 4) A finished request frees its share, perhaps shortly after its answer has arrived.
         monkeypatch.setattr(bodies, "WAIT_S", PATIENCE_S)
         holding[0].sendall(b" " * (limit - len(body)) + body)
         assert answer(holding[0])[0] == 200
@@ -222,8 +222,8 @@ def answered_busy(connection: socket.socket) -> int:
     return int(headers["retry-after"])
 
 
-def test_a_refused_body_drips_no_longer_than_any_other() -> None:
-    """After the 401 the rest of its request is still bounded."""
+def test_the_body_of_a_refused_request_has_a_time_limit() -> None:
+    """The limit applies after the 401, too."""
     with serving(fake_service(api_keys=keys("use")).service, SHORT) as address, connected(address) as connection:
         lines = ("content-type: application/json", "content-length: 5")
         connection.sendall(head(*lines, method="POST", path="/v1/extract"))
@@ -232,12 +232,12 @@ def test_a_refused_body_drips_no_longer_than_any_other() -> None:
     with serving(fake_service(api_keys=keys("use")).service, SHORT) as address, connected(address) as connection:
         connection.sendall(head(*lines, method="POST", path="/v1/extract") + b"123")
         assert answer(connection)[0] == 401
-        connection.sendall(b"45")  # whole now, and then nothing
+        connection.sendall(b"45")  # the body is complete, and no request follows
         assert received(connection) == b""
 
 
-def test_a_long_answer_outlasts_every_limit() -> None:
-    """The limits are on what is asked: an answer may take as long as it does, even with a stray line end behind it."""
+def test_answers_have_no_time_limit() -> None:
+    """The limits apply to requests only, even if a line end follows the request."""
     fake = fake_service(ScriptedEngine(pieces=("a ",) * 20, delay=0.1))
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
     with serving(fake.service, SHORT) as address, connected(address) as connection:
@@ -247,8 +247,8 @@ def test_a_long_answer_outlasts_every_limit() -> None:
         assert b"data: [DONE]" in received(connection)
 
 
-def test_the_longest_waiting_connection_makes_room() -> None:
-    """Over the bound, one that has asked nothing is closed for the new one; a running answer never is."""
+def test_over_the_limit_the_oldest_idle_connection_is_closed() -> None:
+    """Running answers are never closed."""
     fake = fake_service(ScriptedEngine(pieces=("a ",) * 10, delay=0.1))
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
     lines = ("content-type: application/json", f"content-length: {len(body)}", "connection: close")
@@ -263,8 +263,8 @@ def test_the_longest_waiting_connection_makes_room() -> None:
             assert b"data: [DONE]" in begun + received(running)
 
 
-def test_a_client_that_is_still_sending_reads_its_refusal() -> None:
-    """After a 408 the server reads on for a while: a reset would discard the response before the client reads it."""
+def test_a_client_that_is_still_sending_gets_its_refusal() -> None:
+    """After a 408 the server continues to read, because a reset would discard the response."""
     with serving(fake_service().service, SHORT) as address, connected(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         connection.recv(1, socket.MSG_PEEK)
@@ -276,7 +276,7 @@ def test_a_client_that_is_still_sending_reads_its_refusal() -> None:
 
 
 def test_a_refused_client_cannot_keep_its_connection() -> None:
-    """A client that sends on is disconnected after a while, or after 1 MiB."""
+    """A client that continues to send is disconnected after a time or after 1 MiB."""
     with serving(fake_service().service, SHORT) as address:
         for size in (1, 100_000):
             with connected(address) as connection:
@@ -301,7 +301,7 @@ def ended(connection: socket.socket) -> bool:
 
 
 def test_half_open_requests_are_closed_while_others_are_served() -> None:
-    """A small form of `python -m infra.bench.wire`: every one is closed with 408, a healthy client sees none of it."""
+    """This is a small `python -m infra.bench.wire`. All of them get a 408, and a healthy client is not affected."""
     limits = Limits(head_s=1.0, body_window_s=1.0)
     with serving(fake_service(api_keys=keys(KEY)).service, limits) as address:
         result: Any = asyncio.run(attack(address, 40, 40, drip_s=0.01, limit_s=PATIENCE_S))
