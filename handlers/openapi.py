@@ -119,9 +119,9 @@ class Schemas:
 
 def _restrict_unsupported(cls: type[UnsupportedFields], schema: Schema) -> None:
     """Restrict each unsupported field to the values that change nothing: its default and null."""
-    own = {field.encode_name: field for field in msgspec.structs.fields(cls)}
+    declared = {field.encode_name: field for field in msgspec.structs.fields(cls)}
     for name, default in msgspec.structs.asdict(UnsupportedFields()).items():
-        if own[name].type is Any:
+        if declared[name].type is Any:
             values = [default] if default is None else [default, None]
             schema["properties"][name] = {"enum": values, "default": default, "description": "Not supported."}
 

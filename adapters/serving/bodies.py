@@ -67,10 +67,10 @@ class Reservation:
 
     async def reserve(self, size: int) -> None:
         """Reserve enough for a body of `size` bytes. Raise Busy if there is no room."""
-        more = size - UNCOUNTED_BYTES - self._taken
-        if more > 0:
-            await self._budget.take(more)
-            self._taken += more
+        missing = size - UNCOUNTED_BYTES - self._taken
+        if missing > 0:
+            await self._budget.take(missing)
+            self._taken += missing
 
     def release(self) -> None:
         self._budget.give_back(self._taken)
@@ -85,7 +85,7 @@ async def read(request: Request, receive: Receive, limit: int, reservation: Rese
     """
     declared = request.headers.get("content-length", "")
     length = int(declared) if declared.isdecimal() else 0
-    rest = "expect" not in request.headers  # with `Expect: 100-continue` no body was sent yet; do not invite it
+    unread = "expect" not in request.headers  # with `Expect: 100-continue` no body was sent yet; do not invite it
     chunks: list[bytes] = []
     size = 0
     try:
@@ -98,16 +98,16 @@ async def read(request: Request, receive: Receive, limit: int, reservation: Rese
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Gone
-            chunk, rest = message.get("body", b""), message.get("more_body", False)
+            chunk, unread = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
             if size > limit:
                 raise TooLarge(f"The request body has more than the maximum of {limit} bytes (MAX_BODY_BYTES).")
             await reservation.reserve(size)
             chunks.append(chunk)
-            if not rest:
+            if not unread:
                 break
     except (TooLarge, Busy):
-        if rest:
+        if unread:
             chunks.clear()
             reservation.release()
             await _drain(receive, limit)

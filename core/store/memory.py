@@ -74,16 +74,16 @@ class Memory:
         return replace(copy.model, release=release)
 
 
-def same_bytes(one: RemoteModel, other: RemoteModel) -> bool:
+def same_bytes(first: RemoteModel, second: RemoteModel) -> bool:
     """Return whether two answers of sources certainly name the same bytes: by sha256, or by one source's ETag."""
-    if len(one.files) != len(other.files):
+    if len(first.files) != len(second.files):
         return False
-    for file, like in zip(one.files, other.files, strict=True):
-        if file.size_bytes != like.size_bytes:
+    for file, twin in zip(first.files, second.files, strict=True):
+        if file.size_bytes != twin.size_bytes:
             return False
-        if file.sha256 is not None and like.sha256 is not None:
-            if file.sha256 != like.sha256:
+        if file.sha256 is not None and twin.sha256 is not None:
+            if file.sha256 != twin.sha256:
                 return False
-        elif one.source != other.source or file.etag is None or file.etag != like.etag:
+        elif first.source != second.source or file.etag is None or file.etag != twin.etag:
             return False
     return True

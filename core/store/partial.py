@@ -26,8 +26,8 @@ class PartialFile:
     """
 
     def __init__(self, target: Path, file: RemoteFile, version: str, lock: Lock, start: int = 0) -> None:
-        own = "" if lock.exclusive else f"-{os.urandom(4).hex()}"
-        self.path = target.with_name(f".{target.name}.{version}{own}.part")
+        unique = "" if lock.exclusive else f"-{os.urandom(4).hex()}"
+        self.path = target.with_name(f".{target.name}.{version}{unique}.part")
         self.size = file.size_bytes
         self.done = 0
         self._target = target
@@ -106,8 +106,8 @@ class PartialFile:
 
 def read_note(note: str) -> tuple[str, int]:
     """Return (version, bytes received) of a lock's note."""
-    version, _, done = note.partition(" ")
-    return (version, int(done)) if done.isascii() and done.isdigit() else ("", 0)
+    version, _, received = note.partition(" ")
+    return (version, int(received)) if received.isascii() and received.isdigit() else ("", 0)
 
 
 def sha256_of(descriptor: int, cancelled: Cancelled) -> str:

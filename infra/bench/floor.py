@@ -102,7 +102,7 @@ def measure(load: Load) -> dict[str, float]:
     try:
         loop.prefill(prompt(SHORT_PROMPT // 2))
         start = time.monotonic() - started
-        one = decode_rate(loop, 1, DECODE_TOKENS)
+        single = decode_rate(loop, 1, DECODE_TOKENS)
         many = decode_rate(loop, min(CLIENTS, load.n_parallel), CLIENT_TOKENS)
         loop.clear()
         begun = time.monotonic()
@@ -110,7 +110,7 @@ def measure(load: Load) -> dict[str, float]:
         cold = time.monotonic() - begun
     finally:
         loop.close()
-    return {"start_s": start, "decode_1_tok_s": one, f"decode_{CLIENTS}_tok_s": many, "ttft_cold_s": cold}
+    return {"start_s": start, "decode_1_tok_s": single, f"decode_{CLIENTS}_tok_s": many, "ttft_cold_s": cold}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,8 +96,8 @@ def _first_text(port: int) -> float:
 
 
 def settings(model: Path, folder: str) -> dict[str, str]:
-    own = {"PYTHONPATH": str(ROOT), "MODEL_PATH": str(model), "MODELS_DIR": folder, "N_CTX": "2048"}
-    return environment(own | {"LOG_LEVEL": "warning"})
+    variables = {"PYTHONPATH": str(ROOT), "MODEL_PATH": str(model), "MODELS_DIR": folder, "N_CTX": "2048"}
+    return environment(variables | {"LOG_LEVEL": "warning"})
 
 
 async def _spawn(module: str, environ: dict[str, str]) -> asyncio.subprocess.Process:

@@ -26,8 +26,8 @@ def peer_python() -> Path:
     Raise subprocess.CalledProcessError if pip fails.
     """
     python = ENVIRONMENT / "bin" / "python"
-    done = ENVIRONMENT / f"llama-cpp-python-{version('llama-cpp-python')}"
-    if not done.exists():
+    complete = ENVIRONMENT / f"llama-cpp-python-{version('llama-cpp-python')}"
+    if not complete.exists():
         print(f"creating {ENVIRONMENT.relative_to(ROOT)} for python -m llama_cpp.server", file=sys.stderr)
         venv.create(ENVIRONMENT, clear=True, with_pip=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(ENVIRONMENT)}))
@@ -35,7 +35,7 @@ def peer_python() -> Path:
         requirement = f"llama-cpp-python[server]=={version('llama-cpp-python')}"
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement]
         subprocess.run(pip, check=True, stdout=sys.stderr)
-        done.touch()
+        complete.touch()
     return python
 
 

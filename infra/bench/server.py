@@ -161,8 +161,8 @@ def _floor(load: Load) -> dict[str, float]:
     """Run the raw loop in its own process, so that its memory and threads are gone when servers are measured."""
     command = [sys.executable, "-m", "infra.bench.floor", "--model", str(load.model), "--n-ctx", str(load.n_ctx)]
     command += ["--n-batch", str(load.n_batch), "--n-threads", str(load.n_threads)]
-    done = subprocess.run(command, cwd=ROOT, env=environment({}), stdout=subprocess.PIPE, check=True, timeout=120)
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+    process = subprocess.run(command, cwd=ROOT, env=environment({}), stdout=subprocess.PIPE, check=True, timeout=120)
+    return {name: float(value) for name, value in json.loads(process.stdout).items()}
 
 
 def _report(contenders: Sequence[Contender], load: Load, measured: dict[str, list[dict[str, float]]]) -> None:

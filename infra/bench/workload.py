@@ -89,11 +89,11 @@ STRUCTURE_SCHEMA: Mapping[str, Any] = {
 }
 
 
-def chat(content: str, max_tokens: int, **more: Any) -> dict[str, Any]:
+def chat(content: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
     """Return a chat request with one user message and temperature 0. Servers without `include_usage` ignore it."""
     messages = [{"role": "user", "content": content}]
     options = {"stream_options": {"include_usage": True}}
-    return {"messages": messages, "temperature": 0, "max_tokens": max_tokens, **options, **more}
+    return {"messages": messages, "temperature": 0, "max_tokens": max_tokens, **options, **fields}
 
 
 FIRST = chat("Say hello.", 4)  # the first request after a start

@@ -101,14 +101,14 @@ class RuntimeAPIServer:
         assert task is not None
         self._connections.add(task)
         try:
-            kept = True
-            while kept:
+            open_connection = True
+            while open_connection:
                 self._resting[task] = writer
                 try:
                     head = await reader.readuntil(b"\r\n\r\n")
                 finally:
                     del self._resting[task]
-                kept = await self._request(head, reader, writer)
+                open_connection = await self._request(head, reader, writer)
         except wire.Malformed as error:
             self._blame([str(error)], "response")
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -143,9 +143,9 @@ class RuntimeAPIServer:
             (self.init_errors if route == "init/error" else self.restore_errors).append(json.loads(body))
             return await wire.reply(writer, 202, b'{"status":"OK"}')
         kind, _, rest = route.partition("/")
-        identity, _, what = rest.partition("/")
-        if method == "POST" and kind == "invocation" and what in ("response", "error"):
-            return await self._answer(identity, what, headers, reader, writer)
+        identity, _, outcome = rest.partition("/")
+        if method == "POST" and kind == "invocation" and outcome in ("response", "error"):
+            return await self._answer(identity, outcome, headers, reader, writer)
         self._blame([f"{method} {path} is not in the Runtime API"], path)
         return await wire.reply(writer, 404, b"")
 
@@ -180,13 +180,13 @@ class RuntimeAPIServer:
         return not behaviour.close_after_next
 
     async def _hand_out(self, exchange: Exchange, writer: asyncio.StreamWriter) -> None:
-        own = {
+        headers = {
             "Lambda-Runtime-Aws-Request-Id": exchange.id,
             "Lambda-Runtime-Invocation-Id": exchange.invocation_id,
             "Content-Type": "application/json",
             **exchange.headers,
         }
-        head = "HTTP/1.1 200 OK\r\n" + "".join(f"{name}: {value}\r\n" for name, value in own.items())
+        head = "HTTP/1.1 200 OK\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         event = exchange.event
         if len(event) > _CHUNKED_OVER:
             pieces = [event[start : start + 4096] for start in range(0, len(event), 4096)]
@@ -199,7 +199,7 @@ class RuntimeAPIServer:
     async def _answer(
         self,
         identity: str,
-        what: str,
+        outcome: str,
         headers: dict[str, str],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -208,21 +208,21 @@ class RuntimeAPIServer:
         if exchange is None or exchange.kind is not None or exchange.finished.is_set():
             late = exchange is not None and exchange.error is not None
             if not late:
-                known = "answered twice" if exchange else "never handed out"
-                self._blame([f"the id {identity!r} was {known}"], what)
+                history = "answered twice" if exchange else "never handed out"
+                self._blame([f"the id {identity!r} was {history}"], outcome)
             await wire.discard(headers, reader)
             return await wire.reply(writer, 410 if late else 403, b"{}")
-        self._blame(checks.answer_head(headers, exchange.invocation_id), what)
+        self._blame(checks.answer_head(headers, exchange.invocation_id), outcome)
         if "lambda-runtime-function-response-mode" in headers:
             return await self._stream(exchange, headers, reader, writer)
-        if what == "response" and "transfer-encoding" in headers:
-            self._blame(["a chunked answer without the response mode"], what)
+        if outcome == "response" and "transfer-encoding" in headers:
+            self._blame(["a chunked answer without the response mode"], outcome)
         body = await reader.readexactly(int(headers["content-length"]))
-        if what == "error":
-            self._blame(checks.failure(headers, body), what)
+        if outcome == "error":
+            self._blame(checks.failure(headers, body), outcome)
             exchange.kind, exchange.error = "error", json.loads(body)
         else:
-            self._blame(checks.buffered(body), what)
+            self._blame(checks.buffered(body), outcome)
             exchange.kind = "buffered"
             exchange.body += body
         return await self._finish(exchange, writer)

@@ -259,8 +259,8 @@ class S3Mirror:
             return True
         client = self._boto()
         lock = UploadLock(client, self._bucket, target.blob + ".lock", ttl=self._lock_ttl_s)
-        left = lock.acquire()
-        if left is None:
+        unfinished = lock.acquire()
+        if unfinished is None:
             job.not_before = self._clock() + self._retry_s
             return False
         target = self._index.look(job.reference, job.commit, file)  # the last holder may have finished it
@@ -277,7 +277,7 @@ class S3Mirror:
             stopped=self._closed.is_set,
             clock=self._clock,
         )
-        job.upload.begin(left)
+        job.upload.begin(unfinished)
         return True
 
     def _note_ref(self, job: _Job, deadline: float | None) -> bool:

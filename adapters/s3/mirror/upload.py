@@ -81,13 +81,13 @@ class Upload:
         self._flying: dict[Future[str], int] = {}
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="upload")
 
-    def begin(self, left: str) -> None:
-        """Call with the lock held. `left` is its last holder's note: an unfinished upload to abort."""
+    def begin(self, unfinished: str) -> None:
+        """Call with the lock held. `unfinished` is its last holder's note: the id of an upload to abort, or empty."""
         from botocore.exceptions import ClientError
 
-        if left:
+        if unfinished:
             with suppress(ClientError):
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=left)
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=unfinished)
         if self._target.whole:
             return
         self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
