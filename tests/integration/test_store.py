@@ -521,7 +521,7 @@ def test_ten_processes_download_a_model_once(hub: HubDouble, folder: Path) -> No
     assert names(folder) == [NAME, NAME + ".json"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_download_of_a_killed_process_is_resumed(hub: HubDouble, folder: Path, number: signal.Signals) -> None:
     """The kernel releases the lock, and the partial file is resumed. No signal handler is needed."""
     hub.faults.append(Fault(rate=1_500_000))
