@@ -42,6 +42,23 @@ class ApiError(Exception):
         """OpenAI's envelope: `{"error": {message, type, param, code}}`."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """Anthropic's envelope: `{"type": "error", "error": {type, message}, "request_id"}`."""
+        error = {"type": _ANTHROPIC_TYPES.get(self.status, "invalid_request_error"), "message": self.message}
+        return {"type": "error", "error": error, "request_id": request_id}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 
 class InvalidRequest(ApiError):
     """The request is invalid and the client can fix it. `param` names the field."""

@@ -1,7 +1,8 @@
 """Dispatch a Request: find its route, check access, run the handler and return the Response.
 
-All errors become OpenAI error responses here: an ApiError with its own message, anything else as a generic 500 whose
-cause is logged. Errors after the first byte of a stream become events of the stream (`handlers.sse`).
+All errors become responses here, in the envelope of the path's protocol: an ApiError with its own message, anything
+else as a generic 500 whose cause is logged. Errors after the first byte of a stream become events of the stream
+(`handlers.sse`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ async def dispatch(service: Service, request: Request) -> Response:
     try:
         response = await _answer(service, request)
     except Exception as error:  # noqa: BLE001 - logged and returned as a generic 500
-        response = refusal(error)
+        response = refusal(error, request.path)
     return finished(service, request, response)
 
 
@@ -45,7 +46,7 @@ def admit(service: Service, request: Request) -> None:
         _check_content_type(request)
 
 
-def refusal(error: Exception) -> Response:
+def refusal(error: Exception, path: str) -> Response:
     """Return an error as a Response. Adapters use it for errors before there is a request to dispatch."""
     api_error = to_api_error(error)
     headers: Headers = ()
@@ -55,6 +56,10 @@ def refusal(error: Exception) -> Response:
         headers = (("allow", ", ".join((*api_error.allowed, "OPTIONS"))),)
     elif isinstance(api_error, Unauthorized):
         headers = (("www-authenticate", "Bearer"),)
+    if routes.speaks_anthropic(path):
+        identity = request_id.get()
+        headers = (*headers, ("request-id", identity))
+        return json_response(api_error.anthropic_body(identity), api_error.status, headers)
     return json_response(api_error.body(), api_error.status, headers)
 
 

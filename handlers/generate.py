@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from core import chat, extract
@@ -51,7 +51,13 @@ async def post_extract(service: Service, request: Request) -> Response:
     return await respond(service, request, ExtractRequest, extract)
 
 
-async def respond(service: Service, request: Request, kind: type[B], operation: Operation[B]) -> Response:
+async def respond(
+    service: Service,
+    request: Request,
+    kind: type[B],
+    operation: Operation[B],
+    framing: Callable[[], sse.Framing] = sse.Framing,
+) -> Response:
     """Run `operation` on a body of type `kind`; stream its events if the body says `"stream": true`.
 
     A stream's status waits for the first token, so that an invalid request gets a 4xx, but only for a few seconds.
@@ -82,6 +88,7 @@ async def respond(service: Service, request: Request, kind: type[B], operation: 
             patience_s=PATIENCE_S if service.host.state().status == "ready" else GRACE_S,
             silence=lambda: _silence(service),
             headers=lambda: () if session is None else _server_timing(session, decode=False),
+            framing=framing(),
         )
     session = await begin()
     try:

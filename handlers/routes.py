@@ -49,6 +49,11 @@ ROUTES = (
 )
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Return whether errors on this path have Anthropic's envelope."""
+    return path.startswith("/v1/messages")
+
+
 def find(method: str, path: str) -> Route:
     """Return the route; HEAD uses the route of GET. Raises NotFound or MethodNotAllowed, which list what exists."""
     matches = [route for route in ROUTES if _matches(route.path, path)]

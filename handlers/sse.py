@@ -1,14 +1,15 @@
-"""Stream server-sent events: frames, comments during silences, and [DONE] at the end."""
+"""Stream server-sent events: frames, comments during silences, and the protocol's end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 
+from core.errors import ApiError
 from handlers.dispatch import to_api_error
 from handlers.http import Response
 
@@ -30,21 +31,56 @@ def frame(event: Any) -> bytes:
     return b"data: " + _encode(event) + b"\n\n"
 
 
+class Framing:
+    """How events become frames: OpenAI's, with one error event at most, and [DONE] at the end."""
+
+    end = DONE
+
+    def frame(self, event: Any) -> bytes:
+        return frame(event)
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the frames for an error after the status was sent."""
+        return frame(error.body())
+
+
+class TypedFraming(Framing):
+    """Frames that name their event by its `type`, without [DONE].
+
+    `failure` returns the events of an error. It gets the event before the error, or None.
+    """
+
+    end = b""
+
+    def __init__(self, failure: Callable[[ApiError, Any], Iterable[Any]]) -> None:
+        self._failure = failure
+        self._latest: Any = None
+
+    def frame(self, event: Any) -> bytes:
+        self._latest = event
+        kind: str = event.type
+        return f"event: {kind}\n".encode() + frame(event)
+
+    def failure(self, error: ApiError) -> bytes:
+        return b"".join(map(self.frame, self._failure(error, self._latest)))
+
+
 async def stream(
     produce: Callable[[Send], Awaitable[None]],
     *,
     patience_s: float | None = None,
     silence: Silence = lambda: (SILENCE_S, "ping"),
     headers: Callable[[], tuple[tuple[str, str], ...]] = tuple,
+    framing: Framing | None = None,
 ) -> Response:
     """Return a 200 that sends the events which `produce` passes to the function it is called with.
 
     The first event is awaited for `patience_s` seconds (None: without a limit), so that an exception before it can
-    still become a status: it is raised here. A later exception becomes an error event before [DONE]. Closing the
+    still become a status: it is raised here. A later exception becomes an error event at the end. Closing the
     response cancels `produce`. Until the first event, `silence` returns the seconds between two comments and the text
     of the next one. `headers` is called when the status is chosen.
     """
-    body = EventStream(produce, silence)
+    body = EventStream(produce, silence, framing or Framing())
     try:
         await body.wait_first(patience_s)
     except BaseException:
@@ -59,8 +95,9 @@ class EventStream:
     A task runs the producer, so that comments can be sent during a silence without cancelling it.
     """
 
-    def __init__(self, produce: Callable[[Send], Awaitable[None]], silence: Silence) -> None:
+    def __init__(self, produce: Callable[[Send], Awaitable[None]], silence: Silence, framing: Framing) -> None:
         self._produce = produce
+        self._framing = framing
         self._silence = silence
         self._frames: list[bytes] = []
         self._reader: asyncio.Future[None] | None = None
@@ -112,16 +149,16 @@ class EventStream:
             if not self._first.is_set() and not self._status_sent:
                 self._error = error
             else:
-                self._write(frame(to_api_error(error).body()))
+                self._write(self._framing.failure(to_api_error(error)))
         self._ended = True
         self._first.set()
-        self._write(DONE)
+        self._write(self._framing.end)
         if self._timer is not None:
             self._timer.cancel()
 
     def _send(self, event: Any) -> None:
         self._first.set()
-        self._write(frame(event))
+        self._write(self._framing.frame(event))
 
     def _write(self, data: bytes) -> None:
         self._frames.append(data)

@@ -143,7 +143,7 @@ async def _serve(
     except bodies.Gone:
         return GONE
     except (InvalidRequest, Busy) as error:
-        return await _send(finished(service, request, refusal(error)), send)
+        return await _send(finished(service, request, refusal(error, request.path)), send)
 
     # 2) Answer while watching for a disconnect. Neither task outlives this function, even if it is cancelled.
     work = asyncio.create_task(_answer(service, request, send))
