@@ -53,7 +53,7 @@ def engine(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     path = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2.gguf"
     minilm.convert(original, path)
-    engine = LlamaEmbedder(ModelFile(path.stem, path, path.stat().st_size, str(path), "file"), EngineConfig())
+    engine = LlamaEmbedder(ModelFile(path.stem, path, path.stat().st_size, "file"), EngineConfig())
     yield engine
     engine.close()
 

@@ -13,6 +13,7 @@ import pytest
 
 from core.downloads import Downloads
 from core.host import Host
+from core.loader import load_llama
 from core.service import Service
 from core.settings import Settings, keys
 from core.store.store import Store
@@ -92,7 +93,7 @@ def test_no_answer_has_a_path_of_the_server(
         admin_api_keys=keys("boss"),
     )
     store = Store(models, allowed=(path,))
-    service = Service(settings, store, Host(settings, store, Timeline()), Timeline(), Downloads(store))
+    service = Service(settings, store, Host(settings, store, Timeline(), load_llama), Timeline(), Downloads(store))
     service.host.start(load=False)
     broken.after_start(path)
 

@@ -44,7 +44,7 @@ def load(tiny: Callable[[str], Path]) -> Iterator[Callable[..., LlamaEmbedder]]:
 
     def load(kind: str, arrival: Arrival | None = None, **config: Any) -> LlamaEmbedder:
         path = tiny(kind)
-        file = ModelFile(path.stem, path, path.stat().st_size, str(path), "file")
+        file = ModelFile(path.stem, path, path.stat().st_size, "file")
         file = replace(file, arrival=arrival)
         engines.append(LlamaEmbedder(file, EngineConfig(**{"n_ctx": 1024, "n_threads": 1, **config})))
         return engines[-1]
