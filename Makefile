@@ -7,7 +7,7 @@ UV := build/uv/bin/uv
 # Processes that run the tests. More than two gain little below four cores.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help dev install run url test check lint format settings bench rie sam image image-test lock lock-check clean
+.PHONY: help dev install run url test fuzz check lint format settings bench rie sam image image-test lock lock-check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ url: $(VENV)/.installed-embedded ## serve the Lambda runtime behind a local func
 
 test: $(VENV)/.installed-dev rie ## run the tests in two processes; WORKERS=4 for four
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+fuzz: $(VENV)/.installed-dev ## send at least 5,000 requests made from /openapi.json to a local server
+	FUZZ_EXAMPLES=150 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
 
 check: lint test ## run what CI runs: lint, then test
 

@@ -107,7 +107,10 @@ def _section(api: dict[str, Any], method: str, path: str, operation: dict[str, A
             parts.append(_fields(api["components"]["schemas"][reference.rpartition("/")[2]]))
     # 2) What comes out.
     rows = [
-        [f"<code>200</code> {escape(media_type)}", _type(content["schema"])]
+        [
+            f"<code>200</code> {escape(media_type)}",
+            _type(content["schema"].get("properties", {}).get("data", content["schema"])),
+        ]
         for media_type, content in operation["responses"]["200"]["content"].items()
     ]
     for status, reference in operation["responses"].items():
@@ -118,6 +121,10 @@ def _section(api: dict[str, Any], method: str, path: str, operation: dict[str, A
             )
     parts.append(f"<h3>Answer</h3>{_table(('Status', 'Body'), rows)}")
     return "".join(parts)
+
+
+def _body(media_type: str, schema: dict[str, Any]) -> str:
+    return f"events of {_type(schema['properties']['data'])}" if media_type == "text/event-stream" else _type(schema)
 
 
 def _curl(method: str, path: str, operation: dict[str, Any]) -> str:
@@ -164,8 +171,7 @@ def _type(schema: dict[str, Any]) -> str:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'
     if "contentSchema" in schema:
-        events = " or ".join(_type(event) for event in schema["contentSchema"]["anyOf"])
-        return f"{_text(schema['description'])} Events: {events}."
+        return _type(schema["contentSchema"])
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_type(option) for option in schema["anyOf"]))
     if "enum" in schema:

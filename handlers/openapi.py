@@ -185,7 +185,7 @@ def _operation(route: Route, operation: Operation, schemas: Schemas, responses: 
         content: dict[str, Any] = {"schema": schemas.references[operation.request]}
         if operation.example is not None:
             content["example"] = operation.example
-        described["requestBody"] = {"required": operation.body_required, "content": {"application/json": content}}
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
     return described
 
 
@@ -201,24 +201,28 @@ def _parameter(parameter: Parameter, path: str) -> dict[str, Any]:
 
 
 def _answer(operation: Operation, schemas: Schemas) -> dict[str, Any]:
-    """Describe the answer. A stream is a string whose `contentSchema` is the schema of the JSON after each `data:`."""
+    """Describe the answer. The schema of a stream is that of one event, an object with `data` and perhaps `event`."""
     if operation.answer is not None:
         schema = schemas.references[operation.answer]
     else:
         schema = {"type": "object" if operation.media_type == "application/json" else "string"}
     content: dict[str, Any] = {operation.media_type: {"schema": schema}}
     if operation.events:
-        error = _error_reference(operation, schemas)
-        last = f" The last event is `data: {operation.done}`." if operation.done else ""
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": f'With `"stream": true`. Each event is JSON after `data: `.{last}',
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": [*(schemas.references[name] for name in operation.events), error]},
-            }
-        }
+        content["text/event-stream"] = {"schema": _event(operation, schemas)}
     return {"description": "The answer.", "content": content}
+
+
+def _event(operation: Operation, schemas: Schemas) -> Schema:
+    events = [*(schemas.references[name] for name in operation.events), _error_reference(operation, schemas)]
+    data: Schema = {"contentMediaType": "application/json", "contentSchema": {"anyOf": events}}
+    if operation.done:
+        data = {"anyOf": [data, {"const": operation.done}]}
+    return {
+        "type": "object",
+        "description": 'An event of a stream, with `"stream": true`.',
+        "properties": {"event": {"type": "string"}, "data": {"type": "string", **data}},
+        "required": ["event", "data"] if operation.named_events else ["data"],
+    }
 
 
 def _errors(route: Route, operation: Operation, schemas: Schemas, responses: dict[str, Any]) -> dict[str, Any]:

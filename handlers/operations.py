@@ -51,7 +51,7 @@ class Operation:
     path: str | None = None
     parameters: tuple[Parameter, ...] = ()
     media_type: str = "application/json"  # of the answer
-    body_required: bool = True
+    named_events: bool = False  # each event of a stream has a line `event: TYPE`
     done: Literal["[DONE]", ""] = "[DONE]"  # the data of a stream's last event, if it is not JSON
 
 
@@ -116,7 +116,6 @@ OPERATIONS: Mapping[str, Operation] = {
         answer="core.reload:ReloadResult",
         errors=(ModelNotFound, Busy, ModelUnavailable),
         example={"n_ctx": 4096},
-        body_required=False,
     ),
     "POST /v1/chat/completions": _CHAT,
     "POST /chat/completions": _CHAT,

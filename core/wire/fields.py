@@ -253,6 +253,8 @@ def check_unsupported(fields: UnsupportedFields) -> None:
     names, defaults = UnsupportedFields.__struct_fields__, UnsupportedFields()
     for name in names:
         value = getattr(fields, name)
-        if value is not None and value != getattr(defaults, name):
+        default = getattr(defaults, name)
+        same = value == default and isinstance(value, bool) == isinstance(default, bool)  # 0 is not false in JSON
+        if value is not None and not same:
             instead = INSTEAD.get(name, "leave it out")
             raise InvalidRequest(f"'{name}' is not supported and would change the answer; {instead}.", param=name)

@@ -102,14 +102,20 @@ def test_events_of_streams_fit_their_schemas(name: str) -> None:
     """Each event fits one of the types that the stream's entry names, and a stream ends as it says."""
     method, path = name.split()
     response, body = ask(method, path, BODIES[name] | {"stream": True})
-    events = [line.removeprefix("data: ") for line in body.decode().splitlines() if line.startswith("data: ")]
+    frames = body.decode().removesuffix("\n\n").split("\n\n")
+    events = [dict(line.split(": ", 1) for line in frame.splitlines() if line[0] != ":") for frame in frames]
     schema = schema_of(method, path, "text/event-stream")
+    data = schema["properties"]["data"]
 
     assert response.status == 200
-    assert events.pop() == OPERATIONS[name].done
-    assert events
+    assert len(events) > 1
     for event in events:
-        check(schema["contentSchema"], json.loads(event))
+        check(schema, event)
+    if OPERATIONS[name].done:
+        assert events.pop() == {"data": OPERATIONS[name].done}
+        data = data["anyOf"][0]
+    for event in events:
+        check(data["contentSchema"], json.loads(event["data"]))
 
 
 def test_a_wrong_answer_does_not_fit() -> None:
@@ -139,6 +145,9 @@ def test_errors_fit_their_schema() -> None:
         ("verbosity", "medium", True),
         ("verbosity", None, True),
         ("verbosity", "high", False),
+        ("use_beam_search", False, True),
+        ("use_beam_search", 0, False),
+        ("repetition_penalty", 1.0, True),
         ("temperature", 2, True),
         ("temperature", 2.1, False),
         ("user", "anyone", True),
