@@ -17,6 +17,13 @@ from core.errors import InvalidRequest
 
 MAX_BYTES = 1 << 16
 MAX_DEPTH = 64  # nested arrays and objects in the schema's JSON; llguidance's parser allows 128
+OPTIONS = {  # of llguidance
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": False,
+}
 
 # Keywords that llguidance compiles (docs/json_schema.md of llguidance 1.9), and those that do not restrict the value.
 _SUPPORTED = frozenset(
@@ -46,7 +53,7 @@ def grammar(schema: dict[str, Any], field: str) -> str:
     its `param` for a schema that is too large, invalid, unsatisfiable, or has a keyword that cannot be enforced.
     """
     # 1) Size and depth, before anything walks the schema.
-    if _depth_beyond(schema, MAX_DEPTH):
+    if depth_beyond(schema, MAX_DEPTH):
         raise InvalidRequest(f"'{field}': the schema may be nested at most {MAX_DEPTH} deep.", param=field)
     text = msgspec.json.encode(schema)
     if len(text) > MAX_BYTES:
@@ -54,14 +61,16 @@ def grammar(schema: dict[str, Any], field: str) -> str:
             f"'{field}': the schema has {len(text)} bytes as JSON; at most {MAX_BYTES} are allowed.", param=field
         )
     # 2) Keywords that llguidance would ignore.
-    for keyword, where in _unsupported(schema):
+    for keyword, where in unsupported(schema):
         raise InvalidRequest(
             f"'{field}': the JSON Schema keyword {keyword[:60]!r} at {where[:200]} is not supported and would not be "
             "enforced. Remove it.",
             param=field,
         )
     # 3) References that multiply.
-    _check_size(schema, field)
+    problem = expansion_problem(schema)
+    if problem is not None:
+        raise InvalidRequest(f"'{field}': {problem}", param=field)
     # 4) llguidance's own checks.
     problem, compiled = _compile(text.decode())
     if problem is not None:
@@ -69,35 +78,27 @@ def grammar(schema: dict[str, Any], field: str) -> str:
     return compiled
 
 
-def _check_size(schema: dict[str, Any], field: str) -> None:
-    """Refuse a schema whose references multiply: neither compiling it nor validating with it would end."""
+def expansion_problem(schema: dict[str, Any]) -> str | None:
+    """Describe references that multiply: neither compiling such a schema nor validating with it would end."""
     try:
         subschemas = Expansion(schema).subschemas
     except Unresolvable as error:
-        raise InvalidRequest(f"'{field}': the schema cannot be enforced: {error}.", param=field) from None
+        return f"the schema cannot be enforced: {error}."
     if subschemas > MAX_SUBSCHEMAS:
         shown = f"{subschemas}" if subschemas < 10**12 else "more than 10^12"
-        raise InvalidRequest(
-            f"'{field}': the schema has {shown} subschemas once every $ref is followed; at most {MAX_SUBSCHEMAS} are "
-            "allowed. Refer to shared definitions from fewer places.",
-            param=field,
+        return (
+            f"the schema has {shown} subschemas once every $ref is followed; at most {MAX_SUBSCHEMAS} are allowed. "
+            "Refer to shared definitions from fewer places."
         )
+    return None
 
 
-@functools.lru_cache(maxsize=64)
-def _compile(schema: str) -> tuple[str | None, str]:
+def compile_text(schema: str) -> tuple[str | None, str]:
     """Return (problem or None, grammar). llguidance writes its messages for the schema's author: pass one line on."""
     from llguidance import LLMatcher
 
-    options = {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-        "lenient": False,
-        "coerce_one_of": False,
-    }
     try:
-        compiled: str = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        compiled: str = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
     except ValueError:
         return "it is not a JSON Schema.", ""
     failed, messages = LLMatcher.validate_grammar_with_warnings(compiled)
@@ -107,7 +108,10 @@ def _compile(schema: str) -> tuple[str | None, str]:
     return None, compiled
 
 
-def _unsupported(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+_compile = functools.lru_cache(maxsize=64)(compile_text)
+
+
+def unsupported(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield keywords that are neither enforced nor annotations, each with the JSON pointer of its schema.
 
     This includes words that JSON Schema does not define: "minLenght" or OpenAPI's "nullable" would be ignored.
@@ -119,14 +123,19 @@ def _unsupported(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             continue  # true, false, or invalid, which the compiler reports
         for keyword, value in subschema.items():
             place = f"{where}/{keyword}"
-            waiting += [(inner, f"{place}/{name}" if name else place) for name, inner in _inside(keyword, value)]
+            waiting += [(inner, f"{place}/{name}" if name else place) for name, inner in subschemas(keyword, value)]
             if keyword == "$ref" and not str(value).startswith("#"):
                 yield f"$ref to {value}", where
-            elif keyword not in _SUPPORTED and keyword not in _ANNOTATIONS and not _is_extension(keyword):
+            elif not is_enforced(keyword):
                 yield keyword, where
 
 
-def _inside(keyword: str, value: Any) -> Iterator[tuple[str, Any]]:
+def is_enforced(keyword: str) -> bool:
+    """Return whether a keyword is enforced, or is an annotation."""
+    return keyword in _SUPPORTED or keyword in _ANNOTATIONS or _is_extension(keyword)
+
+
+def subschemas(keyword: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the schemas under a keyword, each with its name in the JSON pointer. The compiler checks their places."""
     if keyword in _MAPS and isinstance(value, dict):
         yield from value.items()
@@ -141,7 +150,7 @@ def _is_extension(keyword: str) -> bool:
     return keyword.startswith("x-") and keyword != "x-guidance"
 
 
-def _depth_beyond(value: Any, levels: int) -> bool:
+def depth_beyond(value: Any, levels: int) -> bool:
     layer = [value]
     for _ in range(levels):
         layer = [
