@@ -1,9 +1,8 @@
-"""Crash matrix: a process is killed at every file-system call with which it changes MODELS_DIR; then another one acts.
+"""Crash matrix: kill a process at every call that changes MODELS_DIR, and let another one continue.
 
-Each scenario is run once to record its calls, then once for each of them with a SIGKILL before the call (a write is
-also cut in half). What is left is given to each next act. Whatever is served is one whole version,
-its sidecar says which, and the next fetch brings the new one and leaves nothing behind. The same calls also fail with
-ENOSPC, once each.
+Each scenario is run once to record its calls, then once per call with a SIGKILL before the call (a write is also cut in
+half). Each next act starts from what is left. The served model must be one complete version that matches its sidecar,
+and the next fetch must bring the new version and leave nothing behind. The same calls also fail with ENOSPC, once each.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ WHOLE = HuggingFace("org/repo", "model.gguf")
 SPLIT = HuggingFace("org/repo", "big-00002-of-00003.gguf")
 Contents = Mapping[str, bytes]
 
-# pytest-xdist's workers have a thread that reads from a pipe. The forked child takes none of its locks, and ends in
-# os._exit or by a signal. Python 3.12 and later warn of it.
+# pytest-xdist's workers have a thread that reads from a pipe. The forked child takes none of its locks and ends by
+# os._exit or a signal. Python 3.12 and later warn of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
 
 
 @functools.cache
 def version(number: int, reference: HuggingFace) -> dict[str, bytes]:
-    """The files of the model at commit `number`: of equal sizes, and different in each file."""
+    """Return the files of the model at commit `number`. Versions have equal sizes and differ in every file."""
     contents = (
         {"model.gguf": files.padded_model(3000)}
         if reference.filename == "model.gguf"
@@ -52,7 +51,7 @@ def version(number: int, reference: HuggingFace) -> dict[str, bytes]:
 
 
 class Hub:
-    """Has version `number` at its commit, and brings it in pieces. `breaks_at`: so many pieces, then no more."""
+    """A source of version `number` in pieces. It fails after `breaks_at` pieces."""
 
     name, authority = "huggingface", True
 
@@ -81,7 +80,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`prepare` makes MODELS_DIR; then version 1 is fetched. `calls`: at least so many are recorded."""
+    """`prepare` fills MODELS_DIR; then version 1 is fetched, which takes at least `calls` calls."""
 
     name: str
     reference: HuggingFace
@@ -123,10 +122,10 @@ def adopted_split(folder: Path) -> None:
 
 
 def half_replaced(folder: Path) -> None:
-    """A new version that broke off beside the old one."""
+    """Leave an interrupted download of a new version next to the old version."""
     fetched(SPLIT, Hub(0))(folder)
     broken = Store(folder, (Hub(1, breaks_at=3),))  # type: ignore[arg-type]
-    assert broken.fetch(SPLIT).commit == "0" * 40  # what is here is served
+    assert broken.fetch(SPLIT).commit == "0" * 40  # the present version is served
 
 
 SCENARIOS = [
@@ -147,7 +146,7 @@ SCENARIOS = [
 
 
 class Calls:
-    """Every call of this process that changes something under `folder`, in order. Install in a forked child only."""
+    """Record this process's calls that change files in `folder`. Install in a forked child only."""
 
     EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.utime")
     WRITES = ("pwrite", "write")
@@ -174,7 +173,7 @@ class Calls:
         if self.quiet:
             return
         self.names.append(name.replace(self.folder + "/", ""))
-        self.quiet = True  # what `act` itself does to files is no call of the store
+        self.quiet = True  # calls by `act` itself do not count
         try:
             self.act(len(self.names))
         finally:
@@ -212,7 +211,7 @@ class Calls:
 
 
 def in_child(work: Callable[[], str]) -> tuple[int, str]:
-    """Run `work` in a fork of this process: (the wait status, what it returned)."""
+    """Run `work` in a fork of this process. Return the wait status and its result."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -229,7 +228,7 @@ def in_child(work: Callable[[], str]) -> tuple[int, str]:
 
 
 def fetch_with(folder: Path, scenario: Scenario, act: Callable[[int], None]) -> tuple[int, str]:
-    """Fetch in a child, with `act` before each of its calls; returns its end and the calls, a line each."""
+    """Fetch in a child with `act` before each call. Return its wait status and the calls, one per line."""
 
     def work() -> str:
         calls = Calls(folder, act)
@@ -261,7 +260,7 @@ def fail_at(number: int) -> Callable[[int], None]:
 
 
 def served(path: Path, scenario: Scenario) -> int:
-    """Which version lies at `path`. Raises AssertionError if it is none, or if its sidecar says another."""
+    """Return the version at `path`. Raise AssertionError for a mixture or a sidecar of another version."""
     first = current(path)
     contents = {part.name: part.read_bytes() for part in parts(first)}
     for number in (0, 1):
@@ -314,7 +313,7 @@ class Recorded:
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where the system has one: a kill loses nothing that was written, and fsync takes no time."""
+    """Yield a folder in memory if possible: a kill loses no writes, and fsync takes no time."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -344,7 +343,7 @@ def disturbed(
     end: int,
     acts: tuple[str, ...] = tuple(ACTS),
 ) -> list[str]:
-    """What is wrong after each disturbance, a line each."""
+    """Return the errors after each disturbance, one per line."""
     assert len(recorded.calls) >= scenario.calls, recorded.calls
     wrong = []
     for number, call in enumerate(recorded.calls, 1):
@@ -354,7 +353,7 @@ def disturbed(
         assert status == end, f"call {number} ({call}): {text}"
         for name in acts:
             folder = left
-            if name == "open":  # it downloads what is not there; fetch is the last one, and the others only look
+            if name == "open":  # `open` may download; `fetch` is last, and the others only read
                 folder = tmp_path / "copy"
                 shutil.copytree(left, folder, symlinks=True)
             try:
@@ -369,16 +368,16 @@ def disturbed(
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_a_kill_at_any_call_leaves_one_whole_version(tmp_path: Path, scenario: Scenario, recorded: Recorded) -> None:
-    """Old or new, never a mixture; what was served stays served; the next fetch completes it and tidies up."""
+def test_a_kill_at_any_call_leaves_one_complete_version(tmp_path: Path, scenario: Scenario, recorded: Recorded) -> None:
+    """It is the old or the new version. A served model stays available, and the next fetch cleans up."""
     wrong = disturbed(tmp_path, scenario, recorded, kill_at, signal.SIGKILL)
 
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_a_call_that_fails_leaves_one_whole_version(tmp_path: Path, scenario: Scenario, recorded: Recorded) -> None:
-    """A disk that fills up at any call: the same holds, and the process goes on."""
+def test_a_failed_call_leaves_one_complete_version(tmp_path: Path, scenario: Scenario, recorded: Recorded) -> None:
+    """The disk is full at any one call."""
     wrong = disturbed(tmp_path, scenario, recorded, fail_at, 0, ("present", "fetch"))
 
     assert not wrong, "\n".join(wrong)
@@ -387,8 +386,8 @@ def test_a_call_that_fails_leaves_one_whole_version(tmp_path: Path, scenario: Sc
 @pytest.mark.parametrize(
     "scenario", [each for each in SCENARIOS if each.name.startswith("split: replace")], ids=lambda each: each.name
 )
-def test_a_reader_that_opens_part_after_part_gets_one_version(tmp_path: Path, scenario: Scenario) -> None:
-    """llama.cpp opens the parts one by one. At any two moments of a replacement they are of one version, or gone."""
+def test_parts_that_are_opened_in_turn_are_of_one_version(tmp_path: Path, scenario: Scenario) -> None:
+    """llama.cpp opens parts one by one. During a replacement they are of one version or missing."""
     scenario.prepare(tmp_path)
     readers: list[tuple[list[Path], int]] = []
 

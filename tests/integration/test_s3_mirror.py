@@ -1,4 +1,4 @@
-"""The mirror against moto's S3: what is uploaded, by whom, and what a cold start then reads of it."""
+"""The mirror with moto's S3: uploads, locks, refs and what a cold start reads."""
 
 import base64
 import dataclasses
@@ -37,7 +37,7 @@ TENSOR = random.Random(5).randbytes(4 * 1024 * 5000)  # 20 MB: three parts of an
 MODEL = gguf_files.gguf(gguf_files.llama_metadata(), [("a", (1024, 5000), TENSOR)])
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 REFERENCE = HuggingFace("org/repo", "folder/tiny.gguf")
-FOUND = RemoteModel("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
+REMOTE = RemoteModel("huggingface", REFERENCE, (RemoteFile(REFERENCE.filename, len(MODEL), SHA256),), COMMIT)
 KEY = f"models/blobs/{SHA256}"
 MANIFEST = f"models/org/repo/{COMMIT}/folder/tiny.gguf.manifest.json"
 REF = "models/org/repo/refs/main"
@@ -69,7 +69,7 @@ def path(tmp_path):
 
 
 class Bench:
-    """A storage and a mirror on one bucket; `requests` counts what went to it."""
+    """A storage and a mirror on one bucket."""
 
     def __init__(self, port, client, **options):
         self.reader = bucket(port)
@@ -102,7 +102,7 @@ def ref(client):
 
 
 def pass_time(client, seconds):
-    """From now on S3's clock, as this client sees it, is ahead by so many seconds."""
+    """Move S3's clock, as this client sees it, forward by this many seconds."""
 
     def shift(parsed, **_):
         headers = parsed["ResponseMetadata"]["HTTPHeaders"]
@@ -116,9 +116,9 @@ def soon(deadline=20.0):
     return time.monotonic() + deadline
 
 
-def test_upload(bench, client, path):
-    """What the hub delivered is uploaded with a manifest and a ref; no lock and no half upload stay behind."""
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+def test_a_model_is_uploaded_with_manifest_and_ref(bench, client, path):
+    """No lock and no unfinished upload remain."""
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert bench.mirror.run_pending(None)
 
     assert keys(client) == sorted([KEY, MANIFEST, REF])
@@ -131,25 +131,25 @@ def test_upload(bench, client, path):
     assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
-def test_uploaded_once(bench, client, path):
-    """A second offer of the same commit finds it there."""
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+def test_a_model_is_uploaded_once(bench, client, path):
+    """A second offer of the same commit writes only the ref."""
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     bench.mirror.run_pending(None)
     written = []
     client.meta.events.register("before-call.s3", lambda model, **_: written.append(model.name))
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert bench.mirror.run_pending(None)
 
-    assert written == ["PutObject"]  # of the ref, which was offered later
+    assert written == ["PutObject"]  # of the ref, which has a newer time
 
 
-def test_resolve_by_ref_and_by_commit(bench, client, path):
-    """A cold start trusts the ref; a refresh asks by commit only; an unknown branch or commit is not here."""
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+def test_a_model_is_resolved_by_ref_or_commit(bench, client, path):
+    """A cold start uses the ref; a refresh resolves commits only. Unknown branches and files are not found."""
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     bench.mirror.run_pending(None)
 
-    found = bench.storage.resolve(REFERENCE, refresh=False)
-    assert (found.commit, found.files[0].sha256, found.size_bytes) == (COMMIT, SHA256, len(MODEL))
+    remote = bench.storage.resolve(REFERENCE, refresh=False)
+    assert (remote.commit, remote.files[0].sha256, remote.size_bytes) == (COMMIT, SHA256, len(MODEL))
     assert bench.storage.resolve(REFERENCE, refresh=True) is None
     pinned = HuggingFace("org/repo", REFERENCE.filename, COMMIT)
     assert bench.storage.resolve(pinned, refresh=True).commit == COMMIT
@@ -157,11 +157,11 @@ def test_resolve_by_ref_and_by_commit(bench, client, path):
     assert bench.storage.resolve(HuggingFace("org/repo", "other.gguf"), refresh=False) is None
 
 
-def test_ref_follows_the_branch(bench, client, path):
-    """When the hub says that a branch means another commit now, the ref moves, whichever source brought the file."""
+def test_the_ref_follows_the_branch(bench, client, path):
+    """If the hub resolves a branch to another commit, the ref is updated, whatever the source of the file."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(OLD_COMMIT, 1.0).to_json())
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
-    mirrored = RemoteModel("s3", REFERENCE, FOUND.files, COMMIT)
+    mirrored = RemoteModel("s3", REFERENCE, REMOTE.files, COMMIT)
     bench.mirror.offer(REFERENCE, mirrored, (path,))
     bench.mirror.run_pending(None)
 
@@ -169,17 +169,17 @@ def test_ref_follows_the_branch(bench, client, path):
     assert keys(client) == [REF]
 
 
-def test_cold_start_offers_nothing(bench, client, path):
-    """What came from the mirror by its own ref is not looked at again."""
+def test_a_cold_start_from_the_mirror_writes_nothing(bench, client, path):
+    """A model that was resolved by the mirror's own ref is not checked again."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     bench.storage.resolve(REFERENCE, refresh=False)
-    bench.mirror.offer(REFERENCE, RemoteModel("s3", REFERENCE, FOUND.files, COMMIT), (path,))
+    bench.mirror.offer(REFERENCE, RemoteModel("s3", REFERENCE, REMOTE.files, COMMIT), (path,))
 
     assert bench.mirror.run_pending(0.0)
 
 
-def test_split_model(bench, client, tmp_path):
-    """Each file of a split model is uploaded; the model is there when all are."""
+def test_a_split_model_needs_all_its_parts(bench, client, tmp_path):
+    """Each file is uploaded. The model is found only if all of them are there."""
     names = [f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
     paths = []
     for name in names:
@@ -195,10 +195,10 @@ def test_split_model(bench, client, tmp_path):
     assert bench.storage.resolve(reference, refresh=False) is None
 
 
-def test_background(port, client, path):
-    """A server uploads in a thread of its own."""
+def test_a_server_uploads_in_the_background(port, client, path):
+    """The upload runs in its own thread."""
     bench = Bench(port, client, background=True)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     end = soon(30)
     while REF not in keys(client) and time.monotonic() < end:
         time.sleep(0.05)
@@ -207,20 +207,20 @@ def test_background(port, client, path):
     assert len(keys(client)) == 3
 
 
-def test_wrong_file_is_not_uploaded(bench, client, path):
-    """A file that is not what the hub promised never becomes an object."""
+def test_a_wrong_file_is_not_uploaded(bench, client, path):
+    """The file does not match the hub's SHA-256."""
     wrong = bytearray(MODEL)
     wrong[-1] ^= 1
     path.write_bytes(wrong)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert bench.mirror.run_pending(None)
 
     assert keys(client) == []
     assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
-def test_in_sittings(port, client, path, monkeypatch):
-    """On Lambda an upload goes on where the last invocation's deadline left it."""
+def test_an_upload_continues_after_a_deadline(port, client, path, monkeypatch):
+    """On Lambda the next invocation uploads the remaining parts."""
     parts, now = [], [0.0]
     upload_part = client.upload_part
 
@@ -231,7 +231,7 @@ def test_in_sittings(port, client, path, monkeypatch):
 
     monkeypatch.setattr(client, "upload_part", slow)
     bench = Bench(port, client, clock=lambda: now[0])
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert not bench.mirror.run_pending(now[0] + 50)
     assert KEY not in keys(client)
     assert bench.mirror.run_pending(now[0] + 1000)
@@ -241,32 +241,32 @@ def test_in_sittings(port, client, path, monkeypatch):
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
 
 
-def test_deadline_too_near(bench, client, path):
-    """With little time left nothing is begun: the deadline is the client's, not ours."""
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+def test_no_upload_starts_close_to_the_deadline(bench, client, path):
+    """The remaining time belongs to the client's request."""
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert not bench.mirror.run_pending(time.monotonic() + 2)
     assert keys(client) == []
 
 
-def test_lease_of_another(bench, client, path):
-    """While another uploads, nothing is uploaded, and it is looked at again later."""
+def test_a_locked_upload_is_postponed(bench, client, path):
+    """Another process is uploading. The job stays and is retried later."""
     assert UploadLock(client, BUCKET, f"{KEY}.lock").acquire() == ""
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert not bench.mirror.run_pending(soon())
     assert keys(client) == [f"{KEY}.lock"]
 
 
-def test_lease_takeover(port, client, path):
-    """A lock whose holder went silent is taken over, and what it had begun is cleared away."""
+def test_an_expired_lock_is_taken_over(port, client, path):
+    """The unfinished upload of its holder is aborted."""
     left = client.create_multipart_upload(Bucket=BUCKET, Key=KEY)["UploadId"]
     dead = UploadLock(client, BUCKET, f"{KEY}.lock")
     dead.acquire()
     dead.renew(left, always=True)
     pass_time(client, 700)
     bench = Bench(port, client)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert bench.mirror.run_pending(None)
     bench.close()
 
@@ -276,9 +276,9 @@ def test_lease_takeover(port, client, path):
         dead.renew("", always=True)
 
 
-def test_loser_never_overwrites(bench, client, path, monkeypatch):
-    """An uploader that lost its lock and does not know it is stopped by the conditional completion; what the other
-    uploaded has the same name and size, so it is the same bytes: only the manifest is written."""
+def test_a_blob_is_never_overwritten(bench, client, path, monkeypatch):
+    """The conditional completion stops an uploader that lost its lock unnoticed. The other upload has the same name and
+    size and thus the same bytes, so only the manifest is written."""
     complete = client.complete_multipart_upload
 
     def late(**arguments):
@@ -286,7 +286,7 @@ def test_loser_never_overwrites(bench, client, path, monkeypatch):
         return complete(**arguments)
 
     monkeypatch.setattr(client, "complete_multipart_upload", late)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert bench.mirror.run_pending(None)
     etag = client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
@@ -294,23 +294,23 @@ def test_loser_never_overwrites(bench, client, path, monkeypatch):
     assert manifest(client).etag == etag
 
 
-def test_blob_without_manifest(bench, client, path, monkeypatch):
-    """A blob whose uploader died before the manifest is not in the mirror; the next one uploads nothing again."""
+def test_a_blob_without_a_manifest_is_reused(bench, client, path, monkeypatch):
+    """Its uploader died before it wrote the manifest. The next uploader only writes the manifest."""
     client.put_object(Bucket=BUCKET, Key=KEY, Body=MODEL)
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
     monkeypatch.setattr(client, "create_multipart_upload", lambda **_: pytest.fail("uploaded again"))
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert bench.mirror.run_pending(None)
     assert bench.storage.resolve(REFERENCE, refresh=False).commit == COMMIT
 
 
-def test_another_commit_of_the_same_bytes(bench, client, path, monkeypatch):
-    """Where a new commit changes other files only, the model is not uploaded again."""
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+def test_a_new_commit_of_the_same_bytes_reuses_the_blob(bench, client, path, monkeypatch):
+    """The commit changed other files only."""
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
     monkeypatch.setattr(client, "create_multipart_upload", lambda **_: pytest.fail("uploaded again"))
-    later = dataclasses.replace(FOUND, commit="e" * 40, resolved_at=time.time())
+    later = dataclasses.replace(REMOTE, commit="e" * 40, resolved_at=time.time())
     bench.mirror.upload(REFERENCE, later, (path,))
 
     assert bench.storage.resolve(REFERENCE, refresh=False).commit == "e" * 40
@@ -332,11 +332,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_repairs_itself(bench, client, path, damage):
-    """Whatever does not fit together is not served, and whole again after the next offer."""
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+def test_a_damaged_mirror_is_repaired(bench, client, path, damage):
+    """The next offer repairs blob, manifest and lock."""
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
     damage(client)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
     assert bench.mirror.run_pending(None)
 
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
@@ -345,16 +345,16 @@ def test_repairs_itself(bench, client, path, damage):
     assert f"{KEY}.lock" not in keys(client)
 
 
-def test_manifest_of_another_file_is_passed_over(bench, client, path):
-    """A manifest copied from elsewhere does not make its bytes this model's."""
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+def test_a_manifest_of_another_file_is_ignored(bench, client, path):
+    """It may have been copied from another model."""
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
     DAMAGES["manifest of another file"](client)
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
 
 
-def test_late_manifest_is_refused(bench, client, path, monkeypatch):
-    """An uploader that was suspended before its manifest does not write over the one of its successor."""
+def test_a_late_manifest_is_refused(bench, client, path, monkeypatch):
+    """An uploader that was suspended before its manifest does not overwrite a newer one."""
     put, theirs = client.put_object, Manifest(KEY, 1, SHA256, '"theirs"', 0, 1, (SHA256,)).to_json()
 
     def late(**arguments):
@@ -363,32 +363,32 @@ def test_late_manifest_is_refused(bench, client, path, monkeypatch):
         return put(**arguments)
 
     monkeypatch.setattr(client, "put_object", late)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert not bench.mirror.run_pending(None)
     assert client.get_object(Bucket=BUCKET, Key=MANIFEST)["Body"].read() == theirs
 
 
-def test_ref_never_goes_back(bench, client, path):
-    """An upload that took an hour does not overwrite what the hub has told another process meanwhile."""
-    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, commit="e" * 40, resolved_at=2000.0), (path,))
-    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, resolved_at=1000.0), (path,))
+def test_the_ref_never_goes_back(bench, client, path):
+    """A slow upload does not overwrite a ref that another process resolved later."""
+    bench.mirror.upload(REFERENCE, dataclasses.replace(REMOTE, commit="e" * 40, resolved_at=2000.0), (path,))
+    bench.mirror.upload(REFERENCE, dataclasses.replace(REMOTE, resolved_at=1000.0), (path,))
     assert ref(client) == Ref("e" * 40, 2000.0)
 
-    bench.mirror.upload(REFERENCE, dataclasses.replace(FOUND, resolved_at=3000.0), (path,))
+    bench.mirror.upload(REFERENCE, dataclasses.replace(REMOTE, resolved_at=3000.0), (path,))
     assert ref(client) == Ref(COMMIT, 3000.0)
 
 
-def test_ref_of_a_wrong_clock(bench, client, path):
-    """A ref from the far future does not stay for ever."""
+def test_a_ref_from_the_future_is_replaced(bench, client, path):
+    """A process with a wrong clock wrote it."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(OLD_COMMIT, time.time() + 9e9).to_json())
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
 
     assert ref(client).commit == COMMIT
 
 
-def test_parts_carry_their_md5(bench, client, path, monkeypatch):
-    """S3 refuses a part that was damaged on its way."""
+def test_parts_have_an_md5(bench, client, path, monkeypatch):
+    """S3 thus refuses parts that were damaged in transit."""
     upload_part, wrong = client.upload_part, []
 
     def check(**arguments):
@@ -397,23 +397,23 @@ def test_parts_carry_their_md5(bench, client, path, monkeypatch):
         return upload_part(**arguments)
 
     monkeypatch.setattr(client, "upload_part", check)
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
 
     assert wrong == [False] * 3
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"owner": 1}', b"\xff"])
-def test_foreign_lease_object(bench, client, path, body):
-    """A lock object that cannot be read is another's; nothing is raised between two answers."""
+def test_an_unreadable_lock_counts_as_locked(bench, client, path, body):
+    """It raises no error between two answers."""
     client.put_object(Bucket=BUCKET, Key=f"{KEY}.lock", Body=body)
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert not bench.mirror.run_pending(None)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("new"), KeyError("date"), AssertionError()], ids=repr)
-def test_nothing_escapes(port, client, path, monkeypatch, error):
-    """Whatever goes wrong ends the job and not the process; the next offer is worked on as ever."""
+def test_an_unexpected_error_ends_only_the_job(port, client, path, monkeypatch, error):
+    """The next offer is processed as usual."""
 
     def fail(**_):
         raise error
@@ -421,19 +421,19 @@ def test_nothing_escapes(port, client, path, monkeypatch, error):
     bench = Bench(port, client, background=True)
     with monkeypatch.context() as patched:
         patched.setattr(client, "create_multipart_upload", fail)
-        bench.mirror.offer(REFERENCE, FOUND, (path,))
+        bench.mirror.offer(REFERENCE, REMOTE, (path,))
         end = soon()
         while bench.mirror._thread is not None and time.monotonic() < end:
             time.sleep(0.01)
     assert bench.mirror.run_pending(None)
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
     bench.close()
 
     assert MANIFEST in keys(client)
 
 
-def test_lease_survives_a_lost_answer(client, monkeypatch):
-    """A write that S3 did and whose answer was lost is refused when it is repeated; it is ours all the same."""
+def test_a_lock_survives_a_lost_answer(client, monkeypatch):
+    """The repeated write is refused, but the lock was acquired by the first one."""
     put = client.put_object
 
     def twice(**arguments):
@@ -451,8 +451,8 @@ def test_lease_survives_a_lost_answer(client, monkeypatch):
     assert keys(client) == []
 
 
-def test_release_leaves_the_lease_of_a_successor(client):
-    """A holder that was suspended, with a clock that counts it or not, does not delete its successor's lock."""
+def test_release_does_not_delete_a_successors_lock(client):
+    """The holder was suspended, with a clock that includes the pause or not."""
     for asleep in (0.0, 1000.0):
         clock = [0.0]
         late = UploadLock(client, BUCKET, f"{KEY}.lock", ttl=0.0, clock=lambda clock=clock: clock[0])
@@ -467,8 +467,8 @@ def test_release_leaves_the_lease_of_a_successor(client):
 
 
 @pytest.mark.parametrize("broken", [b"", b"{}", b"[1]", b'{"format": 3}', b"\xff", b"null"])
-def test_malformed_manifest(bench, client, broken):
-    """A manifest that cannot be read counts as none."""
+def test_a_malformed_manifest_is_ignored(bench, client, broken):
+    """The model then counts as not mirrored."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=Ref(COMMIT, 1.0).to_json())
     client.put_object(Bucket=BUCKET, Key=MANIFEST, Body=broken)
 
@@ -476,31 +476,31 @@ def test_malformed_manifest(bench, client, broken):
 
 
 @pytest.mark.parametrize("broken", [b"", b"c" * 40, b"[]", b'{"commit": "../..", "resolved_at": 1}', b'{"commit": 1}'])
-def test_malformed_ref(bench, client, broken):
-    """A ref that names no commit counts as none."""
+def test_a_malformed_ref_is_ignored(bench, client, broken):
+    """A ref must name a commit."""
     client.put_object(Bucket=BUCKET, Key=REF, Body=broken)
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
 
 
-def test_no_right_to_write(bench, client, path, monkeypatch):
-    """Where writing is forbidden, the offer is dropped at once, without an error for anyone."""
+def test_without_write_permission_an_offer_is_dropped(bench, client, path, monkeypatch):
+    """No error is raised."""
     forbidden = ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject")
     monkeypatch.setattr(client, "put_object", lambda **_: (_ for _ in ()).throw(forbidden))
-    bench.mirror.offer(REFERENCE, FOUND, (path,))
+    bench.mirror.offer(REFERENCE, REMOTE, (path,))
 
     assert bench.mirror.run_pending(None)
 
 
-def test_by_hand_says_why_not(bench, path):
-    """The upload by hand raises what went wrong."""
+def test_upload_raises_its_error(bench, path):
+    """Unlike `offer`, `upload` is called by a command."""
     path.write_bytes(MODEL[:-5])
     with pytest.raises(ModelUnavailable, match="sha256"):
-        bench.mirror.upload(REFERENCE, FOUND, (path,))
+        bench.mirror.upload(REFERENCE, REMOTE, (path,))
 
 
-def test_denied_read_is_not_here(port):
-    """A mirror that may not be read is passed over: the hub is asked instead."""
+def test_a_denied_read_skips_the_mirror(port):
+    """The store then uses the hub."""
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.plan(Status(403, "AccessDenied"), times=5)
         reader = bucket(proxy.port)
@@ -511,7 +511,7 @@ def test_denied_read_is_not_here(port):
 
 
 def test_ten_uploaders_upload_once(port, client, path):
-    """Ten uploaders that mirror the same model at once, each with its own client, upload one copy."""
+    """They mirror the same model at once, each with its own client."""
     created, start = [], threading.Barrier(10)
 
     def upload():
@@ -519,7 +519,7 @@ def test_ten_uploaders_upload_once(port, client, path):
         own.meta.events.register("before-call.s3.CreateMultipartUpload", lambda **_: created.append(1))
         bench = Bench(port, own, retry_s=0.05)
         start.wait(60)
-        bench.mirror.upload(REFERENCE, FOUND, (path,))
+        bench.mirror.upload(REFERENCE, REMOTE, (path,))
         bench.close()
         own.close()
 
@@ -532,8 +532,8 @@ def test_ten_uploaders_upload_once(port, client, path):
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
 
 
-def test_killed_uploader(port, client, path):
-    """After a kill -9 amid an upload nothing passes for a model, and the next one uploads it whole."""
+def test_a_killed_upload_is_completed_by_the_next(port, client, path):
+    """After a kill -9 during an upload, the model counts as not mirrored until the next upload."""
     script = """
         import sys, time
         from pathlib import Path
@@ -547,7 +547,7 @@ def test_killed_uploader(port, client, path):
                 time.sleep(60)
             return upload_part(**arguments)
         client.upload_part = slow
-        t.Bench(PORT, client).mirror.upload(t.REFERENCE, t.FOUND, (Path(sys.argv[1]),))
+        t.Bench(PORT, client).mirror.upload(t.REFERENCE, t.REMOTE, (Path(sys.argv[1]),))
     """.replace("PORT", str(port))
     environ = {**clean_environ(), "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
@@ -557,7 +557,7 @@ def test_killed_uploader(port, client, path):
     bench = Bench(port, client)
     assert bench.storage.resolve(REFERENCE, refresh=False) is None
     pass_time(client, 700)
-    bench.mirror.upload(REFERENCE, FOUND, (path,))
+    bench.mirror.upload(REFERENCE, REMOTE, (path,))
 
     assert bench.storage.resolve(REFERENCE, refresh=False) is not None
     assert client.get_object(Bucket=BUCKET, Key=KEY)["Body"].read() == MODEL
@@ -565,8 +565,8 @@ def test_killed_uploader(port, client, path):
     bench.close()
 
 
-def test_manifest_round_trip():
-    """A manifest is read as it was written, and nothing that does not add up is taken for one."""
+def test_a_manifest_is_validated():
+    """A valid manifest is read as it was written. Contradicting fields are an error."""
     manifest = Manifest("blobs/a", 10, "a" * 64, '"etag"', 4, 4, ("b" * 64,) * 3, "hf://o/r/f@c")
     fields = json.loads(manifest.to_json())
 

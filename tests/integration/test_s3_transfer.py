@@ -1,4 +1,4 @@
-"""Ranged downloads against a server that fails in every way but lying about success."""
+"""Ranged downloads from a server that fails in many ways."""
 
 import hashlib
 import os
@@ -57,8 +57,8 @@ def content(fd):
     return os.pread(fd, 1 << 20, 0)
 
 
-def test_whole(server, fd):
-    """All bytes arrive, in the right places."""
+def test_all_bytes_arrive(server, fd):
+    """They are in the right places."""
     download = transfer(PlainOrigin(server.url), fd)
     download.start()
     download.wait()
@@ -67,8 +67,8 @@ def test_whole(server, fd):
     assert download.progress() == (len(BODY), len(BODY))
 
 
-def test_no_digests(server, fd):
-    """Without digests the whole sha256 decides."""
+def test_without_digests_the_checksum_decides(server, fd):
+    """It is the SHA-256 of the whole body."""
     download = transfer(PlainOrigin(server.url), fd, digests=None, checksum=Sha256(hashlib.sha256(BODY).hexdigest()))
     download.start()
     download.wait()
@@ -76,16 +76,16 @@ def test_no_digests(server, fd):
     assert content(fd) == BODY
 
 
-def test_wrong_sum(server, fd):
-    """A whole sha256 that does not match is an error."""
+def test_a_wrong_checksum_is_an_error(server, fd):
+    """There are no digests of blocks."""
     download = transfer(PlainOrigin(server.url), fd, digests=None, checksum=Sha256("0" * 64))
     download.start()
     with pytest.raises(ModelUnavailable, match="wrong checksum"):
         download.wait()
 
 
-def test_empty(fd):
-    """An object of no bytes is complete at once."""
+def test_an_empty_object_is_complete_at_once(fd):
+    """No request is needed."""
     download = Transfer(PlainOrigin("http://127.0.0.1:9"), fd, 0)
     download.start()
     download.wait()
@@ -102,8 +102,8 @@ def test_empty(fd):
     first=st.integers(0, 6000),
     data=st.data(),
 )
-def test_any_geometry(server, size, block, part, threads, first, data):
-    """Whatever the sizes and whatever an earlier try left behind, right or wrong, the whole is right."""
+def test_any_geometry_gives_the_right_bytes(server, size, block, part, threads, first, data):
+    """An earlier attempt may have left right or wrong bytes."""
     if size // block > 200:
         block = size // 200
     body = server.body = random.Random(size).randbytes(size)
@@ -125,8 +125,8 @@ def test_any_geometry(server, size, block, part, threads, first, data):
         server.body = BODY
 
 
-def test_resume_reads_only_what_is_missing(server, fd):
-    """Blocks that are there and right are not fetched again; a wrong one is."""
+def test_resume_reads_only_missing_blocks(server, fd):
+    """A damaged block is fetched again."""
     left = bytearray(BODY[:10_700])
     left[3500] ^= 1
     os.pwrite(fd, left, 0)
@@ -156,8 +156,8 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
 @pytest.mark.parametrize("times", [1, 3])
-def test_passing_fault(proxy, fd, fault, times):
-    """Faults that pass are survived, and no wrong byte is kept."""
+def test_a_passing_fault_is_retried(proxy, fd, fault, times):
+    """No wrong byte remains."""
     if "Expired" in repr(fault):
         times = 1  # refused twice in a row is refused
     proxy.plan(fault, times=times)
@@ -185,8 +185,8 @@ def test_passing_fault(proxy, fd, fault, times):
     ],
     ids=repr,
 )
-def test_lasting_fault(proxy, server, fd, fault, message):
-    """Faults that stay end in a clear error; the next try, with what is there, succeeds."""
+def test_a_lasting_fault_is_a_clear_error(proxy, server, fd, fault, message):
+    """The next attempt resumes and succeeds."""
     proxy.plan(fault, times=1000)
     download = transfer(PlainOrigin(proxy.url), fd, stall=0.3)
     download.start()
@@ -199,16 +199,16 @@ def test_lasting_fault(proxy, server, fd, fault, message):
     assert content(fd) == BODY
 
 
-def test_another_version(server, fd):
-    """An object that is replaced meanwhile is an error, never a mixture."""
+def test_a_replaced_object_is_an_error(server, fd):
+    """Two versions are never mixed."""
     download = transfer(PlainOrigin(server.url, etag='"v0"'), fd)
     download.start()
     with pytest.raises(ModelUnavailable, match="was replaced"):
         download.wait()
 
 
-def test_refused_once_renews(proxy, fd):
-    """After a 403 the origin is asked for new credentials."""
+def test_a_403_renews_the_credentials(proxy, fd):
+    """The request is then retried."""
     origin = PlainOrigin(proxy.url)
     proxy.plan(Status(403, "ExpiredToken"))
     download = transfer(origin, fd)
@@ -218,16 +218,16 @@ def test_refused_once_renews(proxy, fd):
     assert origin.renewals == 1
 
 
-def test_nothing_listens(fd):
-    """A host that refuses connections is a clear error."""
+def test_an_unreachable_host_is_an_error(fd):
+    """The host refuses connections."""
     download = transfer(PlainOrigin("http://127.0.0.1:9"), fd)
     download.start()
     with pytest.raises(ModelUnavailable, match="reads failed"):
         download.wait()
 
 
-def test_header_first(proxy, fd):
-    """`wait_for` returns with the first bytes while others are still on their way."""
+def test_wait_for_returns_with_the_first_bytes(proxy, fd):
+    """Other bytes have not arrived yet."""
     proxy.plan(Stall(after=0, seconds=0.5), matching="bytes=20000-")
     download = transfer(PlainOrigin(proxy.url), fd, first_bytes=3500, stall=5)
     download.start()
@@ -238,8 +238,8 @@ def test_header_first(proxy, fd):
     assert content(fd) == BODY
 
 
-def test_stalled_block_is_overtaken(proxy, fd):
-    """A connection that falls silent does not hold up the end: an idle thread fetches its block."""
+def test_a_stalled_block_is_overtaken(proxy, fd):
+    """An idle thread fetches the block of a silent connection."""
     proxy.plan(Stall(after=0, seconds=60), matching="bytes=0-")
     download = transfer(PlainOrigin(proxy.url), fd, stall=60)
     download.start()
@@ -248,8 +248,8 @@ def test_stalled_block_is_overtaken(proxy, fd):
     assert content(fd) == BODY
 
 
-def test_dripping_block_is_cut(proxy, fd):
-    """A block that takes too long is asked for again on a new connection, though no read timed out."""
+def test_a_slow_block_is_requested_again(proxy, fd):
+    """The new request uses another connection, although no read timed out."""
     proxy.plan(Stall(after=500, seconds=60), matching="bytes=0-")
     download = transfer(PlainOrigin(proxy.url), fd, stall=60, slow=0.2, threads=1)
     download.start()
@@ -259,8 +259,8 @@ def test_dripping_block_is_cut(proxy, fd):
 
 
 @pytest.mark.parametrize("threads", [1, 8])
-def test_slow_link(fd, threads):
-    """On a link on which no block is whole in time, what has come of it is kept, and fewer connections share it."""
+def test_a_slow_link_keeps_received_bytes(fd, threads):
+    """No block is complete in time. Its received bytes are used, and fewer connections share the link."""
     with RangeServer(BODY, rate=20_000) as server:
         download = transfer(PlainOrigin(server.url), fd, threads=threads, stall=2, slow=0.1)
         download.start()
@@ -270,8 +270,8 @@ def test_slow_link(fd, threads):
         assert server.sent < 2 * len(BODY)
 
 
-def test_server_that_ignores_if_match(server, fd):
-    """Another version than the one asked for is found out by its ETag."""
+def test_the_etag_of_an_answer_is_checked(server, fd):
+    """A server may ignore If-Match and send another version."""
     origin = PlainOrigin(server.url)
     origin.request = lambda first, last, renew=False: (f"{server.url}/object", {"Range": f"bytes={first}-{last}"})
     server.etag = '"v2"'
@@ -281,8 +281,8 @@ def test_server_that_ignores_if_match(server, fd):
         download.wait()
 
 
-def test_cancel(proxy, fd):
-    """Cancelling ends a download that waits for the network, at once; then nothing writes any more."""
+def test_cancel_ends_a_waiting_download(proxy, fd):
+    """It ends at once, and no thread writes afterwards."""
     proxy.plan(Stall(after=0, seconds=60), times=100, matching="bytes=[1-9]")
     download = transfer(PlainOrigin(proxy.url), fd, stall=60)
     download.start()
@@ -297,8 +297,8 @@ def test_cancel(proxy, fd):
             assert not thread.is_alive()
 
 
-def test_no_space(server, tmp_path):
-    """A target that takes no more bytes is an error that says so."""
+def test_a_full_disk_is_a_clear_error(server, tmp_path):
+    """The message says that there is no space left."""
     with open("/dev/full", "wb") as full:
         download = transfer(PlainOrigin(server.url), full.fileno())
         download.start()
@@ -306,8 +306,8 @@ def test_no_space(server, tmp_path):
             download.wait()
 
 
-def test_frozen(server, tmp_path):
-    """A process stopped for longer than every timeout (as Lambda freezes it) reconnects and goes on."""
+def test_a_frozen_process_reconnects(server, tmp_path):
+    """It was stopped for longer than every timeout, as by Lambda's freeze."""
     target = tmp_path / "model"
     with FaultProxy("127.0.0.1", server.port) as proxy:
         proxy.plan(Stall(after=300, seconds=0.6), times=3)
@@ -334,8 +334,8 @@ def test_frozen(server, tmp_path):
     assert target.read_bytes() == BODY
 
 
-def test_memory_is_bounded(fd):
-    """What a download holds depends on threads and blocks, not on the object."""
+def test_memory_use_is_limited(fd):
+    """It depends on threads and blocks and not on the size of the object."""
     import tracemalloc
 
     size, block = 8 << 20, 1 << 16

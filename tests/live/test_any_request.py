@@ -1,8 +1,8 @@
-"""Property: whatever a client sends, each route answers as documented, and the model is free afterwards.
+"""Property: each route answers every request as documented, and no sequence is left running.
 
 Batches of requests run at once against the real engine on a tiny model with as many tokens as SmolLM2, which computes
-fast enough for thousands of them. A request is built to be valid (then it must be answered), or is a valid one made
-wrong in one place (then it must be refused, with the envelope), or is any JSON at all (then one of the two).
+fast enough for thousands of them. A request is valid (then it must be answered), a valid one with one mistake (then it
+must be refused, with the envelope), or any JSON (then either).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from handlers.http import Request
 
 BATCH = 20
 BATCHES = 110  # 2,200 requests
-MODEL = "SmolLM2-135M-Instruct.Q4_1"  # the embedded one, and an alias of the tiny one
+MODEL = "SmolLM2-135M-Instruct.Q4_1"  # the embedded model, and an alias of the tiny one
 CHAT, EXTRACT = "/v1/chat/completions", "/v1/extract"
 JSON = {"content-type": "application/json"}
 
@@ -168,7 +168,7 @@ def wrong(good: st.SearchStrategy[Any], mistakes: dict[str, st.SearchStrategy[An
 
 
 bad_models = st.sampled_from(["../x.gguf", "/etc/passwd", "none.gguf", "", 1, None])
-# An empty body is a fair /reload.
+# An empty body is a valid /reload.
 junk = st.binary(min_size=1, max_size=30).filter(bytes.strip) | st.sampled_from(
     [b"{", b"[" * 5000, b'{"messages": ' + b"[" * 3000, b"\xff", b'"\\ud800"']
 )
@@ -219,7 +219,7 @@ def tiny_service(
             model_aliases=(MODEL,),
             n_ctx=1024,
             max_queue=4 * BATCH,  # `n` is at most 4: no batch is refused because the machine is slow
-            n_threads=1,  # a second thread gains a tiny model nothing, and waits at barriers on a busy machine
+            n_threads=1,  # with a tiny model, a second thread only waits at barriers on a busy machine
             local_admin=True,
         )
     )
@@ -269,7 +269,7 @@ async def idle(stats: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def test_every_request_is_answered_as_documented(
     tiny_service: Service, runner: asyncio.Runner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At least 2,000 requests, a quarter of them valid: none is a 500, none keeps its slot, and a chat works."""
+    """Of at least 2,000 requests, a quarter is valid. None is a 500 or keeps its slot, and a chat works afterwards."""
     service, counts = tiny_service, Counter[str]()
 
     async def send(batch: list[Case]) -> list[tuple[int, bytes]]:
