@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev rie ## run the tests in two processes; WORKERS=4 fo
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 fuzz: $(VENV)/.installed-dev ## send at least 5,000 requests made from /openapi.json to a local server
-	FUZZ_EXAMPLES=150 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
+	FUZZ_EXAMPLES=60 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
 
 check: lint test ## run what CI runs: lint, then test
 
@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-dev $(SAM) ## check style, types, generated files, the 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m infra.settings_table --check
+	$(BIN)/python -m infra.fields_table --check
 	$(BIN)/cfn-lint template.yaml
 	$(BIN)/hadolint Dockerfile.lambda
 	SAM_CLI_TELEMETRY=0 $(SAM) validate --lint --template template.yaml
@@ -44,8 +45,9 @@ format: $(VENV)/.installed-dev ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-settings: $(VENV)/.installed-dev ## generate docs/settings.md and .env.example from core/settings.py
+settings: $(VENV)/.installed-dev ## generate docs/settings.md, .env.example and the table of fields in docs/api.md
 	$(BIN)/python -m infra.settings_table
+	$(BIN)/python -m infra.fields_table
 
 bench: $(VENV)/.installed-dev ## measure the server over HTTP; for other benchmarks: python -m infra.bench --help
 	$(BIN)/python -m infra.bench
