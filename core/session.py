@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from core.engine.interface import (
@@ -22,6 +22,7 @@ from core.engine.interface import (
     Timings,
 )
 from core.errors import ApiError, ModelNotFound
+from core.generations import Generations
 from core.lending import Lease
 from core.metrics import FinishedRequest, Metrics
 from core.service import Service
@@ -71,24 +72,30 @@ class Session:
         lease: Lease[Engine],
         generation: Generation,
         first: Delta,
-        request: GenerationRequest,
+        requests: Sequence[GenerationRequest],
         metrics: Metrics,
         began: float,
     ) -> None:
         self._lease = lease
         self._generation = generation
         self._first: Delta | None = first
-        self._unfinished = request.n
+        self._unfinished = sum(request.n for request in requests)
         self._metrics = metrics
         self._began = began
         self._first_token_s = time.monotonic() - began
         self._error: ApiError | None = None
         self.measured: FinishedRequest | None = None  # once it is closed
-        self.prompt_tokens = len(request.prompt)
+        self.requests = requests  # more than one if the client sent several prompts
+        self.prompt_tokens = sum(len(request.prompt) for request in requests)
         self.completion_tokens = 0  # so far
         self.reasoning_tokens = 0  # of them
         self.finish_reason: FinishReason | None = None  # "length" if any of the n sequences was cut
         self.cause: Cause | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. It may be closed after the last delta."""
+        return self._lease.engine
 
     @property
     def card(self) -> ModelCard:
@@ -174,7 +181,16 @@ async def borrow(service: Service, model: str | None, work: Callable[[Engine], T
 async def begin(
     service: Service, model: str | None, build: Callable[[Engine], GenerationRequest], ends: float | None
 ) -> Session:
-    """Lease the model, build the request in a worker thread and wait for the first delta.
+    """Begin a session of one request, as `begin_all` does."""
+    return await begin_all(service, model, lambda engine: (build(engine),), ends)
+
+
+async def begin_all(
+    service: Service, model: str | None, build: Callable[[Engine], Sequence[GenerationRequest]], ends: float | None
+) -> Session:
+    """Lease the model, build the requests in a worker thread, run them and wait for the first delta.
+
+    All requests have the same `n`. In the deltas, sequence `j` of request `i` has the index `i * n + j`.
 
     Most errors therefore occur before a status is chosen. `model` is the name in the request; it is checked again
     because another model may have been swapped in meanwhile. Raises what the lease, `build` and the engine raise:
@@ -187,8 +203,8 @@ async def begin(
     try:
         lease = await service.host.lease(ends)
         _check_name(service, model, lease.engine.card.name)
-        request = await _in_thread(lease, build)
-        generation = lease.engine.generate(request)
+        requests = await _in_thread(lease, build)
+        generation = lease.engine.generate(requests[0]) if len(requests) == 1 else Generations(lease.engine, requests)
         first = await anext(generation)
     except BaseException as error:
         if generation is not None:
@@ -198,7 +214,7 @@ async def begin(
             lease.release()
         service.metrics.failed(served or "", _code(error))
         raise
-    return Session(lease, generation, first, request, service.metrics, began)
+    return Session(lease, generation, first, requests, service.metrics, began)
 
 
 def _code(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from core.engine.interface import Engine
 from core.engine.prompt import text
 from core.service import Service
 from core.wire import tokens as wire
+from core.wire.fields import check_tokens
 from core.wire.tokens import Detokenized, DetokenizeRequest, Piece, TokenizeRequest, Tokens
 
 
@@ -53,7 +54,7 @@ async def detokenize(service: Service, request: DetokenizeRequest, ends: float |
     """Return the text of the tokens. Control tokens show as their names, incomplete characters as U+FFFD."""
 
     def work(engine: Engine) -> bytes:
-        wire.check_range(request.tokens, engine.card.n_vocab, "tokens")
+        check_tokens(request.tokens, engine.card.n_vocab, "tokens")
         return b"".join(engine.token_pieces(request.tokens, special=True))
 
     content = (await sessions.borrow(service, request.model, work, ends)).decode(errors="replace")

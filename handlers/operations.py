@@ -64,6 +64,15 @@ _CHAT = Operation(
     example={"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32},
 )
 
+_COMPLETION = Operation(
+    summary="Continue one or several texts. OpenAI's legacy completion.",
+    request="core.wire.completions:CompletionRequest",
+    answer="core.wire.completions:Completion",
+    events=("core.wire.completions:Completion",),
+    errors=GENERATION,
+    example={"prompt": "Once upon a time", "max_tokens": 32},
+)
+
 _INPUT_TOKENS = Operation(
     summary="Return the number of prompt tokens that a chat would have.",
     request="core.wire.chat:ChatRequest",
@@ -134,6 +143,8 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Report counters, gauges and histograms. Prometheus text 0.0.4.",
         media_type="text/plain",
     ),
+    "POST /v1/completions": _COMPLETION,
+    "POST /completions": _COMPLETION,
     "POST /v1/chat/completions/input_tokens": _INPUT_TOKENS,
     "POST /chat/completions/input_tokens": _INPUT_TOKENS,
     "POST /tokenize": Operation(

@@ -159,9 +159,10 @@ class GenerationRequest:
 class TokenLogprob:
     """The natural logarithm of a token's probability, before any sampling setting. `top` holds the likeliest tokens."""
 
-    token: bytes
+    token: bytes  # the name of a control token, else its bytes
     logprob: float
     top: tuple[tuple[bytes, float], ...] = ()
+    control: bool = False  # it adds nothing to the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +201,15 @@ class Timings:
 class Generation(Protocol):
     """A running request. Iterate over its deltas until each of the n sequences has had its `finish_reason`."""
 
-    cached_tokens: int  # prompt tokens that needed no prefill; final once the first delta is out
-    token_intervals: Histogram  # seconds between two steps of one sequence
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that needed no prefill. Final once the first delta is out."""
+        ...
+
+    @property
+    def token_intervals(self) -> Histogram:
+        """Seconds between two steps of one sequence."""
+        ...
 
     @property
     def timings(self) -> Timings:

@@ -302,6 +302,7 @@ class TokenStep:
             token=label(token),
             logprob=float(logprobs[token]),
             top=tuple((label(other), float(logprobs[other])) for other in likeliest(logprobs, top)),
+            control=not self._vocabulary.piece(token),
         )
 
 

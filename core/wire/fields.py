@@ -153,6 +153,15 @@ def sampling(request: SamplingFields, n_vocab: int | None = None) -> Sampling:
     return Sampling(**{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]
 
 
+def check_tokens(tokens: Iterable[int], n_vocab: int, param: str) -> None:
+    """Raise InvalidRequest for the first id that is not a token of the model."""
+    for index, token in enumerate(tokens):
+        if not 0 <= token < n_vocab:
+            raise InvalidRequest(
+                f"'{param}[{index}]' must be a token id from 0 to {n_vocab - 1}, got {str(token)[:20]}.", param=param
+            )
+
+
 def token_bias(logit_bias: dict[str, float] | None, n_vocab: int | None) -> dict[int, float]:
     """Return `logit_bias` with token ids as keys. Raises InvalidRequest for a key that is not a token of this model."""
     biases: dict[int, float] = {}
@@ -248,10 +257,15 @@ class UnsupportedFields(Struct, kw_only=True):
     bad_words: Any = []
 
 
-def check_unsupported(fields: UnsupportedFields) -> None:
-    """Raise InvalidRequest that names the first field with a value that would change the answer."""
+def check_unsupported(fields: UnsupportedFields, supported: tuple[str, ...] = ()) -> None:
+    """Raise InvalidRequest that names the first field with a value that would change the answer.
+
+    The protocol handles the `supported` ones itself.
+    """
     names, defaults = UnsupportedFields.__struct_fields__, UnsupportedFields()
     for name in names:
+        if name in supported:
+            continue
         value = getattr(fields, name)
         default = getattr(defaults, name)
         same = value == default and isinstance(value, bool) == isinstance(default, bool)  # 0 is not false in JSON

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -81,12 +80,3 @@ def piece(token: int, data: bytes) -> Piece:
         return Piece(token, data.decode())
     except UnicodeDecodeError:
         return Piece(token, list(data))
-
-
-def check_range(tokens: Iterable[int], n_vocab: int, param: str) -> None:
-    """Raise InvalidRequest for the first id that is not a token of the model."""
-    for index, token in enumerate(tokens):
-        if not 0 <= token < n_vocab:
-            raise InvalidRequest(
-                f"'{param}[{index}]' must be a token id from 0 to {n_vocab - 1}, got {str(token)[:20]}.", param=param
-            )

@@ -17,6 +17,8 @@ from core.extract import ExtractRequest
 from core.load import LoadRequest
 from core.reload import ReloadRequest
 from core.wire.chat import ChatRequest
+from core.wire.completions import CompletionRequest
+from core.wire.fields import UnsupportedFields
 from handlers.routes import ROUTES
 from infra import fields_table
 from infra.bench.__main__ import names as benchmarks
@@ -177,6 +179,14 @@ def test_the_table_of_fields_is_generated() -> None:
     """It equals the output of `python -m infra.fields_table`, so that every field of a request is in it."""
     assert fields_table.page(API) == API
     assert set(ChatRequest.__struct_fields__) <= set(CODE.findall(fields_table.table()))
+
+
+def test_the_fields_of_completions_are_listed() -> None:
+    """The table of /v1/completions has the request's own fields."""
+    named = [name for row in table("POST /v1/completions", 4) for name in CODE.findall(row[0])]
+    own = set(CompletionRequest.__struct_fields__) - (set(UnsupportedFields.__struct_fields__) - {"best_of"})
+
+    assert sorted(named) == sorted(own)
 
 
 @pytest.mark.parametrize(("heading", "request_type"), [("POST /load", LoadRequest), ("POST /reload", ReloadRequest)])

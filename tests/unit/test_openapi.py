@@ -25,6 +25,7 @@ from tests.fakes import ScriptedEngine, fake_service
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/chat/completions": {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2},
+    "POST /v1/completions": {"prompt": "Hi", "echo": True},
     "POST /v1/chat/completions/input_tokens": {"messages": MESSAGES},
     "POST /tokenize": {"content": "Hi", "with_pieces": True},
     "POST /detokenize": {"tokens": [72, 105]},
