@@ -11,6 +11,7 @@ from hashlib import sha256
 from html import escape
 from typing import Any
 
+from core.errors import ApiError, Forbidden, InvalidRequest, TooLarge, Unauthorized, UnsupportedMediaType
 from core.service import Service
 from handlers.http import Request, Response
 from handlers.openapi import document
@@ -40,6 +41,12 @@ _HEADERS = (
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
 )
+
+# Responses that most routes share. They are shown once.
+_COMMON = {
+    error.__name__: error.status
+    for error in (InvalidRequest, Unauthorized, Forbidden, TooLarge, UnsupportedMediaType, ApiError)
+}
 
 _ORDER = ("get", "post", "delete")
 
@@ -71,6 +78,7 @@ def page() -> bytes:
             '<p>The same as data: <a href="openapi.json">openapi.json</a>. The command lines need two variables:</p>',
             "<pre>URL=http://127.0.0.1:8000\nKEY=…</pre>",
             _table(("Route", "What it does", "Access"), rows),
+            _common_errors(api),
             *(_section(api, method, path, operation) for method, path, operation in operations),
             "<h2>Types</h2>",
             *(_component(name, schema) for name, schema in sorted(api["components"]["schemas"].items())),
@@ -114,13 +122,20 @@ def _section(api: dict[str, Any], method: str, path: str, operation: dict[str, A
         for media_type, content in operation["responses"]["200"]["content"].items()
     ]
     for status, reference in operation["responses"].items():
-        if status != "200":
-            error = api["components"]["responses"][reference["$ref"].rpartition("/")[2]]
-            rows.append(
-                [f"<code>{status}</code>", "<br>".join(_text(line) for line in error["description"].splitlines())]
-            )
+        name = reference.get("$ref", "").rpartition("/")[2]
+        if name and name not in _COMMON:
+            rows.append([f"<code>{status}</code>", _error(api, name)])
     parts.append(f"<h3>Answer</h3>{_table(('Status', 'Body'), rows)}")
     return "".join(parts)
+
+
+def _common_errors(api: dict[str, Any]) -> str:
+    rows = [[f"<code>{status}</code>", _error(api, name)] for name, status in _COMMON.items()]
+    return f"<h2>Errors of every route</h2>{_table(('Status', 'Code'), rows)}"
+
+
+def _error(api: dict[str, Any], name: str) -> str:
+    return "<br>".join(_text(line) for line in api["components"]["responses"][name]["description"].splitlines())
 
 
 def _body(media_type: str, schema: dict[str, Any]) -> str:
@@ -159,7 +174,7 @@ def _fields(schema: dict[str, Any]) -> str:
             f"<code>{_json(field['default'])}</code>" if "default" in field else "required" if name in required else ""
         )
         rows.append([f"<code>{escape(name)}</code>", _type(field), default, _text(field.get("description", ""))])
-    table = _table(("Field", "Type", "Default", ""), rows) if rows else ""
+    table = _table(("Field", "Type", "Default", "Meaning"), rows) if rows else ""
     if unsupported:
         table += f"<p>Not supported; a value that would change the answer is a 400: {', '.join(unsupported)}.</p>"
     return table

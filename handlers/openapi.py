@@ -108,6 +108,8 @@ class Schemas:
         names = {
             cls: schema["$ref"].rpartition("/")[2] for cls, schema in zip(structs, schemas[len(types) :], strict=True)
         }
+        for component in components.values():
+            _raise_descriptions(component)
         # Add what msgspec's schemas do not say.
         in_requests = set(_structs(accepted.values()))
         for cls in structs:
@@ -115,6 +117,14 @@ class Schemas:
                 _require_all(cls, self.components[names[cls]])
             elif issubclass(cls, UnsupportedFields):
                 _restrict_unsupported(cls, self.components[names[cls]])
+
+
+def _raise_descriptions(schema: Schema) -> None:
+    """Move the description of a field that may be null from its type to the field."""
+    for field in schema.get("properties", {}).values():
+        for option in field.get("anyOf", ()):
+            if "description" in option and "description" not in field:
+                field["description"] = option.pop("description")
 
 
 def _restrict_unsupported(cls: type[UnsupportedFields], schema: Schema) -> None:

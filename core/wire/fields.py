@@ -10,18 +10,21 @@ from msgspec import Meta, Struct
 from core.engine.interface import Sampling, TokenLogprob
 from core.errors import InvalidRequest
 
-Temperature = Annotated[float, Meta(ge=0, le=2)]
+Temperature = Annotated[float, Meta(ge=0, le=2, description="0 takes the most likely token.")]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepeatPenalty = Annotated[float, Meta(ge=0.1, le=2)]  # 1: off; llama.cpp divides by it
-TopK = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]  # 0 and -1: all
-Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
-Choices = Annotated[int, Meta(ge=1, le=128)]
-TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+RepeatPenalty = Annotated[float, Meta(ge=0.1, le=2, description="1 turns it off.")]  # llama.cpp divides by it
+TopK = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1, description="0 and -1 turn it off.")]
+Seed = Annotated[
+    int,
+    Meta(ge=-(1 << 63), le=(1 << 63) - 1, description="The same seed and request usually give the same text."),
+]
+MaxTokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1, description="The most tokens to generate.")]
+Choices = Annotated[int, Meta(ge=1, le=128, description="How many answers; at most N_PARALLEL.")]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20, description="How many of the likeliest tokens to return.")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024, description="Text that ends the answer.")]
 StopStrings = Annotated[list[StopString], Meta(max_length=4)]
 
 

@@ -164,6 +164,15 @@ def test_the_schema_of_a_request_agrees_with_the_decoder(field: str, value: Any,
     assert jsonschema_rs.is_valid(schema, body) == accepted
 
 
+def test_a_field_that_may_be_null_has_its_description() -> None:
+    """msgspec writes it to the type; readers of the document look for it at the field."""
+    fields = document()["components"]["schemas"]["ChatRequest"]["properties"]
+
+    assert fields["max_tokens"]["description"] == "The most tokens to generate."
+    assert all("description" not in option for option in fields["max_tokens"]["anyOf"])
+    assert "The most tokens to generate." in page().decode()
+
+
 def test_examples_fit_their_schemas() -> None:
     """The example of every request is one that the server accepts."""
     for name, operation in OPERATIONS.items():
