@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -11,7 +12,8 @@ from urllib.parse import urlsplit
 from adapters.huggingface.source import Hub
 from core.downloads import Downloads
 from core.host import Host
-from core.loader import load_llama
+from core.loader import load_embedder, load_llama
+from core.selection import select_embedding
 from core.service import Service
 from core.settings import Settings
 from core.store.embedded import embedded_model
@@ -36,16 +38,28 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
     """
     timeline = timeline or Timeline()
     in_order = sources(settings)
-    store = Store(
-        settings.models_dir,
-        sources=in_order,
-        mirror=mirror(settings, in_order, background=not on_lambda),
-        allowed=_allowed(settings),
-        target=settings.model_target,
-        prefer_memory=on_lambda,
-    )
+    uploads = mirror(settings, in_order, background=not on_lambda)
+
+    def new_store(allowed: tuple[Path, ...], *, generates: bool) -> Store:
+        return Store(
+            settings.models_dir,
+            sources=in_order,
+            mirror=uploads,
+            allowed=allowed,
+            target=settings.model_target,
+            prefer_memory=on_lambda,
+            generates=generates,
+        )
+
+    store = new_store(_allowed(settings), generates=True)
     host = Host(settings, store, timeline, load_llama)
-    return Service(settings, store, host, timeline, Downloads(store))
+    service = Service(settings, store, host, timeline, Downloads(store))
+    if settings.embedding_model_path is None:
+        return service
+    embedding_store = new_store(_local(settings.embedding_model_path), generates=False)
+    # The phases of its load are not those of the start.
+    embedder = Host(settings, embedding_store, Timeline(), load_embedder, select_embedding)
+    return dataclasses.replace(service, embedder=embedder)
 
 
 def sources(settings: Settings) -> tuple[Source, ...]:
@@ -142,7 +156,11 @@ class _LateS3:
 
 def _allowed(settings: Settings) -> tuple[Path, ...]:
     """Return the files outside MODELS_DIR that may be served: the configured and the embedded model."""
-    configured = settings.model_path
-    paths = () if configured is None or "://" in configured else (Path(configured).expanduser(),)
+    paths = _local(settings.model_path)
     embedded = embedded_model() if settings.embedded_model == "auto" else None
     return paths if embedded is None else (*paths, embedded)
+
+
+def _local(configured: str | None) -> tuple[Path, ...]:
+    """Return the path of a configured model if it is a local file."""
+    return () if configured is None or "://" in configured else (Path(configured).expanduser(),)

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from core.engine.interface import LoadedEngine
 from core.host import HostState, Status
 from core.loader import Loading
 from core.service import Service
@@ -21,8 +22,22 @@ class LoadingReport(Struct):
     percent: int | None
 
 
+class EmbeddingHealth(Struct):
+    """The state of the embedding model, which its first request loads. `engine` has its counters when it is loaded."""
+
+    status: Status
+    model: str | None
+    loading: LoadingReport | None
+    error: str | None
+    leases: int
+    engine: dict[str, Any] | UnsetType = UNSET
+
+
 class Health(Struct, kw_only=True):
-    """A client without a key gets `status`, `model` and `hint`. `engine` has the counters of a loaded model."""
+    """A client without a key gets `status`, `model` and `hint`. `engine` has the counters of a loaded model.
+
+    `embeddings` is there with EMBEDDING_MODEL_PATH.
+    """
 
     status: Status
     model: str | None
@@ -32,6 +47,7 @@ class Health(Struct, kw_only=True):
     leases: int | UnsetType = UNSET
     uptime_s: float | UnsetType = UNSET
     engine: dict[str, Any] | UnsetType = UNSET
+    embeddings: EmbeddingHealth | UnsetType = UNSET
 
 
 async def health(service: Service, *, wait: float | None = None, details: bool = True) -> Health:
@@ -51,7 +67,14 @@ async def health(service: Service, *, wait: float | None = None, details: bool =
         leases=state.leases,
         uptime_s=round(service.timeline.now(), 1),
         engine=UNSET if state.engine is None else state.engine.stats(),
+        embeddings=UNSET if service.embedder is None else _embedding_health(service.embedder.state()),
     )
+
+
+def _embedding_health(state: HostState[LoadedEngine]) -> EmbeddingHealth:
+    stats = UNSET if state.engine is None else state.engine.stats()
+    loading = loading_report(state.loading)
+    return EmbeddingHealth(state.status, state.model, loading, state.error, state.leases, stats)
 
 
 def loading_report(loading: Loading | None) -> LoadingReport | None:
@@ -60,7 +83,7 @@ def loading_report(loading: Loading | None) -> LoadingReport | None:
     return LoadingReport(loading.phase, loading.model, loading.done, loading.total, loading.percent)
 
 
-def hint(state: HostState) -> str:
+def hint(state: HostState[LoadedEngine]) -> str:
     """Say what to do next, to a client that may use the server."""
     if state.status == "ready":
         return "POST /v1/chat/completions."
@@ -76,7 +99,7 @@ def hint(state: HostState) -> str:
     )
 
 
-def _public_hint(state: HostState) -> str:
+def _public_hint(state: HostState[LoadedEngine]) -> str:
     if state.status == "ready":
         return "Ready."
     if state.status == "available":

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Generic, Literal
+from typing import Generic, Literal, TypeVar
 
 from core import background
 from core.engine.interface import EngineConfig, LoadedEngine
@@ -33,6 +33,7 @@ from core.timeline import Timeline
 logger = logging.getLogger("slm.host")
 
 Status = Literal["unloaded", "available", "ready"]
+E_co = TypeVar("E_co", bound=LoadedEngine, covariant=True)
 
 MOST_SWAPS = 4  # running and waiting; only one runs at a time
 KV_BYTES_PER_TOKEN = (
@@ -41,14 +42,14 @@ KV_BYTES_PER_TOKEN = (
 
 
 @dataclass(frozen=True, slots=True)
-class HostState:
+class HostState(Generic[E_co]):
     """A snapshot. `model` is the served model or the one that the first request would load, None without one."""
 
     status: Status
     model: str | None
     loading: Loading | None
     error: str | None  # of the last load or engine that failed
-    engine: LoadedEngine | None
+    engine: E_co | None
     path: str | None = None  # of `model`, if it is a local file
     leases: int = 0  # outstanding leases, including those of swapped-out engines
 
@@ -95,7 +96,7 @@ class Host(Generic[E]):
         """The model that the settings select, as chosen_by, reason, reference and path."""
         return self._selected().report()
 
-    def state(self) -> HostState:
+    def state(self) -> HostState[E]:
         self._served.drop_failed()
         selection, _ = self._next_load()
         served, loading = self._served, self._progress()
@@ -139,7 +140,7 @@ class Host(Generic[E]):
         """
         return await self._lease(deadline, most=self._settings.n_parallel + self._settings.max_queue)
 
-    async def wait_ready(self, seconds: float) -> HostState:
+    async def wait_ready(self, seconds: float) -> HostState[E]:
         """Start the load if a model is configured, and return when it is ready, has failed, or after `seconds`."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(ApiError):
@@ -149,7 +150,7 @@ class Host(Generic[E]):
             await asyncio.sleep(0.02)
         return self.state()
 
-    async def swap(self, reference: Reference | None, config: EngineConfig) -> HostState:
+    async def swap(self, reference: Reference | None, config: EngineConfig) -> HostState[E]:
         """Load and serve `reference` (None: the served model again). Running requests finish on the old engine.
 
         If the new model fails, raises what the store or the engine raised, and the old model stays. Raises Busy if

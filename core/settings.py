@@ -215,6 +215,27 @@ class Settings:
     model_aliases: tuple[str, ...] = setting(
         "MODEL_ALIASES", "", "Additional names that requests may use for the model. `*` accepts any name.", names
     )
+    embedding_model_path: str | None = setting(
+        "EMBEDDING_MODEL_PATH",
+        "",
+        "Model for `/v1/embeddings`, or a reranking model for `/v1/rerank`, in the form of MODEL_PATH. It is loaded by "
+        "its first request and stays in memory beside the chat model.",
+        optional_text,
+    )
+    embedding_model_aliases: tuple[str, ...] = setting(
+        "EMBEDDING_MODEL_ALIASES",
+        "",
+        "Additional names that requests may use for the embedding model, such as `text-embedding-3-small`. `*` accepts "
+        "any name.",
+        names,
+    )
+    embedding_matryoshka: bool = setting(
+        "EMBEDDING_MATRYOSHKA",
+        "false",
+        "Let requests shorten vectors with `dimensions`, also if the embedding model's file does not say that it was "
+        "trained for this. Vectors of other models lose their meaning when they are cut.",
+        flag,
+    )
     model_target: Literal["auto", "disk", "memory"] = setting(
         "MODEL_TARGET",
         "auto",

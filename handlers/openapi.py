@@ -17,7 +17,7 @@ from core import errors
 from core.errors import ApiError
 from core.service import Service
 from core.version import VERSION
-from core.wire.fields import UnsupportedFields
+from core.wire.fields import Unsupported, unsupported
 from handlers.http import Request, Response
 from handlers.operations import OPERATIONS, Operation, Parameter
 from handlers.routes import ROUTES, Route
@@ -115,7 +115,7 @@ class Schemas:
         for cls in structs:
             if cls not in in_requests:
                 _require_all(cls, self.components[names[cls]])
-            elif issubclass(cls, UnsupportedFields):
+            elif issubclass(cls, Unsupported):
                 _restrict_unsupported(cls, self.components[names[cls]])
 
 
@@ -127,10 +127,10 @@ def _raise_descriptions(schema: Schema) -> None:
                 field["description"] = option.pop("description")
 
 
-def _restrict_unsupported(cls: type[UnsupportedFields], schema: Schema) -> None:
+def _restrict_unsupported(cls: type[Unsupported], schema: Schema) -> None:
     """Restrict each unsupported field to the values that change nothing: its default and null."""
     declared = {field.encode_name: field for field in msgspec.structs.fields(cls)}
-    for name, default in msgspec.structs.asdict(UnsupportedFields()).items():
+    for name, default in unsupported(cls).items():
         if declared[name].type is Any:
             values = [default] if default is None else [default, None]
             schema["properties"][name] = {"enum": values, "default": default, "description": "Not supported."}

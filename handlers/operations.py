@@ -81,6 +81,22 @@ _INPUT_TOKENS = Operation(
     example={"messages": [{"role": "user", "content": "Say hello."}]},
 )
 
+_EMBEDDINGS = Operation(
+    summary="Turn texts into vectors with the embedding model. OpenAI's embeddings.",
+    request="core.wire.embeddings:EmbeddingRequest",
+    answer="core.wire.embeddings:EmbeddingList",
+    errors=GENERATION,
+    example={"input": "Hello"},
+)
+
+_RERANK = Operation(
+    summary="Rank documents by their relevance to a query, with a reranking model.",
+    request="core.wire.rerank:RerankRequest",
+    answer="core.wire.rerank:Ranking",
+    errors=GENERATION,
+    example={"query": "What is a river?", "documents": ["A river is flowing water.", "Bread needs flour."]},
+)
+
 # One entry for each route of `handlers.routes`: "METHOD path". A test fails for a route without an entry.
 OPERATIONS: Mapping[str, Operation] = {
     "GET /health": Operation(
@@ -161,6 +177,10 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(ModelNotFound, ModelUnavailable),
         example={"tokens": [1, 2, 3]},
     ),
+    "POST /v1/embeddings": _EMBEDDINGS,
+    "POST /embeddings": _EMBEDDINGS,
+    "POST /v1/rerank": _RERANK,
+    "POST /rerank": _RERANK,
     "GET /openapi.json": Operation(
         summary="Return this document. OpenAPI 3.1.",
     ),

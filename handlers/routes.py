@@ -46,6 +46,10 @@ ROUTES = (
     Route("POST", "/chat/completions/input_tokens", "handlers.tokens:post_input_tokens", "user"),
     Route("POST", "/tokenize", "handlers.tokens:post_tokenize", "user"),
     Route("POST", "/detokenize", "handlers.tokens:post_detokenize", "user"),
+    Route("POST", "/v1/embeddings", "handlers.embeddings:post_embeddings", "user"),
+    Route("POST", "/embeddings", "handlers.embeddings:post_embeddings", "user"),
+    Route("POST", "/v1/rerank", "handlers.embeddings:post_rerank", "user"),
+    Route("POST", "/rerank", "handlers.embeddings:post_rerank", "user"),
     Route("GET", "/openapi.json", "handlers.openapi:get_openapi", "open"),
     Route("GET", "/docs", "handlers.docs:get_docs", "open"),
 )

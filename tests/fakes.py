@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Collection
+from array import array
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from core.engine.interface import (
     FinishReason,
     GenerationRequest,
     ModelCard,
+    Pooling,
     Reasoning,
     Text,
     Timings,
+    Vector,
 )
 from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import HostState
@@ -176,6 +180,58 @@ class ScriptedGeneration:
             self._engine.running -= 1
 
 
+class ScriptedEmbedder:
+    """An embedding engine without a model. Tokens are bytes between 1 and 2; a vector counts them.
+
+    `requests` has the tokens that were embedded. With `endless`, no vector is ever ready.
+    """
+
+    def __init__(
+        self, *, pooling: Pooling = "mean", probabilities: bool = False, endless: bool = False, **card: Any
+    ) -> None:
+        path = "/models/fake-embed.gguf"
+        self.card = replace(CARD, **{"name": "fake-embed", "path": path, "n_ctx": 64, "n_ctx_train": 64, **card})
+        self.config = EngineConfig()
+        self.pooling: Pooling = pooling
+        self.n_dimensions = 1 if pooling == "rank" else 4
+        self.probabilities = probabilities
+        self.endless = endless
+        self.requests: list[list[list[int]]] = []
+        self.futures: list[Future[list[Vector]]] = []
+        self.failed: ApiError | None = None
+        self.closed = False
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *text.encode(), 2]
+
+    def encode_pair(self, query: str, document: str) -> list[int]:
+        return [1, *query.encode(), 2, *document.encode(), 2]
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Future[list[Vector]]:
+        self.requests.append([list(text) for text in texts])
+        future: Future[list[Vector]] = Future()
+        self.futures.append(future)
+        if not self.endless:
+            future.set_result([self._vector(text) for text in texts])
+        return future
+
+    def _vector(self, tokens: Sequence[int]) -> Vector:
+        counts = [len(tokens), tokens[-1] % 7 + 1, sum(tokens) % 11 + 1, -1]
+        return array("f", [sum(tokens) % 13 - 6.0] if self.pooling == "rank" else counts)
+
+    def warm(self) -> None:
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        return {"requests": len(self.requests), "queued": 0}
+
+    def stop(self) -> None:
+        self.closed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class FakeLease:
     def __init__(self, host: FakeHost, engine: ScriptedEngine) -> None:
         self.engine = engine
@@ -313,6 +369,7 @@ def fake_service(
     engine: ScriptedEngine | None = None,
     *,
     host: FakeHost | None = None,
+    embedder: ScriptedEmbedder | None = None,
     store: FakeStore | None = None,
     **settings: Any,
 ) -> FakeService:
@@ -321,5 +378,6 @@ def fake_service(
     host = host or FakeHost(engine)
     store = store or FakeStore()
     parsed = Settings(**{"local_admin": True, **settings})
-    service = Service(parsed, store, host, Timeline(), Downloads(store))  # type: ignore[arg-type]
+    embeddings = None if embedder is None else FakeHost(embedder)  # type: ignore[arg-type]
+    service = Service(parsed, store, host, Timeline(), Downloads(store), embedder=embeddings)  # type: ignore[arg-type]
     return FakeService(service, host, store, engine)

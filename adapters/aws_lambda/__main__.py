@@ -103,7 +103,7 @@ def _serve() -> int:
         concurrency=max(1, int(os.environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)),
         hooks=snapstart.Hooks(before_snapshot, after_restore),
         afterwards=service.store.idle if service.settings.s3_bucket else None,
-        close=lambda: service.host.close(service.settings.shutdown_grace_s),
+        close=lambda: service.close(service.settings.shutdown_grace_s),
     )
     return asyncio.run(loop.run())
 

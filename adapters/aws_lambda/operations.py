@@ -20,6 +20,8 @@ OPERATIONS = {
     "reload": ("POST", "/reload"),
     "chat": ("POST", "/v1/chat/completions"),
     "extract": ("POST", "/v1/extract"),
+    "embeddings": ("POST", "/v1/embeddings"),
+    "rerank": ("POST", "/v1/rerank"),
 }
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from core.engine.interface import LoadedEngine
 from core.health import hint
 from core.host import HostState
 from core.settings import Settings
@@ -17,7 +18,7 @@ from core.settings import Settings
 CLEAR = "\r\x1b[K"  # back to the first column, erase the line
 
 
-def banner(address: str, settings: Settings, state: HostState, version: str) -> str:
+def banner(address: str, settings: Settings, state: HostState[LoadedEngine], version: str) -> str:
     """Return the first lines: the address, the model with its state, and a request to try."""
     lines = [f"slm-api-server {version} on {address}"]
     if state.model is None:
@@ -38,7 +39,7 @@ class ProgressLine(threading.Thread):
     A thread, because a load may start in any request and must not depend on the server's event loop.
     """
 
-    def __init__(self, state: Callable[[], HostState], stream: TextIO | None = None) -> None:
+    def __init__(self, state: Callable[[], HostState[LoadedEngine]], stream: TextIO | None = None) -> None:
         super().__init__(name="progress", daemon=True)
         self._state = state
         self._stream = stream or sys.stderr

@@ -77,7 +77,7 @@ class Endpoint:
 
     async def close(self) -> None:
         service = self.service()
-        await service.host.close(service.settings.shutdown_grace_s)
+        await service.close(service.settings.shutdown_grace_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

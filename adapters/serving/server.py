@@ -89,12 +89,11 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
     async def _close_host(self) -> None:
-        host = self._service.host
-        closing = asyncio.create_task(host.close(self._service.settings.shutdown_grace_s))
+        closing = asyncio.create_task(self._service.close(self._service.settings.shutdown_grace_s))
         while not closing.done() and not self.force_exit:
             await asyncio.wait({closing}, timeout=0.1)
         if self.force_exit:
-            await host.close(0)
+            await self._service.close(0)
         await closing
 
 

@@ -81,7 +81,10 @@ def describe(bindings: Bindings, model: Model, file: ModelFile, vocabulary: Voca
 
 
 def metadata(bindings: Bindings, model: Model) -> dict[str, str]:
-    """Return the GGUF's scalar metadata as text, without arrays (such as the vocabulary), which begin with "["."""
+    """Return the GGUF's metadata as text, without arrays (such as the vocabulary), which begin with "[".
+
+    An array of the sizes to which a Matryoshka model's vectors may be cut is short and kept.
+    """
     values = {}
     buffer = ctypes.create_string_buffer(1 << 16)
     for index in range(bindings.llama_model_meta_count(model)):
@@ -89,7 +92,7 @@ def metadata(bindings: Bindings, model: Model) -> dict[str, str]:
         key = buffer.value.decode("utf-8", "replace")
         bindings.llama_model_meta_val_str_by_index(model, index, buffer, len(buffer))
         value = buffer.value.decode("utf-8", "replace")
-        if not value.startswith("[") and key != "tokenizer.chat_template":
+        if (not value.startswith("[") or "matryoshka" in key) and key != "tokenizer.chat_template":
             values[key] = value
     return values
 

@@ -193,12 +193,16 @@ class Llama:
         bindings, model = self._bindings, self._model
         if bindings.llama_model_is_diffusion(model):
             raise self._cannot_generate("a diffusion model")
+        details = gguf_model.metadata(bindings, model)
+        if details.get(f"{details.get('general.architecture')}.attention.causal") == "false":
+            raise self._cannot_generate("an embedding model")
         if bindings.llama_model_has_encoder(model) or not bindings.llama_model_has_decoder(model):
             raise self._cannot_generate("an encoder or encoder-decoder model")
 
     def _cannot_generate(self, kind: str) -> InvalidRequest:
         return InvalidRequest(
-            f"The model '{self._file.name}' is {kind}; only models that generate text can be served.",
+            f"The model '{self._file.name}' is {kind}; only models that generate text can be served."
+            f"{' EMBEDDING_MODEL_PATH serves embedding models.' if kind == 'an embedding model' else ''}",
             param="model_path",
         )
 

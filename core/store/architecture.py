@@ -1,4 +1,4 @@
-"""Recognise architectures that llama.cpp loads but that cannot generate text.
+"""Recognise models that llama.cpp loads but that cannot generate text. Some of them embed texts.
 
 Generating with one of them ends the process: llama.cpp's decode asserts on a model without a memory of tokens, and on a
 decoder whose encoder has not run (llama-context.cpp and llama-graph.cpp of llama-cpp-python 0.3.36).
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+BIDIRECTIONAL = "a model whose tokens see the tokens behind them, as those of embedding models do"
 
 KINDS: Mapping[str, frozenset[str]] = {
     "an embedding model": frozenset(
@@ -26,5 +28,10 @@ def find_kind(metadata: Mapping[str, Any], architecture: str) -> str | None:
         if architecture in architectures:
             return kind
     if metadata.get(f"{architecture}.attention.causal") is False:
-        return "a model whose tokens see the tokens behind them, as those of embedding models do"
+        return BIDIRECTIONAL
     return None
+
+
+def may_embed(kind: str) -> bool:
+    """Return whether a model of this kind, which cannot generate, can be an embedding model."""
+    return kind in ("an embedding model", BIDIRECTIONAL)

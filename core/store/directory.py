@@ -28,8 +28,9 @@ class LocalModel:
 class Directory:
     """MODELS_DIR and the few files outside it that may be served. Thread-safe and read-only."""
 
-    def __init__(self, root: Path, allowed: tuple[Path, ...] = ()) -> None:
+    def __init__(self, root: Path, allowed: tuple[Path, ...] = (), *, generates: bool = True) -> None:
         self.root = root
+        self._generates = generates  # whether models must be able to generate text
         self._allowed = allowed
         self._lock = threading.Lock()
         self._checked: dict[Path, tuple[int, int, int]] = {}  # file: (inode, size, mtime) of a valid header
@@ -83,7 +84,9 @@ class Directory:
                     if self._checked.get(part) == seen:
                         continue
                 if sidecar.read(path) is None:
-                    gguf.read_header(part)
+                    header = gguf.read_header(part)
+                    if self._generates:
+                        gguf.check_generates(header)
             except FileNotFoundError:
                 raise InvalidRequest(
                     f"{quote_path(name)} is a split model, and {part.name!r} is missing. POST /load downloads all "

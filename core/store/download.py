@@ -60,8 +60,16 @@ class Download:
     """
 
     def __init__(
-        self, root: Path, source: Source, remote: RemoteModel, progress: Progress, cancelled: Cancelled
+        self,
+        root: Path,
+        source: Source,
+        remote: RemoteModel,
+        progress: Progress,
+        cancelled: Cancelled,
+        *,
+        generates: bool = True,
     ) -> None:
+        self._generates = generates  # whether the model must be able to generate text
         self._root = root
         self._source = source
         self._remote = remote
@@ -177,7 +185,9 @@ class Download:
             partial.discard()
             raise _wrong_pin(file, digest, pinned)
         try:
-            partial.check()
+            header = partial.check()
+            if self._generates:
+                gguf.check_generates(header)
         except gguf.MalformedGGUF as error:
             partial.discard()
             raise InvalidRequest(f"{file.path!r} {error}. It cannot be served.", param="filename") from error

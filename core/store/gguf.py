@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.store.architecture import find_kind
+from core.store.architecture import find_kind, may_embed
 from core.store.hyperparameters import find_fault
 
 MAGIC = b"GGUF"
@@ -200,12 +200,25 @@ def _check_model(header: Header) -> None:
         raise MalformedGGUF("names no general.architecture: it is not a model")
     if architecture == "clip" or header.metadata.get("general.type", "model") in ("adapter", "mmproj"):
         raise MalformedGGUF("is an adapter or projector, not a language model")
-    if (kind := find_kind(header.metadata, architecture)) is not None:
-        raise MalformedGGUF(f"is {kind} ({architecture}); only models that generate text can be served")
+    kind = find_kind(header.metadata, architecture)
+    if kind is not None and not may_embed(kind):
+        raise _cannot_generate(kind, architecture)
     if (fault := find_fault(header.metadata, architecture)) is not None:
         raise MalformedGGUF(fault)
     if not header.tensors and header.split == (0, 1):
         raise MalformedGGUF("holds no tensors: it is a vocabulary, not a model")
+
+
+def check_generates(header: Header) -> None:
+    """Raise MalformedGGUF for an embedding model."""
+    architecture = header.metadata.get("general.architecture", "")
+    if not header.split[0] and (kind := find_kind(header.metadata, architecture)) is not None:
+        raise _cannot_generate(kind, architecture)
+
+
+def _cannot_generate(kind: str, architecture: str) -> MalformedGGUF:
+    embeds = "; EMBEDDING_MODEL_PATH serves embedding models" if may_embed(kind) else ""
+    return MalformedGGUF(f"is {kind} ({architecture}); only models that generate text can be served{embeds}")
 
 
 def _distinct(tokens: set[bytes], empty: bytearray) -> int:

@@ -42,7 +42,7 @@ class Store:
 
     `sources` are asked in order. Models from Hugging Face are offered to `mirror`. `allowed` are files outside
     `models_dir` that may be served (configured, embedded, baked). With target "auto", `prefer_memory` chooses memory
-    where both memory and disk have room.
+    where both memory and disk have room. `generates` refuses embedding models.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Store:
         allowed: tuple[Path, ...] = (),
         target: Literal["auto", "disk", "memory"] = "auto",
         prefer_memory: bool = False,
+        generates: bool = True,
     ) -> None:
-        self._directory = Directory(models_dir, allowed)
+        self._directory = Directory(models_dir, allowed, generates=generates)
+        self._generates = generates
         self._sources = Sources(sources, mirror)
         self._mirror = mirror
         self._target = target
@@ -112,7 +114,7 @@ class Store:
         failure: Failure | None = None
         try:
             for source, remote in self._sources.find(reference, refresh=refresh, cancelled=stop):
-                download = Download(self._directory.root, source, remote, report, stop)
+                download = Download(self._directory.root, source, remote, report, stop, generates=self._generates)
                 landed = self._sources.attempt(source, remote, download.run)
                 if isinstance(landed, FAILURES):
                     failure = failure or landed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Protocol
 
+import msgspec
 from msgspec import Meta, Struct
 
 from core.engine.interface import Sampling, TokenLogprob
@@ -214,8 +215,15 @@ INSTEAD: Mapping[str, str] = {
 }
 
 
-class UnsupportedFields(Struct, kw_only=True):
-    """Fields of other servers that are rejected, unless they have their default or null: these change nothing."""
+class Unsupported(Struct, kw_only=True):
+    """A base for fields of other servers that are rejected, unless they have their default or null.
+
+    A class that derives from it lists such fields, with the default that changes nothing. Requests derive from that.
+    """
+
+
+class UnsupportedFields(Unsupported, kw_only=True):
+    """The unsupported fields of requests that generate text."""
 
     # The prompt's form
     chat_template: Any = None
@@ -260,17 +268,21 @@ class UnsupportedFields(Struct, kw_only=True):
     bad_words: Any = []
 
 
-def check_unsupported(fields: UnsupportedFields, supported: tuple[str, ...] = ()) -> None:
+def unsupported(request: type[Unsupported]) -> dict[str, Any]:
+    """Return the unsupported fields of a request with the values that change nothing."""
+    listed = next(cls for cls in request.__mro__ if Unsupported in cls.__bases__)
+    return msgspec.structs.asdict(listed())
+
+
+def check_unsupported(fields: Unsupported, supported: tuple[str, ...] = ()) -> None:
     """Raise InvalidRequest that names the first field with a value that would change the answer.
 
     The protocol handles the `supported` ones itself.
     """
-    names, defaults = UnsupportedFields.__struct_fields__, UnsupportedFields()
-    for name in names:
+    for name, default in unsupported(type(fields)).items():
         if name in supported:
             continue
         value = getattr(fields, name)
-        default = getattr(defaults, name)
         same = value == default and isinstance(value, bool) == isinstance(default, bool)  # 0 is not false in JSON
         if value is not None and not same:
             instead = INSTEAD.get(name, "leave it out")

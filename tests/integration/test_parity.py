@@ -16,7 +16,7 @@ import uvicorn
 from adapters.serving.asgi import create_app
 from core.settings import keys
 from infra.emulator.event import from_buffered, to_event
-from tests.fakes import ScriptedEngine, fake_service
+from tests.fakes import ScriptedEmbedder, ScriptedEngine, fake_service
 from tests.lambda_runtime import runtime
 
 MESSAGES = [{"role": "user", "content": "Hällo, 東京 🎉"}]
@@ -95,6 +95,12 @@ CALLS = {
     "detokenize, no such token": post("/detokenize", {"tokens": [256]}),
     "extract": post("/v1/extract", {"text": "a is 1", "schema": SCHEMA}),
     "extract, no schema": post("/v1/extract", {"text": "a is 1"}),
+    "embeddings": post("/v1/embeddings", {"input": ["Grüße", "東京"]}),
+    "embeddings, base64": post("/embeddings", {"input": "a", "encoding_format": "base64", "model": "fake-embed"}),
+    "embeddings, empty": post("/v1/embeddings", {"input": ""}),
+    "embeddings, too long": post("/v1/embeddings", {"input": "x" * 100}),
+    "embeddings, chat model": post("/v1/embeddings", {"input": "a", "model": "fake-1b"}),
+    "rerank, no reranker": post("/v1/rerank", {"query": "a", "documents": ["b"]}),
     "load, user key": post("/load", {"repo_id": "a/b", "filename": "c.gguf"}),
     "reload, user key": post("/reload", {"model_path": "a.gguf"}),
 }
@@ -102,7 +108,9 @@ CALLS = {
 
 def application() -> Any:
     engine = ScriptedEngine("Grüße aus Zürich, dear 東京 friend. 🎉 " * 3)
-    return create_app(fake_service(engine, api_keys=keys("secret"), admin_api_keys=keys("admin")).service)
+    return create_app(
+        fake_service(engine, embedder=ScriptedEmbedder(), api_keys=keys("secret"), admin_api_keys=keys("admin")).service
+    )
 
 
 @asynccontextmanager

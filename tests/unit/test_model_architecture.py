@@ -11,6 +11,7 @@ from core.engine.llama import Llama
 from core.errors import InvalidRequest
 from core.store import gguf
 from core.store.architecture import KINDS, find_kind
+from core.store.store import Store
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_the_header_check_refuses_models_that_cannot_generate(
     kind: str, reason: str, tiny: Callable[[str], Path]
 ) -> None:
     with pytest.raises(gguf.MalformedGGUF) as refused:
-        gguf.read_header(tiny(kind))
+        gguf.check_generates(gguf.read_header(tiny(kind)))
     assert reason in str(refused.value)
 
 
@@ -37,6 +38,18 @@ def test_the_engine_refuses_models_that_cannot_generate(
     with pytest.raises(InvalidRequest, match=reason) as refused:
         tiny_engine(kind)
     assert refused.value.param == "model_path"
+
+
+def test_the_header_check_lets_embedding_models_pass_where_they_are_wanted(tiny: Callable[[str], Path]) -> None:
+    """A store for embedding models finds one in a file. Other models that cannot generate stay refused."""
+    store = Store(tiny("bert").parent, generates=False)
+
+    assert store.locate("bert.gguf") == tiny("bert")
+    with pytest.raises(InvalidRequest, match="EMBEDDING_MODEL_PATH serves embedding models"):
+        Store(tiny("bert").parent).locate("bert.gguf")
+    for kind in ("t5", "llada"):
+        with pytest.raises(InvalidRequest, match="only models that generate text"):
+            store.locate(tiny(kind).name)
 
 
 def test_a_model_without_causal_attention_is_refused() -> None:

@@ -20,7 +20,7 @@ from handlers.http import Request, Response
 from handlers.openapi import document, encoded
 from handlers.operations import OPERATIONS
 from handlers.routes import ROUTES
-from tests.fakes import ScriptedEngine, fake_service
+from tests.fakes import ScriptedEmbedder, ScriptedEngine, fake_service
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -30,6 +30,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /tokenize": {"content": "Hi", "with_pieces": True},
     "POST /detokenize": {"tokens": [72, 105]},
     "POST /v1/extract": {"text": "a is 1"},
+    "POST /v1/embeddings": {"input": ["a", "b"]},
     "POST /load": {"repo_id": "org/repo", "filename": "a.gguf"},
     "POST /reload": {},
 }
@@ -39,7 +40,7 @@ def ask(method: str, path: str, body: Any = None) -> tuple[Response, bytes]:
     """Answer a request from this machine, which may do everything."""
 
     async def go() -> tuple[Response, bytes]:
-        service = fake_service(ScriptedEngine('{"a": 1}')).service
+        service = fake_service(ScriptedEngine('{"a": 1}'), embedder=ScriptedEmbedder()).service
         content = b"" if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json", "host": "localhost"}
         request = Request(method, path, "req_1", headers, body=content, client="127.0.0.1")
