@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,22 @@ class ModelList(Struct):
 
     data: list[ModelEntry]
     object: Literal["list"] = "list"
+
+
+class AnthropicModel(Struct):
+    """Anthropic's model object. `created_at` is RFC 3339."""
+
+    id: str
+    display_name: str
+    created_at: str
+    type: Literal["model"] = "model"
+
+
+class AnthropicModelList(Struct):
+    data: list[AnthropicModel]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
 
 
 class ActiveConfig(Struct, kw_only=True):
@@ -198,6 +215,15 @@ def model_list(service: Service) -> ModelList:
         created = _created(service.embedder.state().path)
         entries += [ModelEntry(name, created) for name in embedding if name not in chat]
     return ModelList(entries)
+
+
+def anthropic_list(service: Service) -> AnthropicModelList:
+    """Return the same models in Anthropic's shape."""
+    models = [
+        AnthropicModel(entry.id, entry.id, datetime.fromtimestamp(entry.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        for entry in model_list(service).data
+    ]
+    return AnthropicModelList(models, models[0].id if models else None, models[-1].id if models else None)
 
 
 def model_entry(service: Service, name: str) -> ModelEntry:

@@ -57,9 +57,7 @@ def refusal(error: Exception, path: str) -> Response:
     elif isinstance(api_error, Unauthorized):
         headers = (("www-authenticate", "Bearer"),)
     if routes.speaks_anthropic(path):
-        identity = request_id.get()
-        headers = (*headers, ("request-id", identity))
-        return json_response(api_error.anthropic_body(identity), api_error.status, headers)
+        return json_response(api_error.anthropic_body(request_id.get()), api_error.status, headers)
     return json_response(api_error.body(), api_error.status, headers)
 
 
@@ -74,6 +72,8 @@ def to_api_error(error: Exception) -> ApiError:
 def finished(service: Service, request: Request, response: Response) -> Response:
     """Add the headers of every response: the request id and CORS."""
     common = (("x-request-id", request.id), *_cors(service, request))
+    if routes.speaks_anthropic(request.path):
+        common = (("request-id", request.id), *common)
     return dataclasses.replace(response, headers=(*response.headers, *common))
 
 

@@ -14,6 +14,9 @@ async def get_models(service: Service, request: Request) -> Response:
 
 
 async def get_v1_models(service: Service, request: Request) -> Response:
+    """Return the models that a request may name, in Anthropic's shape for a client that sends its version header."""
+    if "anthropic-version" in request.headers:
+        return json_response(core.models.anthropic_list(service))
     return json_response(core.models.model_list(service))
 
 

@@ -181,6 +181,34 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /embeddings": _EMBEDDINGS,
     "POST /v1/rerank": _RERANK,
     "POST /rerank": _RERANK,
+    "POST /v1/messages": Operation(
+        summary="Answer a conversation. Anthropic's messages.",
+        request="core.wire.messages:MessagesRequest",
+        answer="core.wire.messages:AnswerMessage",
+        events=tuple(
+            f"core.wire.messages:{name}"
+            for name in (
+                "MessageStart",
+                "BlockStart",
+                "ContentDelta",
+                "BlockStop",
+                "MessageDelta",
+                "MessageStop",
+            )
+        ),
+        errors=GENERATION,
+        error="core.wire.messages:ErrorEnvelope",
+        example={"max_tokens": 32, "messages": [{"role": "user", "content": "Say hello."}]},
+        done="",
+    ),
+    "POST /v1/messages/count_tokens": Operation(
+        summary="Count the prompt tokens that the same message would have.",
+        request="core.wire.messages:CountRequest",
+        answer="core.wire.messages:TokenCount",
+        errors=(ModelNotFound, ModelUnavailable),
+        error="core.wire.messages:ErrorEnvelope",
+        example={"messages": [{"role": "user", "content": "Say hello."}]},
+    ),
     "GET /openapi.json": Operation(
         summary="Return this document. OpenAPI 3.1.",
     ),

@@ -50,6 +50,8 @@ ROUTES = (
     Route("POST", "/embeddings", "handlers.embeddings:post_embeddings", "user"),
     Route("POST", "/v1/rerank", "handlers.embeddings:post_rerank", "user"),
     Route("POST", "/rerank", "handlers.embeddings:post_rerank", "user"),
+    Route("POST", "/v1/messages", "handlers.messages:post_messages", "user"),
+    Route("POST", "/v1/messages/count_tokens", "handlers.messages:post_count_tokens", "user"),
     Route("GET", "/openapi.json", "handlers.openapi:get_openapi", "open"),
     Route("GET", "/docs", "handlers.docs:get_docs", "open"),
 )

@@ -47,6 +47,10 @@ def chat(**fields: Any) -> Call:
     return post("/v1/chat/completions", {"model": "fake-1b", "messages": MESSAGES, **fields})
 
 
+def message(**fields: Any) -> Call:
+    return post("/v1/messages", {"model": "fake-1b", "max_tokens": 90, "messages": MESSAGES, **fields})
+
+
 CALLS = {
     "health": Call("GET", "/health", headers={}),
     "health head": Call("HEAD", "/health"),
@@ -93,6 +97,15 @@ CALLS = {
     "tokenize, nothing": post("/tokenize", {}),
     "detokenize": post("/detokenize", {"tokens": [240, 159, 142]}),
     "detokenize, no such token": post("/detokenize", {"tokens": [256]}),
+    "message": message(),
+    "message, cut": message(max_tokens=2),
+    "message, streamed": message(stream=True),
+    "message, too long": message(messages=[{"role": "user", "content": "x" * 600}]),
+    "message, wrong model, streamed": message(model="claude-9", stream=True),
+    "message, no key": Call("POST", "/v1/messages", b"{}", JSON),
+    "message, wrong method": Call("GET", "/v1/messages"),
+    "count tokens": post("/v1/messages/count_tokens", {"messages": MESSAGES}),
+    "anthropic's models": Call("GET", "/v1/models", headers={**KEY, "anthropic-version": "2023-06-01"}),
     "extract": post("/v1/extract", {"text": "a is 1", "schema": SCHEMA}),
     "extract, no schema": post("/v1/extract", {"text": "a is 1"}),
     "embeddings": post("/v1/embeddings", {"input": ["Grüße", "東京"]}),
@@ -160,7 +173,7 @@ async def by_lambda(mode: str) -> Any:
 
 def comparable(answer: Answer) -> tuple[Any, ...]:
     """Return status, body and the service's own headers, without values that change each time."""
-    body = re.sub(rb'("(?:id|created|uptime_s)":\s*)("[^"]*"|[\d.]+)', rb"\1null", answer.body)
+    body = re.sub(rb'("(?:id|request_id|created|uptime_s)":\s*)("[^"]*"|[\d.]+)', rb"\1null", answer.body)
     names = ("content-type", "retry-after", "allow", "www-authenticate")
     return answer.status, body.decode(), {name: answer.headers[name] for name in names if name in answer.headers}
 
