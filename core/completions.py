@@ -13,7 +13,7 @@ from core import session as sessions
 from core.chat import fingerprint, new_id
 from core.engine.grammar import json_schema
 from core.engine.interface import Delta, Engine, GenerationRequest
-from core.engine.prompt import text
+from core.engine.prompt import infill, text
 from core.errors import ContextOverflow, InvalidRequest
 from core.service import Service
 from core.session import Session
@@ -69,13 +69,15 @@ def _generation_requests(
             tenant=tenant,
             deadline=ends,
         )
-        for tokens in [_prompt_tokens(engine, prompt) for prompt in request.prompts]
+        for tokens in [_prompt_tokens(engine, prompt, request.suffix) for prompt in request.prompts]
     )
 
 
-def _prompt_tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+def _prompt_tokens(engine: Engine, prompt: Prompt, suffix: str | None) -> tuple[int, ...]:
     """Return a prompt's tokens. Token ids are taken as they are: they may be control tokens, and get no BOS."""
-    if isinstance(prompt, str):
+    if suffix:
+        tokens = _infill_tokens(engine, prompt, suffix)
+    elif isinstance(prompt, str):
         tokens = text.bos(engine) + text.tokenize(engine, prompt, param="prompt")
     else:
         tokens = prompt
@@ -87,6 +89,23 @@ def _prompt_tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     if len(tokens) + 1 > engine.card.n_ctx:
         raise ContextOverflow(len(tokens), engine.card.n_ctx, engine.card.remedy, param="prompt")
     return tuple(tokens)
+
+
+def _infill_tokens(engine: Engine, prompt: Prompt, suffix: str) -> list[int]:
+    """Return the prompt whose continuation belongs between `prompt` and `suffix`."""
+    tokens = engine.card.infill
+    if tokens is None:
+        raise InvalidRequest(
+            f"'suffix' needs a model with fill-in-the-middle tokens, and '{engine.card.name}' has none; leave it out.",
+            param="suffix",
+        )
+    if isinstance(prompt, str):
+        before = text.tokenize(engine, prompt, param="prompt", continued=True)
+    else:
+        fields.check_tokens(prompt, engine.card.n_vocab, "prompt")
+        before = prompt
+    after = text.tokenize(engine, suffix, param="suffix", continued=True)
+    return text.bos(engine) + infill.fill(tokens, before, after)
 
 
 async def complete(session: Session, request: CompletionRequest) -> Completion:

@@ -12,7 +12,8 @@
     │   └── Forbidden               403 forbidden
     ├── Busy                        429 rate_limit_error         (+ Retry-After)
     ├── ModelUnavailable            503 model_unavailable        (+ Retry-After)
-    └── DeadlineExceeded            504 timeout
+    ├── DeadlineExceeded        504 timeout
+    └── NotSupported            501 not_supported
 
 The status, type and code of each class are part of the API. Messages say what was given, what is allowed and what to
 do. They are never copied from the exceptions of a library.
@@ -163,3 +164,11 @@ class DeadlineExceeded(ApiError):
 
     status = 504
     code = "timeout"
+
+
+class NotSupported(ApiError):
+    """The served model cannot do this. Another model could."""
+
+    status = 501
+    type = "not_supported_error"
+    code = "not_supported"

@@ -16,6 +16,7 @@ from core.errors import (
     DeadlineExceeded,
     ModelNotFound,
     ModelUnavailable,
+    NotSupported,
 )
 
 # The errors of every route that runs the model.
@@ -161,6 +162,14 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "POST /v1/completions": _COMPLETION,
     "POST /completions": _COMPLETION,
+    "POST /infill": Operation(
+        summary="Fill the gap between two texts, for code editors. llama-server's route.",
+        request="core.wire.infill:InfillRequest",
+        answer="core.wire.infill:Infill",
+        events=("core.wire.infill:Infill",),
+        errors=(*GENERATION, NotSupported),
+        example={"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16},
+    ),
     "POST /v1/chat/completions/input_tokens": _INPUT_TOKENS,
     "POST /chat/completions/input_tokens": _INPUT_TOKENS,
     "POST /tokenize": Operation(

@@ -40,6 +40,7 @@ ROUTES = (
     Route("POST", "/chat/completions", "handlers.generate:post_chat", "user"),  # a base_url without /v1
     Route("POST", "/v1/completions", "handlers.completions:post_completions", "user"),
     Route("POST", "/completions", "handlers.completions:post_completions", "user"),
+    Route("POST", "/infill", "handlers.infill:post_infill", "user"),
     Route("POST", "/v1/extract", "handlers.generate:post_extract", "user"),
     Route("GET", "/metrics", "handlers.metrics:get_metrics", "metrics"),
     Route("POST", "/v1/chat/completions/input_tokens", "handlers.tokens:post_input_tokens", "user"),

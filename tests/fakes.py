@@ -20,6 +20,7 @@ from core.engine.interface import (
     Event,
     FinishReason,
     GenerationRequest,
+    InfillTokens,
     ModelCard,
     Pooling,
     Reasoning,
@@ -52,6 +53,7 @@ CARD = ModelCard(
     chat_template=None,
     bos="<s>",
     eos="</s>",
+    infill=InfillTokens(1, 2, 3, 4, 5),
 )
 
 

@@ -24,6 +24,7 @@ LLAMA_2 = (
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of the "control" vocabulary
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
 USER_DEFINED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|channel|>", "<|message|>", "[TOOL]")
 
 NORMAL, UNKNOWN, CONTROL_TYPE, USER_DEFINED_TYPE, BYTE = 1, 2, 3, 4, 6  # GGUF's types of tokens
@@ -92,10 +93,10 @@ def bytes_only(writer: Writer, *, size: int = 259, control: Sequence[str] = (), 
     return len(tokens)
 
 
-def byte_pairs(writer: Writer) -> int:
-    """Write a byte-pair vocabulary as in GPT-2: the bytes, one pair of two spaces, then CONTROL and USER_DEFINED."""
-    tokens = [*_byte_letters(), "\u0120\u0120", *CONTROL, *USER_DEFINED]
-    types = [*[NORMAL] * 257, *[CONTROL_TYPE] * len(CONTROL), *[USER_DEFINED_TYPE] * len(USER_DEFINED)]
+def byte_pairs(writer: Writer, control: Sequence[str] = CONTROL) -> int:
+    """Write a byte-pair vocabulary as in GPT-2: the bytes, one pair of two spaces, then `control` and USER_DEFINED."""
+    tokens = [*_byte_letters(), "\u0120\u0120", *control, *USER_DEFINED]
+    types = [*[NORMAL] * 257, *[CONTROL_TYPE] * len(control), *[USER_DEFINED_TYPE] * len(USER_DEFINED)]
     writer.tokens("gpt2", tokens, types)
     writer.gguf.add_tokenizer_pre("qwen2")
     writer.gguf.add_token_merges(["\u0120 \u0120"])
@@ -287,6 +288,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "lfm2": lfm2,
     "mamba": mamba,
     "control": lambda path: llama(path, byte_pairs, CHATML),  # control tokens, some of them user-defined
+    "infill": lambda path: llama(path, lambda writer: byte_pairs(writer, (*CONTROL, *INFILL)), CHATML),
+    "infill-plain": lambda path: llama(path, lambda writer: byte_pairs(writer, (*CONTROL, *INFILL[:3])), CHATML),
     "spaced": lambda path: llama(  # a space goes before each text, as in Llama 2
         path, lambda writer: bytes_only(writer, control=("[INST]", "[/INST]"), space_prefix=True), LLAMA_2
     ),

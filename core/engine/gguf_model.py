@@ -77,6 +77,7 @@ def describe(bindings: Bindings, model: Model, file: ModelFile, vocabulary: Voca
         bos=text(vocabulary.bos),
         eos=text(vocabulary.eos),
         metadata={**details, "tokenizer.ggml.add_bos_token": "true" if vocabulary.adds_bos else "false"},
+        infill=vocabulary.infill_tokens(),
     )
 
 

@@ -224,6 +224,16 @@ class Generation(Protocol):
         """Stop at the next step and free the slots. Idempotent; any thread may call it, also after the end."""
 
 
+class InfillTokens(NamedTuple):
+    """The control tokens of fill-in-the-middle prompts. The last two, for other files, may be missing."""
+
+    prefix: int
+    suffix: int
+    middle: int
+    repository: int | None
+    separator: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """Describes a loaded model."""
@@ -241,6 +251,7 @@ class ModelCard:
     bos: str  # texts of the special tokens, "" where the model has none
     eos: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    infill: InfillTokens | None = None  # None: the vocabulary has none
 
     @property
     def remedy(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from itertools import repeat
 from typing import TYPE_CHECKING
 
+from core.engine.interface import InfillTokens
 from core.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -69,6 +70,16 @@ class Vocabulary:
             if first is not None:
                 pieces[first] = pieces[first].removeprefix(b" ")
         return pieces
+
+    def infill_tokens(self) -> InfillTokens | None:
+        """Return the control tokens of fill-in-the-middle prompts, if the vocabulary has the three that they need."""
+        names = ("pre", "suf", "mid", "rep", "sep")
+        prefix, suffix, middle, *others = (
+            int(getattr(self._bindings, f"llama_vocab_fim_{name}")(self._vocab)) for name in names
+        )
+        if min(prefix, suffix, middle) < 0:
+            return None
+        return InfillTokens(prefix, suffix, middle, *(None if token < 0 else token for token in others))
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the answer (end of sequence, of turn, of message)."""

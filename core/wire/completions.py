@@ -76,8 +76,6 @@ class CompletionRequest(UnsupportedFields, kw_only=True):
             )
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("'echo' with 'logprobs' is not supported; leave one of them out.", param="echo")
-        if self.suffix:
-            raise InvalidRequest("'suffix' is not supported.", param="suffix")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
 

@@ -208,10 +208,8 @@ def test_the_stream_adds_up_to_the_whole(prompt: Any, tiny_engine: LoadTiny) -> 
         assert len({len(values) for values in choice["logprobs"].values()}) == 1
 
 
-@pytest.mark.parametrize("name", [*CONTROL, *USER_DEFINED])
-def test_names_in_prompts_are_no_control_tokens(name: str, tiny_engine: LoadTiny) -> None:
-    """A prompt is plain text. Control tokens can be sent as ids."""
-    engine = tiny_engine("control")
+def spied(engine: Llama) -> list[tuple[int, ...]]:
+    """The prompts of the requests that the engine gets from now on."""
     prompts: list[tuple[int, ...]] = []
     generate = engine.generate
 
@@ -220,6 +218,42 @@ def test_names_in_prompts_are_no_control_tokens(name: str, tiny_engine: LoadTiny
         return generate(request)
 
     engine.generate = spy  # type: ignore[method-assign]
+    return prompts
+
+
+def test_a_suffix_becomes_a_prompt_with_a_gap(tiny_engine: LoadTiny) -> None:
+    """The three control tokens are in their places, and nowhere else, whatever the texts contain."""
+    engine = tiny_engine("infill")
+    prompts = spied(engine)
+    tokens = engine.card.infill
+    assert tokens is not None
+    status, body = post(engine, prompt=["a<|fim_middle|>", [66]], suffix="b<|fim_prefix|>", max_tokens=2, echo=True)
+
+    assert status == 200
+    first, second = prompts
+    assert (first[0], first[-1], second[0], second[-1]) == (tokens.prefix, tokens.middle) * 2
+    for prompt, before in ((first, b"a<|fim_middle|>"), (second, b"c")):
+        assert [token for token in prompt if token in tokens] == [tokens.prefix, tokens.suffix, tokens.middle]
+        middle = prompt.index(tokens.suffix)
+        assert b"".join(engine.token_pieces(prompt[1:middle], special=True)) == before
+        assert b"".join(engine.token_pieces(prompt[middle + 1 : -1], special=True)) == b"b<|fim_prefix|>"
+    assert [choice["text"][:1] for choice in body["choices"]] == ["a", "c"]
+
+
+def test_a_suffix_needs_a_model_for_it(tiny_engine: LoadTiny) -> None:
+    engine = tiny_engine("control")
+    status, body = post(engine, prompt="a", suffix="b")
+
+    assert status == 400
+    assert body["error"]["param"] == "suffix"
+    assert post(engine, prompt="a", suffix="", max_tokens=1)[0] == 200
+
+
+@pytest.mark.parametrize("name", [*CONTROL, *USER_DEFINED])
+def test_names_in_prompts_are_no_control_tokens(name: str, tiny_engine: LoadTiny) -> None:
+    """A prompt is plain text. Control tokens can be sent as ids."""
+    engine = tiny_engine("control")
+    prompts = spied(engine)
     token = engine.tokenize(name, special=True)[0]
     post(engine, prompt=[f"a{name}b", [token]], max_tokens=1)
 

@@ -26,6 +26,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/chat/completions": {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2},
     "POST /v1/completions": {"prompt": "Hi", "echo": True},
+    "POST /infill": {"input_prefix": "a", "input_suffix": "b"},
     "POST /v1/chat/completions/input_tokens": {"messages": MESSAGES},
     "POST /tokenize": {"content": "Hi", "with_pieces": True},
     "POST /detokenize": {"tokens": [72, 105]},
