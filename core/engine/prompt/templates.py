@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from core.engine.cache import common_prefix
 from core.engine.interface import Engine, ModelCard
+from core.engine.output.families import FAMILIES, Family
+from core.engine.prompt import tools as tool_texts
+from core.engine.prompt.capabilities import Capabilities, capabilities, reasoning_key, shows_later_systems
+from core.engine.prompt.guard import Guard, strings
 from core.engine.prompt.text import LONGEST_TOKEN, bos
 from core.errors import InvalidRequest, ModelUnavailable
 
@@ -24,42 +28,61 @@ logger = logging.getLogger("slm.templates")
 
 Messages = list[dict[str, Any]]
 
+# What the server itself passes to templates.
+_RESERVED = frozenset(
+    (
+        *("messages", "tools", "xml_tools", "python_tools", "available_tools", "documents"),
+        *("add_generation_prompt", "bos_token", "eos_token"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of a conversation. `reasoning`: the answer begins inside the model's reasoning."""
+
+    tokens: tuple[int, ...]
+    reasoning: bool = False
+
 
 def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
-    """Return the tokens of the conversation, up to where the assistant's answer begins. Call it in a worker thread.
+    """Return the tokens of a conversation without tools (see `build`)."""
+    return build(engine, messages).tokens
 
-    `messages` are plain dicts with `role`, `content` (a string), and optionally `name`, `tool_calls`, `tool_call_id`.
+
+def build(
+    engine: Engine,
+    messages: Messages,
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    family: Family = FAMILIES[-1],
+    variables: Mapping[str, Any] | None = None,
+    close_reasoning: bool = False,
+) -> Prompt:
+    """Return the prompt of a conversation, up to where the assistant's answer begins. Call it in a worker thread.
+
+    `messages` are plain dicts with `role`, `content` (a string), and optionally `name`, `tool_calls`, `tool_call_id`,
+    `reasoning_content`. `tools` are in OpenAI's shape; what the template cannot show of them, of calls and of results
+    becomes text in the form of `family`. `variables` are further ones for the template. With `close_reasoning`, a
+    prompt that would end inside reasoning ends after it.
     Raises InvalidRequest if they are too long or the template refuses them, ModelUnavailable if the template is broken
     or does not end.
     """
     card = engine.card
+    variables = variables or {}
     # 1) Refuse what cannot fit before anything expensive is done with it.
-    if len(messages) >= card.n_ctx:
+    _check_length(card, messages, tools, variables)
+    for name in _RESERVED.intersection(variables):
         raise InvalidRequest(
-            f"'messages' has {len(messages)} items of at least one token each, but the context holds "
-            f"{card.n_ctx} tokens.",
-            param="messages",
-            code="context_length_exceeded",
-        )
-    characters = sum(
-        len(string)
-        for message in messages
-        for key, value in message.items()
-        if key != "role"
-        for string in _strings(value)
-    )
-    if characters > card.n_ctx * LONGEST_TOKEN:
-        raise InvalidRequest(
-            f"The messages have {characters} characters, but the context holds {card.n_ctx} tokens, which is at most "
-            f"{card.n_ctx * LONGEST_TOKEN} characters. {card.remedy}",
-            param="messages",
-            code="context_length_exceeded",
+            f"'chat_template_kwargs' must not contain '{name}': the server sets it.",
+            param=f"chat_template_kwargs.{name}",
         )
     # 2) Mark the names of control tokens.
-    guard = _Guard(engine)
+    guard = Guard(engine)
     messages = [
         {key: value if key == "role" else guard.mark(value) for key, value in message.items()} for message in messages
     ]
+    marked_tools, marked_variables = guard.mark(list(tools)), guard.mark(variables)
     if guard.count * 2 > card.n_ctx:  # a name that is cut has at least two tokens; tokenizing them all takes seconds
         raise InvalidRequest(
             f"The messages contain names of control tokens {guard.count} times, but the context holds {card.n_ctx} "
@@ -68,12 +91,48 @@ def prompt(engine: Engine, messages: Messages) -> tuple[int, ...]:
             param="messages",
             code="context_length_exceeded",
         )
-    # 3) Render, and tokenize part by part.
-    text = _render(card, messages)
+    # 3) Render.
+    text = _render(card, messages, marked_tools, marked_variables, family)
+    # 4) See whether the template has opened the reasoning.
+    reasoning = _open_reasoning(text, family, guard)
+    if reasoning and close_reasoning and family.think is not None:
+        text = f"{text.rstrip()}\n\n{family.think.closer.strip()}\n\n"
+        reasoning = False
+    # 5) Tokenize part by part.
     tokens = [] if text.startswith(card.bos) else bos(engine)
     for index, part in enumerate(guard.parts(text)):
         tokens += engine.tokenize(part, special=True, continued=index > 0)
-    return tuple(tokens)
+    return Prompt(tuple(tokens), reasoning)
+
+
+def _check_length(
+    card: ModelCard, messages: Messages, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> None:
+    if len(messages) >= card.n_ctx:
+        raise InvalidRequest(
+            f"'messages' has {len(messages)} items of at least one token each, but the context holds "
+            f"{card.n_ctx} tokens.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    values = (value for message in messages for key, value in message.items() if key != "role")
+    characters = sum(len(string) for value in (*values, *tools, variables) for string in strings(value))
+    if characters > card.n_ctx * LONGEST_TOKEN:
+        subject = "messages and tools" if tools else "messages"
+        raise InvalidRequest(
+            f"The {subject} have {characters} characters, but the context holds {card.n_ctx} tokens, which is at most "
+            f"{card.n_ctx * LONGEST_TOKEN} characters. {card.remedy}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
+def _open_reasoning(text: str, family: Family, guard: Guard) -> bool:
+    """Return whether the template's output ends with the opener of reasoning."""
+    if family.think is None or family.channels:
+        return False
+    opener, end = family.think.opener.strip(), text.rstrip()
+    return end.endswith(opener) and not guard.is_marked(end, len(end) - len(opener))
 
 
 def stops(card: ModelCard) -> tuple[str, ...]:
@@ -95,52 +154,68 @@ def shared_prefix(engine: Engine) -> list[int]:
     return list(first[: common_prefix(list(first), list(second))])
 
 
-def _render(card: ModelCard, messages: Messages) -> str:
+def _render(card: ModelCard, messages: Messages, tools: list[Any], variables: Mapping[str, Any], family: Family) -> str:
+    """Return the template's output. If it refuses the messages or fails on them, show it what it supports."""
     source = card.chat_template
     if source is None:
-        return _chatml(messages)
+        messages = _with_reasoning(_with_roles("", messages), None)
+        return _chatml(tool_texts.adapt(messages, tools, Capabilities(), family)[0])
     from core.engine.prompt import sandbox  # imports Jinja
 
-    messages = _adapted(source, messages)
-    try:
-        return _run(card, source, messages)
-    except sandbox.Refused as error:
-        # Gemma 1 and 2 among others refuse the system role. Put its text in front of the first user message.
-        merged = _without_system(messages)
-        if merged is not None:
+    messages = _with_reasoning(messages, reasoning_key(source))
+    messages = _with_roles(source, messages)
+    leading = _without_later_systems(messages)
+    if leading != messages and not shows_later_systems(source, card.bos, card.eos):
+        messages = leading
+    calls = bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    problem: Exception | None = None
+    # 1) Tools and calls as the template shows them, then as text.
+    for shows in (capabilities(source, card.bos, card.eos), Capabilities()) if calls else (Capabilities(),):
+        shown, listed = tool_texts.adapt(messages, tools, shows, family)
+        # 2) System messages as they are, then as part of a user's message.
+        for attempt in _alternatives(shown):
             try:
-                return _run(card, source, merged)
-            except sandbox.Refused:
-                pass
-        raise InvalidRequest(f"The model's chat template refuses these messages: {error}", param="messages") from None
+                return sandbox.render(source, _variables(card, attempt, {**variables, **listed}))
+            except sandbox.Refused as error:
+                problem = problem or error
+            except (sandbox.Broken, sandbox.Runaway) as error:
+                problem = problem or error
+                break
+        if isinstance(problem, sandbox.Runaway):
+            break
+    if isinstance(problem, sandbox.Refused):
+        raise InvalidRequest(f"The model's chat template refuses these messages: {problem}", param="messages")
+    assert isinstance(problem, sandbox.Broken | sandbox.Runaway)
+    raise _failure(card, source, problem) from problem
 
 
-def _run(card: ModelCard, source: str, messages: Messages) -> str:
-    from core.engine.prompt import sandbox
-
-    variables = {
-        "messages": messages,
+def _variables(card: ModelCard, messages: Messages, others: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "tools": None,
         "documents": None,
+        **others,
+        "messages": messages,
         "add_generation_prompt": True,
         "bos_token": card.bos,
         "eos_token": card.eos,
     }
-    try:
-        return sandbox.render(source, variables)
-    except (sandbox.Runaway, sandbox.Broken) as error:
-        if _works(source):
-            logger.info("The chat template of %s failed on these messages: %s", card.name, error)
-            reason = error if isinstance(error, sandbox.Runaway) else "fails on them"
-            raise InvalidRequest(
-                f"The model's chat template cannot format these messages: it {reason}.", param="messages"
-            ) from error
-        logger.error("The chat template of %s failed: %s", card.name, error)
-        reason = f"it {error}" if isinstance(error, sandbox.Runaway) else "it is broken"
-        raise ModelUnavailable(
-            f"The chat template of model '{card.name}' cannot be used: {reason}. Serve another file of this model.",
-            retry_after=None,
-        ) from error
+
+
+def _failure(card: ModelCard, source: str, error: Exception) -> InvalidRequest | ModelUnavailable:
+    """Return the error of a template that failed. If it works on other messages, it is the client's."""
+    from core.engine.prompt import sandbox
+
+    runaway = isinstance(error, sandbox.Runaway)
+    if _works(source):
+        logger.info("The chat template of %s failed on these messages: %s", card.name, error)
+        reason = str(error) if runaway else "fails on them"
+        return InvalidRequest(f"The model's chat template cannot format these messages: it {reason}.", param="messages")
+    logger.error("The chat template of %s failed: %s", card.name, error)
+    reason = f"it {error}" if runaway else "it is broken"
+    return ModelUnavailable(
+        f"The chat template of model '{card.name}' cannot be used: {reason}. Serve another file of this model.",
+        retry_after=None,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -157,29 +232,65 @@ def _works(source: str) -> bool:
 
 
 def _chatml(messages: Messages) -> str:
-    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in _adapted("", messages)]
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
-def _adapted(source: str, messages: Messages) -> Messages:
-    """Rewrite roles and tool calls that the template does not support: `developer`, `function`, `tool_calls`."""
+def _with_roles(source: str, messages: Messages) -> Messages:
+    """Rewrite roles that the template does not support."""
     developer = "developer" if "developer" in source else "system"
-    function = "function" if "'function'" in source or '"function"' in source else "tool"
-    roles = {"developer": developer, "function": function}
-    adapted = []
+    roles = {"developer": developer, "function": "tool"}
+    return [{**message, "role": roles.get(message["role"], message["role"])} for message in messages]
+
+
+def _with_reasoning(messages: Messages, key: str | None) -> Messages:
+    """Put the reasoning of earlier turns where the template reads it. It is left out if the template does not."""
+    changed = []
     for message in messages:
-        message = {**message, "role": roles.get(message["role"], message["role"])}
-        if "tool_calls" in message and "tool_calls" not in source:
-            message["content"] = "\n".join(filter(None, (message["content"], *_as_text(message.pop("tool_calls")))))
-        adapted.append(message)
-    return adapted
+        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+        reasoning = message.get("reasoning_content")
+        # gpt-oss refuses reasoning and text next to a call.
+        refused = key == "thinking" and bool(message.get("tool_calls")) and bool(message["content"])
+        if reasoning and key is not None and not refused:
+            rest[key] = reasoning
+        changed.append(rest)
+    return changed
 
 
-def _as_text(calls: list[dict[str, Any]]) -> Iterator[str]:
-    import json
+def _alternatives(messages: Messages) -> Iterator[Messages]:
+    """Yield the messages, and then without a leading system message, which Gemma 1 and 2 among others refuse."""
+    yield messages
+    merged = _without_system(messages)
+    if merged is not None:
+        yield merged
 
-    for call in calls:
-        yield json.dumps(call["function"], ensure_ascii=False)
+
+def _without_later_systems(messages: Messages) -> Messages:
+    """Make system messages behind the first message part of the user's message next to them."""
+    changed: Messages = []
+    waiting: list[str] = []
+    for index, message in enumerate(messages):
+        if index and message["role"] in ("system", "developer"):
+            waiting.append(message["content"])
+        elif waiting and message["role"] == "user":
+            changed.append({**message, "content": "\n\n".join((*waiting, message["content"]))})
+            waiting = []
+        elif waiting:
+            _append_user(changed, waiting)
+            changed.append(message)
+            waiting = []
+        else:
+            changed.append(message)
+    if waiting:
+        _append_user(changed, waiting)
+    return changed
+
+
+def _append_user(messages: Messages, texts: list[str]) -> None:
+    if messages and messages[-1]["role"] == "user":
+        messages[-1] = {**messages[-1], "content": "\n\n".join((messages[-1]["content"], *texts))}
+    else:
+        messages.append({"role": "user", "content": "\n\n".join(texts)})
 
 
 def _without_system(messages: Messages) -> Messages | None:
@@ -188,50 +299,3 @@ def _without_system(messages: Messages) -> Messages | None:
         return None
     content = messages[0]["content"] + "\n\n" + messages[1]["content"]
     return [{**messages[1], "content": content}, *messages[2:]]
-
-
-class _Guard:
-    """Marks the names of control tokens in a client's strings, and cuts them in two in the template's output.
-
-    The mark is in front of the name, so a template that looks for a name ("</think>" in an assistant's message) still
-    finds it. It consists of digits, which neither `upper` nor `tojson` changes. A template may drop marked text.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._mark = f"{int.from_bytes(os.urandom(8), 'big'):020}"
-        self.count = 0  # marks so far
-
-    def mark(self, value: Any) -> Any:
-        """Return the value with a mark in front of each name in its strings, including keys of objects."""
-        if isinstance(value, str):
-            starts = self._engine.control_names(value)
-            if not starts:
-                return value
-            self.count += len(starts)
-            ends = [*starts[1:], len(value)]
-            named = (value[start:end] for start, end in zip(starts, ends, strict=True))
-            return self._mark.join((value[: starts[0]], *named))
-        if isinstance(value, dict):
-            return {self.mark(key): self.mark(inner) for key, inner in value.items()}
-        return [self.mark(inner) for inner in value] if isinstance(value, list) else value
-
-    def parts(self, text: str) -> Iterator[str]:
-        """Return the text without marks, in parts that cut each marked name in two."""
-        part, *named = text.split(self._mark)
-        for name in named:
-            yield part + name[:1]
-            part = name[1:]
-        yield part
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
