@@ -15,6 +15,7 @@ from core.engine.interface import Embedder, ModelCard, Vector
 from core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import Host
 from core.lending import Lease, in_thread
+from core.metrics import error_code
 from core.service import Service
 from core.wire.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage, Text
 
@@ -68,14 +69,28 @@ async def embed(service: Service, request: EmbeddingRequest, *, ends: float | No
         check_lengths(engine.card, tokens, fields)
         return tokens
 
-    computed = await compute(host(service, request.model), build, ends)
+    computed = await compute(service, request.model, build, ends)
     return await asyncio.to_thread(_answer, computed, request)
 
 
 async def compute(
+    service: Service, model: str | None, build: Callable[[Embedder], list[Sequence[int]]], ends: float | None
+) -> Computed:
+    """Lease the model, make the texts' tokens in a worker thread, wait for the vectors and count the request."""
+    began = time.monotonic()
+    embedder = host(service, model)
+    try:
+        computed = await _compute(embedder, build, ends)
+    except BaseException as error:
+        service.metrics.failed(embedder.state().model or "", error_code(error))
+        raise
+    service.metrics.embedded(computed.model, computed.tokens, time.monotonic() - began)
+    return computed
+
+
+async def _compute(
     embedder: Host[Embedder], build: Callable[[Embedder], list[Sequence[int]]], ends: float | None
 ) -> Computed:
-    """Lease the model, make the texts' tokens in a worker thread and wait for the vectors."""
     lease: Lease[Embedder] = await embedder.lease(ends)
     try:
         tokens = await in_thread(lease, build)

@@ -6,11 +6,14 @@ model's name, which the operator chooses: keys, prompts and names from clients w
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+
+from core.errors import ApiError
 
 Bounds = tuple[float, ...]
 
@@ -116,6 +119,13 @@ class _Series:
     histograms: dict[str, Histogram] = field(default_factory=_empty_histograms)
 
 
+def error_code(error: BaseException) -> str:
+    """Return the code under which a request without a first token is counted."""
+    if isinstance(error, ApiError):
+        return error.code or error.type
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"
+
+
 class Metrics:
     """The requests of this process. They outlive a model, so a swap resets nothing. Thread-safe."""
 
@@ -148,16 +158,25 @@ class Metrics:
                 series.histograms[name].observe(observed)
             series.histograms["inter_token_latency_seconds"].add(request.token_intervals)
 
+    def embedded(self, model: str, prompt_tokens: int, latency_s: float) -> None:
+        """Count a request that computed vectors. It generates no tokens, so it is in fewer histograms."""
+        with self._lock:
+            series = self._models.setdefault(model, _Series())
+            series.counters["prompt_tokens"] += prompt_tokens
+            series.success["stop"] = series.success.get("stop", 0) + 1
+            series.histograms["e2e_request_latency_seconds"].observe(latency_s)
+            series.histograms["request_prompt_tokens"].observe(prompt_tokens)
+
     def failed(self, model: str, code: str) -> None:
-        """Count a request that ended with an error. `code` is that of an ApiError."""
+        """Count a request that ended with an error. `code` is that of `error_code`."""
         with self._lock:
             failure = self._models.setdefault(model, _Series()).failure
             failure[code] = failure.get(code, 0) + 1
 
-    def text(self, load: Load | None) -> str:
-        """Return all series as Prometheus text, version 0.0.4. `load` is that of the served model, if there is one."""
+    def text(self, loads: Sequence[Load]) -> str:
+        """Return all series as Prometheus text, version 0.0.4. `loads` are those of the loaded models."""
         with self._lock:
-            lines = [*_gauges(load), *self._counters(), *self._histograms()]
+            lines = [*_gauges(loads), *self._counters(), *self._histograms()]
         return "".join(f"{line}\n" for line in lines)
 
     def _counters(self) -> Iterator[str]:
@@ -165,7 +184,7 @@ class Metrics:
             yield from _head(f"{name}_total", "counter", help_text)
             for model, series in self._models.items():
                 yield _sample(f"{name}_total", {"model_name": model}, series.counters[name])
-        yield from _head("request_success_total", "counter", "Requests that had a first token, by finish reason.")
+        yield from _head("request_success_total", "counter", "Requests that the model answered, by finish reason.")
         for model, series in self._models.items():
             for reason, count in series.success.items():
                 yield _sample("request_success_total", {"model_name": model, "finished_reason": reason}, count)
@@ -181,15 +200,15 @@ class Metrics:
                 yield from _buckets(name, {"model_name": model}, series.histograms[name])
 
 
-def _gauges(load: Load | None) -> Iterator[str]:
-    for name, help_text, value in (
-        ("num_requests_running", "Sequences that are in prefill or decode.", load and load.running),
-        ("num_requests_waiting", "Sequences that wait for a slot.", load and load.waiting),
-        ("kv_cache_usage_perc", "KV cells of running sequences; 1 is all of them.", load and load.kv_usage),
+def _gauges(loads: Sequence[Load]) -> Iterator[str]:
+    for name, help_text, attribute in (
+        ("num_requests_running", "Sequences that are in prefill or decode.", "running"),
+        ("num_requests_waiting", "Sequences that wait for a slot.", "waiting"),
+        ("kv_cache_usage_perc", "KV cells of running sequences; 1 is all of them.", "kv_usage"),
     ):
         yield from _head(name, "gauge", help_text)
-        if load is not None:
-            yield _sample(name, {"model_name": load.model}, value or 0)
+        for load in loads:
+            yield _sample(name, {"model_name": load.model}, getattr(load, attribute))
 
 
 def _head(name: str, kind: str, help_text: str) -> tuple[str, str]:

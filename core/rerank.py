@@ -34,7 +34,7 @@ async def rerank(service: Service, request: RerankRequest, *, ends: float | None
         embeddings.check_lengths(engine.card, pairs, [f"documents[{place}]" for place in range(len(pairs))])
         return list(pairs)
 
-    computed = await embeddings.compute(embeddings.host(service, request.model), build, ends)
+    computed = await embeddings.compute(service, request.model, build, ends)
     scores = [relevance(vector, probability=probabilities) for vector in computed.vectors]
     order = sorted(range(len(texts)), key=lambda place: -scores[place])[: request.top_n]
     results = [Ranked(place, scores[place]) for place in order]

@@ -5,7 +5,6 @@ It uses no OpenAI shapes and no HTTP.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -24,7 +23,7 @@ from core.engine.interface import (
 from core.errors import ApiError, ModelNotFound
 from core.generations import Generations
 from core.lending import Lease, in_thread
-from core.metrics import FinishedRequest, Metrics
+from core.metrics import FinishedRequest, Metrics, error_code
 from core.service import Service
 from core.settings import Settings
 
@@ -145,7 +144,7 @@ class Session:
             self.measured = self._measure()
             self._metrics.finished(self.measured)
             if self._error is not None:
-                self._metrics.failed(self.card.name, self._error.code or self._error.type)
+                self._metrics.failed(self.card.name, error_code(self._error))
 
     def _measure(self) -> FinishedRequest:
         timings = self.timings
@@ -216,13 +215,6 @@ async def begin_all(
         served = service.host.state().model if lease is None else lease.engine.card.name
         if lease is not None:
             lease.release()
-        service.metrics.failed(served or "", _code(error))
+        service.metrics.failed(served or "", error_code(error))
         raise
     return Session(lease, generation, first, requests, service.metrics, began)
-
-
-def _code(error: BaseException) -> str:
-    """Return the code under which a request without a first token is counted."""
-    if isinstance(error, ApiError):
-        return error.code or error.type
-    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"

@@ -125,6 +125,7 @@ def _close(session: Session) -> None:
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,
         "completion_tokens": measured.completion_tokens,
+        "reasoning_tokens": session.reasoning_tokens,
         "finish_reason": measured.finish_reason,
         "latency_ms": round(measured.latency_s * 1000, 1),
         "first_token_ms": round(measured.first_token_s * 1000, 1),

@@ -36,6 +36,15 @@ def test_no_unwanted_file_is_tracked() -> None:
     unwanted = [
         name
         for name in git.stdout.split()
-        if name.endswith((".gguf", ".pyc", ".so")) or name == ".env" or name.startswith((".venv/", "models/"))
+        if name.endswith((".gguf", ".pyc", ".so"))
+        or name == ".env"
+        or name.startswith((".venv/", ".schemathesis/", "models/"))
     ]
     assert unwanted == []
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """The folders of tests are no packages, so pytest imports each file under its bare name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+
+    assert sorted(set(names)) == sorted(names)

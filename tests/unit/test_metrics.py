@@ -27,7 +27,7 @@ from core.store.directory import LocalModel
 from handlers.dispatch import dispatch
 from handlers.http import Request
 from handlers.metrics import load_of
-from tests.fakes import FakeHost, ScriptedEngine, fake_service
+from tests.fakes import FakeHost, ScriptedEmbedder, ScriptedEngine, fake_service
 
 JSON = {"content-type": "application/json", "host": "localhost"}
 LOCAL = {"client": "127.0.0.1"}
@@ -185,6 +185,25 @@ def test_counters_survive_a_swap() -> None:
     assert value(samples, "slm_num_requests_running", model_name="other") == 0
 
 
+def test_embeddings_are_counted_under_their_own_model() -> None:
+    """Tokens and latency; a refused request by its code."""
+
+    async def go() -> tuple[dict[str, list[Sample]], dict[str, Any]]:
+        service = fake_service(embedder=ScriptedEmbedder()).service
+        answer = json.loads(await post(service, "/v1/embeddings", {"input": ["one", "two"]}))
+        await post(service, "/v1/embeddings", {"input": "one", "dimensions": 4000})
+        return await scrape(service), answer
+
+    samples, answer = asyncio.run(go())
+    name = answer["model"]
+    assert value(samples, "slm_request_success", "_total", model_name=name) == 1
+    assert value(samples, "slm_prompt_tokens", "_total", model_name=name) == answer["usage"]["prompt_tokens"]
+    assert value(samples, "slm_e2e_request_latency_seconds", "_count", model_name=name) == 1
+    assert value(samples, "slm_time_to_first_token_seconds", "_count", model_name=name) == 0
+    assert value(samples, "slm_request_failure", "_total", model_name=name, code="invalid_request_error") == 1
+    assert value(samples, "slm_num_requests_running", model_name=name) == 0
+
+
 def test_without_a_model_there_are_no_gauges_and_nothing_is_loaded() -> None:
     """A scrape is no reason to load."""
     host = FakeHost(None)
@@ -201,7 +220,7 @@ def test_a_histogram_counts_each_value_in_the_first_bucket_that_holds_it() -> No
     for seconds in (0.001, 0.0011, 0.3, 1000.0):
         intervals.observe(seconds)
     metrics.finished(FinishedRequest("m", "stop", 5, 2, 4, 0.5, 2.0, 0.1, 0.4, 1.5, intervals))
-    samples = parse(metrics.text(Load("m", 1, 2, 0.25)))
+    samples = parse(metrics.text([Load("m", 1, 2, 0.25)]))
     buckets = {
         sample.labels["le"]: sample.value
         for sample in samples["slm_inter_token_latency_seconds"]
@@ -249,7 +268,7 @@ def test_text_is_escaped() -> None:
         FinishedRequest(name, "stop", 1, 0, 1, 0.1, 0.1, 0.1, 0.1, 0.1, Histogram(token_intervals().bounds))
     )
 
-    assert value(parse(metrics.text(None)), "slm_prompt_tokens", "_total", model_name=name) == 1
+    assert value(parse(metrics.text([])), "slm_prompt_tokens", "_total", model_name=name) == 1
 
 
 @pytest.mark.parametrize(
