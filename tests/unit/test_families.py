@@ -84,4 +84,4 @@ def test_the_markers_of_a_family_are_the_names_in_its_texts():
     assert set(families["harmony"]) == {
         *("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|end|>", "<|return|>")
     }
-    assert families["llama 3"] == ()
+    assert families["llama 3"] == ("<think>", "</think>")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engine.interface import Arguments, Call, CallEnd, Piece, Reasoning, Text
-from core.engine.output.families import FAMILIES
+from core.engine.output.families import FAMILIES, marker_texts
 from core.engine.output.parsers import parser
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"
@@ -117,6 +118,11 @@ def whole(pieces):
 
 RECORDED = list(load())
 each = pytest.mark.parametrize("recording", RECORDED, ids=lambda recording: f"{recording.family}: {recording.name}")
+of_each_family = pytest.mark.parametrize(
+    "recordings",
+    [[recording for recording in RECORDED if recording.family == name] for name in BY_NAME],
+    ids=list(BY_NAME),
+)
 
 
 @each
@@ -129,15 +135,16 @@ def test_a_recording_says_its_events(recording):
             assert isinstance(json.loads(events[index - 1].text), dict)
 
 
-@each
-def test_what_was_said_stays_true(recording):
-    """After each character the parser has said the beginning of the events, and no part of a marker."""
-    reader = recording.parser()
-    said = []
-    for piece in per_character(recording.pieces):
-        said += reader.feed(piece)
-        assert begins(merged(said), recording.events), (piece, said)
-    assert merged([*said, *reader.finish(cut=recording.cut)]) == recording.events
+@of_each_family
+def test_what_was_said_stays_true(recordings):
+    """After each character a parser has said the beginning of the events, and no part of a marker."""
+    for recording in recordings:
+        reader = recording.parser()
+        said = []
+        for piece in per_character(recording.pieces):
+            said += reader.feed(piece)
+            assert begins(merged(said), recording.events), (recording.name, piece, said)
+        assert merged([*said, *reader.finish(cut=recording.cut)]) == recording.events, recording.name
 
 
 @given(st.data())
@@ -153,17 +160,18 @@ def test_random_pieces_say_the_same(data):
     assert merged(recording.parse(pieces)) == recording.events
 
 
-@each
-def test_every_prefix_has_an_end(recording):
+@of_each_family
+def test_every_prefix_has_an_end(recordings):
     """A turn may end anywhere. At a cut it says the beginning of the events, unless a call never got its name."""
-    pieces = list(per_character(recording.pieces))
-    for end in range(len(pieces)):
-        beginning = whole(pieces[:end])
-        recording.parse(beginning, cut=False)
-        events = merged(recording.parse(beginning, cut=True))
-        if events and isinstance(events[-1], Text):  # the white space before a call belongs to the text if none comes
-            events = (*events[:-1], Text(events[-1].text.rstrip()))
-        assert begins(events, recording.events) or BY_NAME[recording.family].bare, (beginning, events)
+    for recording in recordings:
+        pieces = list(per_character(recording.pieces))
+        for end in range(len(pieces)):
+            beginning = whole(pieces[:end])
+            recording.parse(beginning, cut=False)
+            events = merged(recording.parse(beginning, cut=True))
+            if events and isinstance(events[-1], Text):  # white space before a call is said if none comes
+                events = (*events[:-1], Text(events[-1].text.rstrip()))
+            assert begins(events, recording.events) or BY_NAME[recording.family].bare, (recording.name, beginning)
 
 
 def begins(said, events):
@@ -197,8 +205,6 @@ def test_no_text_is_lost_or_doubled(family, texts, tools):
 
 @given(st.sampled_from(FAMILIES), st.data())
 def test_nothing_that_a_model_writes_is_an_error(family, data):
-    from core.engine.output.families import marker_texts
-
     markers = marker_texts(family)
     words = [
         '{"name": "',
@@ -248,3 +254,198 @@ def test_nothing_that_a_model_writes_is_an_error(family, data):
     for index, event in enumerate(merged(events)):
         if isinstance(event, CallEnd):
             assert isinstance(json.loads(merged(events)[index - 1].text), dict)
+
+
+def opened(family, *pieces, markers=None, reasoning_open=False):
+    """Feed pieces to a parser. Return it and what it said."""
+    known = frozenset(marker_texts(BY_NAME[family]) if markers is None else markers)
+    reader = parser(BY_NAME[family], TOOLS, known, reasoning_open=reasoning_open)
+    said = []
+    for piece in pieces:
+        said += reader.feed(Piece(piece, marker=piece in known))
+    return reader, merged(said)
+
+
+@pytest.mark.parametrize(
+    ("family", "pieces", "overrun"),
+    [
+        ("hermes", ["<tool_call>", "\n"], ""),
+        ("hermes", ["<tool_call>", '\n{"'], '{"'),
+        ("hermes", ["<tool_call>", '{"'], '{"'),
+        ("lfm2", ["<|tool_call_start|>"], ""),
+        ("mistral 11", ["Hi.", "[TOOL_CALLS]"], ""),
+        ("gemma 4", ["<|tool_call>", "call", ":"], ""),
+        ("gemma 4", ["<|tool_call>", "call", ":get_"], "get_"),
+        ("harmony", ["<|channel|>", "commentary", " to", "=functions", "."], ""),
+        ("harmony", ["<|channel|>", "commentary", " to", "=functions", ".get"], "get"),
+        ("harmony", [" to", "=functions", ".get"], "get"),
+        ("deepseek r1", ["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>"], ""),
+        ("qwen coder", ["<tool_call>", "\n<"], "<"),
+        ("qwen coder", ["<function", "=get", "_weather", ">\n"], "<function=get_weather>\n"),  # the opener is left out
+        ("llama 3", ["{", '"name', '":', ' "'], '{"name": "'),
+        ("llama 3", ["\n", '{"name":"pi'], '{"name": "pi'),  # as the grammar writes it
+        ("llama 3", ['{"type": "function", "', 'name": "'], '{"name": "'),
+    ],
+)
+def test_a_call_is_open_once_its_opener_is_complete(family, pieces, overrun):
+    *before, last = pieces
+    reader, _ = opened(family, *before)
+    assert not reader.calling
+    reader, _ = opened(family, *before, last)
+    assert reader.calling
+    assert reader.overrun == overrun
+
+
+@pytest.mark.parametrize(
+    ("family", "pieces"),
+    [
+        ("hermes", ["<think>", "<tool_call>", "\n{"]),
+        ("harmony", ["<|channel|>", "analysis", "<|message|>", "to=functions.ping"]),
+        ("qwen coder", ["<function=", "unknown", ">"]),
+        ("llama 3", ['{"names": "']),
+        ("llama 3", ['Call {"name": "']),
+    ],
+)
+def test_no_call_is_open_in_reasoning_or_text(family, pieces):
+    reader, _ = opened(family, *pieces)
+    assert not reader.calling
+
+
+def test_the_call_is_open_until_its_closer():
+    reader, said = opened("hermes", "<tool_call>", '\n{"name": "ping", "arguments": {}}')
+    assert said == (Call("ping"), Arguments("{}"), CallEnd())
+    assert reader.calling
+    assert reader.feed(Piece("\n")) == []
+    assert reader.calling
+    assert reader.feed(Piece("</tool_call>", marker=True)) == []
+    assert not reader.calling
+
+
+def test_a_call_without_closer_ends_with_its_arguments():
+    reader, _ = opened("mistral 11", "[TOOL_CALLS]", "ping", "[ARGS]", "{", "}")
+    assert not reader.calling
+
+
+def test_an_array_is_open_until_its_end():
+    reader, said = opened("mistral", "[TOOL_CALLS]", '[{"name": "ping"}')
+    assert said[-1] == CallEnd()
+    assert reader.calling
+    reader.feed(Piece("]"))
+    assert not reader.calling
+
+
+def test_what_is_rejected_is_text_and_more_text_follows():
+    reader, said = opened("hermes", "So:\n", "<tool_call>", '\n{"a": [1')
+    assert reader.calling
+    assert merged([*said, *reader.reject()]) == (Text('So:\n<tool_call>\n{"a": [1'),)
+    assert not reader.calling
+    assert merged([*reader.feed(Piece(", 2]")), *reader.finish(cut=False)]) == (Text(", 2]"),)
+
+
+@pytest.mark.parametrize("family", ["harmony", "llama 3", "qwen coder", "lfm2"])
+def test_each_form_can_be_rejected(family):
+    start = {
+        "harmony": ["<|channel|>", "commentary", " to=functions.p"],
+        "llama 3": ['{"name": "pi'],
+        "qwen coder": ["<tool_call>", "\n<function=p"],
+        "lfm2": ["<|tool_call_start|>", "[pi"],
+    }[family]
+    reader, said = opened(family, *start)
+    assert reader.calling
+    assert merged([*said, *reader.reject(), *reader.feed(Piece(" x"))]) == (Text("".join(start) + " x"),)
+    assert not reader.calling
+
+
+def test_rejecting_nothing_says_nothing():
+    reader, _ = opened("hermes", "Hello")
+    assert reader.reject() == []
+    assert reader.feed(Piece(" you")) == [Text(" you")]
+
+
+def test_a_call_can_follow_a_rejected_one():
+    reader, _ = opened("hermes", "<tool_call>", "\n{")
+    assert reader.reject() == [Text("<tool_call>\n{")]
+    reader.feed(Piece("<tool_call>", marker=True))
+    assert Call("ping") in reader.feed(Piece('\n{"name": "ping"}'))
+
+
+def test_reasoning_lasts_from_its_opener_to_its_closer():
+    reader, _ = opened("hermes")
+    assert not reader.reasoning
+    reader.feed(Piece("<think>", marker=True))
+    assert reader.reasoning
+    assert reader.feed(Piece("\nHm")) == [Reasoning("Hm")]
+    reader.feed(Piece("</think>", marker=True))
+    assert not reader.reasoning
+
+
+def test_reasoning_that_the_prompt_opened_comes_first():
+    reader, _ = opened("deepseek r1", reasoning_open=True)
+    assert reader.reasoning
+
+
+def test_text_without_tools_is_said_at_once():
+    reader = parser(BY_NAME["hermes"], [], frozenset(marker_texts(BY_NAME["hermes"])), reasoning_open=False)
+    assert reader.feed(Piece("Line\n")) == [Text("Line\n")]
+    assert reader.feed(Piece("<tool_call>")) == [Text("<tool_call>")]
+
+
+def test_without_tools_a_call_is_text():
+    reader = parser(BY_NAME["llama 3"], [], frozenset(), reasoning_open=False)
+    assert reader.feed(Piece('{"name": "ping"}')) == [Text('{"name": "ping"}')]
+
+
+def test_arguments_are_said_as_they_come():
+    reader, _ = opened("hermes", "<tool_call>", '\n{"name": "note", "arguments": {"text": "one')
+    assert reader.feed(Piece(" two")) == [Arguments(" two")]
+    reader, _ = opened("qwen coder", "<tool_call>", "\n<function=note>\n<parameter=text>\none")
+    assert reader.feed(Piece(' "two"')) == [Arguments(' \\"two\\"')]
+    reader, _ = opened("gemma 4", "<|tool_call>", "call:note{text:", '<|"|>', "one")
+    assert reader.feed(Piece("\ttwo")) == [Arguments("\\ttwo")]
+    reader, _ = opened("lfm2", "<|tool_call_start|>", "[note(text='one")
+    assert reader.feed(Piece(' "two')) == [Arguments(' \\"two')]
+
+
+def test_a_name_is_text_as_soon_as_no_tool_has_it():
+    _, said = opened("hermes", "<tool_call>", '\n{"name": "pon')
+    assert said == (Text('<tool_call>\n{"name": "pon'),)
+
+
+@pytest.mark.parametrize("opener", ["[", '{"a":', "("])
+def test_values_nested_too_deeply_are_no_arguments(opener):
+    family = "lfm2" if opener == "(" else "hermes"
+    start = {
+        "lfm2": ["<|tool_call_start|>", "[plan(steps="],
+        "hermes": ["<tool_call>", '{"name": "plan", "arguments": {"steps": '],
+    }
+    _, said = opened(family, *start[family], opener * 100_000)
+    assert isinstance(said[-1], Text)
+
+
+@pytest.mark.parametrize("name", ["note", "plan"])
+def test_time_grows_with_the_text_alone(name):
+    """The work per character does not depend on how much came before: counted in calls of Python functions."""
+    value = {"note": '{"text": "', "plan": '{"steps": ['}[name]
+    item = {"note": "a\\n", "plan": '{"a": 1}, '}[name]
+    reader, _ = opened("hermes", "<tool_call>", f'\n{{"name": "{name}", "arguments": {value}')
+
+    def work():
+        calls = 0
+
+        def count(*_):
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            for character in item * 20:
+                reader.feed(Piece(character))
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    early = work()
+    for character in item * 2000:
+        reader.feed(Piece(character))
+    assert work() <= early * 1.1
+    assert len(reader._source.text) < 10

@@ -29,6 +29,9 @@ class Think:
     closer: str
 
 
+THINK = Think("<think>", "</think>")  # most families, and what is trained from any of them
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How one family writes calls.
@@ -65,10 +68,8 @@ class Family:
     id_opener: str = ""
     several: bool = True  # whether one turn may hold several calls
     tools_variable: str = "tools"  # of the chat template
-    think: Think | None = None
+    think: Think = THINK
 
-
-THINK = Think("<think>", "</think>")
 
 # The order decides: rows that are recognised by a template's text come before rows that only need a token.
 FAMILIES = (
@@ -109,7 +110,6 @@ FAMILIES = (
         closer="\n</tool_call>",
         separator="\n",
         heads=("<function=",),
-        think=THINK,
     ),
     Family(
         "lfm2",
@@ -117,7 +117,6 @@ FAMILIES = (
         signs=(("<|tool_call_start|>",),),
         opener="<|tool_call_start|>",
         closer="<|tool_call_end|>",
-        think=THINK,
     ),
     Family(
         "mistral 11",
@@ -158,7 +157,6 @@ FAMILIES = (
         separator="\n",
         section="<｜tool▁calls▁begin｜>",
         section_closer="<｜tool▁calls▁end｜>",
-        think=THINK,
     ),
     Family(
         "deepseek v3.1",
@@ -169,7 +167,6 @@ FAMILIES = (
         closer="<｜tool▁call▁end｜>",
         section="<｜tool▁calls▁begin｜>",
         section_closer="<｜tool▁calls▁end｜>",
-        think=THINK,
     ),
     Family(
         "phi 4 mini",
@@ -185,7 +182,6 @@ FAMILIES = (
         opener="<|tool_call|>",
         variants=("<tool_call>",),
         tools_variable="available_tools",
-        think=THINK,
     ),
     Family(
         "functionary",
@@ -203,7 +199,6 @@ FAMILIES = (
         closer="\n</tool_call>",
         separator="\n",
         tools_variable="xml_tools",
-        think=THINK,
     ),
     Family(
         "hermes",
@@ -212,7 +207,6 @@ FAMILIES = (
         opener="<tool_call>\n",
         closer="\n</tool_call>",
         separator="\n",
-        think=THINK,
     ),
     Family(
         "llama 3",
@@ -230,7 +224,6 @@ FAMILIES = (
         closer="\n</tool_call>",
         separator="\n",
         bare=True,
-        think=THINK,
     ),
 )
 
@@ -254,8 +247,7 @@ def marker_texts(family: Family) -> tuple[str, ...]:
 
     A text such as "<tool_call>\\n" is a marker and text: only the marker is returned.
     """
-    think = () if family.think is None else (family.think.opener, family.think.closer)
     enclosing = (family.section, family.opener, *family.variants, family.closer, family.section_closer)
     inside = (family.quote, family.id_opener, family.middle)
-    texts = (*enclosing, *inside, *family.frame, *think)
+    texts = (*enclosing, *inside, *family.frame, family.think.opener, family.think.closer)
     return tuple(dict.fromkeys(marker for text in texts for marker in _MARKER.findall(text)))

@@ -56,7 +56,7 @@ class SequenceParser:
         source = self._source = Source(markers)
         self._family = family
         self._tools = tools
-        self.reasoning = reasoning_open and family.think is not None
+        self.reasoning = reasoning_open
         self.calling = False
         self.overrun = ""
         self._events: list[Event] = []
@@ -68,9 +68,8 @@ class SequenceParser:
         self._arguments_whole = False
         self._cut = False
         # 1) The family's texts as the source shows them. White space around a marker is free.
-        think = family.think
-        self._think_opener = "" if think is None else source.encode(think.opener).strip(SPACE)
-        self._think_closer = "" if think is None else source.encode(think.closer).strip(SPACE)
+        self._think_opener = source.encode(family.think.opener).strip(SPACE)
+        self._think_closer = source.encode(family.think.closer).strip(SPACE)
         openers = [family.opener, *family.variants] if tools else []
         self._openers = {source.encode(opener).strip(SPACE): opener for opener in openers if opener}
         self._heads = tuple(source.encode(head) for head in family.heads) if tools else ()
@@ -78,7 +77,7 @@ class SequenceParser:
         self._sections = tuple(source.encode(text) for text in sections if text)
         self._closer_parts = source.encode(family.closer).split()
         # 2) What may interrupt text. Reasoning in the middle of text begins with a marker, or it is text.
-        interleaved = [self._think_opener] if self._think_opener[:1] >= "\ud800" else []
+        interleaved = [self._think_opener] if source.begins_with_marker(self._think_opener) else []
         self._targets = Targets([*self._openers, *self._heads, *self._sections, *interleaved])
         self._dialect = literals.Dialect("braces", Targets([source.encode(family.quote)]))
         self._reader = self._read()
@@ -110,9 +109,9 @@ class SequenceParser:
         return events
 
     def _say(self, text: str) -> None:
-        """Add text. White space at its end waits for what follows."""
+        """Add text. White space at its end waits for what follows, which may be a call."""
         text = self._space + text
-        said = text.rstrip(SPACE) if self._targets.texts else text
+        said = text.rstrip(SPACE) if self._tools else text
         self._space = text[len(said) :]
         if said:
             self._begun, self._after_call = True, False
@@ -162,7 +161,7 @@ class SequenceParser:
             yield from self._reason(Targets([self._think_closer]))
         while True:
             opener = yield from self._until_opener()
-            if opener and opener == self._think_opener:
+            if opener == self._think_opener:
                 self._space = ""
                 yield from self._reason(Targets([self._think_closer]))
             elif opener not in self._sections:
@@ -174,7 +173,7 @@ class SequenceParser:
         try:
             if not self._begun:
                 self._space += yield from source.spaces()
-                if self._think_opener and (yield from source.literal(self._think_opener)):
+                if (yield from source.literal(self._think_opener)):
                     return self._think_opener
                 if self._family.bare and self._tools and (yield from source.ahead(1)) in "{`":
                     return ""
@@ -244,7 +243,7 @@ class SequenceParser:
         source = self._source
         if opener.strip(SPACE) != opener:
             yield from source.ahead(1)
-        source.take(len(source.unread()) - len(source.unread().lstrip(SPACE)))
+        source.take_spaces()
         self._constrain("")
 
     def _constrain(self, before: str) -> None:
@@ -302,11 +301,13 @@ class SequenceParser:
     def _choice(self, options: Collection[str]) -> Reading[str]:
         """Read a JSON string that is one of some texts, up to the first character that none of them has there."""
         parts: list[str] = []
+        longest = 6 * max(map(len, options))  # as escapes
 
         def grow(text: str) -> None:
             parts.append(text)
             begin = "".join(parts)[1:].removesuffix('"')
-            if "\\" not in begin and not any(option.startswith(begin) for option in options):
+            possible = len(begin) <= longest if "\\" in begin else any(option.startswith(begin) for option in options)
+            if not possible:
                 raise Mismatch(begin)
 
         yield from literals.string(self._source, grow)

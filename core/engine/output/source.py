@@ -77,6 +77,9 @@ class Source:
         """Return text with its symbols as the markers' texts."""
         return text if text.isascii() else text.translate(self._names)
 
+    def begins_with_marker(self, text: str) -> bool:
+        return text[:1] in self._symbols.values()
+
     def add(self, piece: Piece) -> None:
         text = self._symbols.get(piece.text, piece.text) if piece.marker else piece.text
         self.text = self.text[self.place :] + text
@@ -111,6 +114,20 @@ class Source:
 
     def unread(self) -> str:
         return self.text[self.place :]
+
+    def take_spaces(self) -> None:
+        """Take the white space that has been added, without waiting for more."""
+        match = _SPACES.match(self.text, self.place)
+        if match is not None:
+            self.take(len(match.group()))
+
+    def follows(self, text: str) -> Reading[bool]:
+        """Return whether `text` comes next. Waits only while what has been added may become it."""
+        while True:
+            following = self.text[self.place : self.place + len(text)]
+            if following == text or not text.startswith(following):
+                return following == text
+            yield from self.more()
 
     def more(self) -> Reading[None]:
         """Wait for more text. Raises EndOfText."""
@@ -148,15 +165,11 @@ class Source:
         return (yield from self.ahead(1))
 
     def literal(self, text: str) -> Reading[bool]:
-        """Read `text` if it comes next. Waits only while what has been added may become it."""
-        while True:
-            following = self.text[self.place : self.place + len(text)]
-            if following == text:
-                self.take(len(text))
-                return True
-            if not text.startswith(following):
-                return False
-            yield from self.more()
+        """Read `text` if it comes next."""
+        if not (yield from self.follows(text)):
+            return False
+        self.take(len(text))
+        return True
 
     def accept(self, text: str) -> Reading[bool]:
         """Read white space and then `text` if it comes next."""

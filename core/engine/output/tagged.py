@@ -100,25 +100,12 @@ def _value(source: Source, allowed: frozenset[str], out: Out, end: str) -> Readi
 def _raw(source: Source, out: Out, end: str) -> Reading[None]:
     """Read up to `</parameter>`. One that no further parameter and no end follows belongs to the value."""
     while True:
-        found = yield from source.until(_ENDS, out)
-        following = ""
-        parts = [found, (yield from source.spaces())]
+        read = yield from source.until(_ENDS, out)
+        read += yield from source.spaces()
         for tag in (PARAMETER, FUNCTION_END, end):
-            if (yield from _follows(source, tag)):
-                following = tag
-                break
-        if following:
-            return
-        out("".join(parts))
-
-
-def _follows(source: Source, text: str) -> Reading[bool]:
-    """Return whether `text` comes next, without reading it."""
-    while True:
-        following = source.unread()[: len(text)]
-        if following == text or not text.startswith(following):
-            return following == text
-        yield from source.more()
+            if (yield from source.follows(tag)):
+                return
+        out(read)
 
 
 def _json(text: str, allowed: frozenset[str]) -> str:
