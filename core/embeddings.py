@@ -8,10 +8,11 @@ import sys
 import time
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from core.engine.interface import Embedder, ModelCard, Vector
+from core.engine.prompt.text import LONGEST_TOKEN
 from core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, ModelUnavailable
 from core.host import Host
 from core.lending import Lease, in_thread
@@ -65,9 +66,8 @@ async def embed(service: Service, request: EmbeddingRequest, *, ends: float | No
         _check_embeds(engine)
         _check_dimensions(engine, request.dimensions, allowed=service.settings.embedding_matryoshka)
         fields = ["input"] if len(texts) == 1 else [f"input[{place}]" for place in range(len(texts))]
-        tokens = [_tokens(engine, text, field) for text, field in zip(texts, fields, strict=True)]
-        check_lengths(engine.card, tokens, fields)
-        return tokens
+        encoded = (_tokens(engine, text, field) for text, field in zip(texts, fields, strict=True))
+        return collect(engine.card, encoded, fields)
 
     computed = await compute(service, request.model, build, ends)
     return await asyncio.to_thread(_answer, computed, request)
@@ -106,22 +106,39 @@ async def _compute(
         lease.release()
 
 
-def check_lengths(card: ModelCard, texts: Sequence[Sequence[int]], fields: Sequence[str]) -> None:
-    """Raise InvalidRequest if a text has more tokens than the model reads at once, or all have too many."""
+def collect(card: ModelCard, texts: Iterable[Sequence[int]], fields: Sequence[str]) -> list[Sequence[int]]:
+    """Return the tokens of the texts, which may be made on the way: nothing comes after a text that is refused.
+
+    Raises InvalidRequest if a text has more tokens than the model reads at once, or all have too many.
+    """
+    collected: list[Sequence[int]] = []
+    total = 0
     for tokens, field in zip(texts, fields, strict=True):
         if len(tokens) > card.n_ctx:
-            by_setting = " Raise N_CTX, or shorten or split the text." if card.n_ctx < card.n_ctx_train else ""
+            raise too_long(card, field, f"{len(tokens)} tokens")
+        total += len(tokens)
+        if total > MOST_TOKENS:
             raise InvalidRequest(
-                f"'{field}' has {len(tokens)} tokens, but the embedding model reads at most {card.n_ctx}."
-                f"{by_setting or ' Shorten or split the text.'}",
-                param=field,
-                code="context_length_exceeded",
+                f"The texts have more than {MOST_TOKENS} tokens, the most of one request. Send several requests.",
+                param=fields[0].partition("[")[0],
             )
-    if (total := sum(map(len, texts))) > MOST_TOKENS:
-        raise InvalidRequest(
-            f"The texts have {total} tokens; a request may have at most {MOST_TOKENS}. Send several requests.",
-            param=fields[0].partition("[")[0],
-        )
+        collected.append(tokens)
+    return collected
+
+
+def check_characters(card: ModelCard, text: str, field: str) -> None:
+    """Raise InvalidRequest if the text certainly has too many tokens. Counting those of 6 MB takes seconds."""
+    if len(text) > card.n_ctx * LONGEST_TOKEN:
+        raise too_long(card, field, f"{len(text)} characters")
+
+
+def too_long(card: ModelCard, field: str, length: str) -> InvalidRequest:
+    remedy = "Raise N_CTX, or shorten or split the text." if card.n_ctx < card.n_ctx_train else "Shorten or split it."
+    return InvalidRequest(
+        f"'{field}' has {length}, but the embedding model reads at most {card.n_ctx} tokens. {remedy}",
+        param=field,
+        code="context_length_exceeded",
+    )
 
 
 def unit(vector: Vector, dimensions: int | None = None) -> Vector:
@@ -169,15 +186,17 @@ def _check_dimensions(engine: Embedder, dimensions: int | None, *, allowed: bool
 
 
 def _tokens(engine: Embedder, text: Text, field: str) -> Sequence[int]:
-    tokens = engine.encode(text) if isinstance(text, str) else text
+    if isinstance(text, str):
+        check_characters(engine.card, text, field)
+        return array("i", engine.encode(text))
     n_vocab = engine.card.n_vocab
-    if not isinstance(text, str) and (unknown := next((token for token in text if token >= n_vocab), None)) is not None:
+    if (unknown := next((token for token in text if token >= n_vocab), None)) is not None:
         raise InvalidRequest(
             f"'{field}' has token {unknown}, but this model's tokens are 0 to {n_vocab - 1}. Send strings, or tokens "
             "of this model (LangChain: check_embedding_ctx_length=False).",
             param=field,
         )
-    return array("i", tokens)
+    return array("i", text)
 
 
 def _answer(computed: Computed, request: EmbeddingRequest) -> EmbeddingList:

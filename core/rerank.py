@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from functools import partial
 
 from core import embeddings
 from core.engine.interface import Embedder, Vector
@@ -30,9 +31,9 @@ async def rerank(service: Service, request: RerankRequest, *, ends: float | None
                 "reranking model has 'rank'. Set EMBEDDING_MODEL_PATH to a reranking model.",
                 param="model",
             )
-        pairs = [array("i", engine.encode_pair(request.query, text)) for text in texts]
-        embeddings.check_lengths(engine.card, pairs, [f"documents[{place}]" for place in range(len(pairs))])
-        return list(pairs)
+        fields = [f"documents[{place}]" for place in range(len(texts))]
+        embeddings.check_characters(engine.card, request.query, "query")
+        return embeddings.collect(engine.card, map(partial(_pair, engine, request.query), texts, fields), fields)
 
     computed = await embeddings.compute(service, request.model, build, ends)
     scores = [relevance(vector, probability=probabilities) for vector in computed.vectors]
@@ -42,6 +43,11 @@ async def rerank(service: Service, request: RerankRequest, *, ends: float | None
         for ranked in results:
             ranked.document = Document(texts[ranked.index])
     return Ranking(computed.model, results, RerankUsage(computed.tokens, computed.tokens))
+
+
+def _pair(engine: Embedder, query: str, document: str, field: str) -> Sequence[int]:
+    embeddings.check_characters(engine.card, document, field)
+    return array("i", engine.encode_pair(query, document))
 
 
 def relevance(vector: Vector, *, probability: bool) -> float:

@@ -33,6 +33,7 @@ logger = logging.getLogger("slm.engine")
 MOST_TEXTS = 64  # in one batch
 PACKED_TOKENS = 512  # of several texts in one batch; one text may be longer. Attention grows with the batch's square
 OUTPUT_BYTES = 64 << 20  # of the output buffer of a packed batch, see `LlamaEmbedder._output_bytes`
+_SYLLABLES = re.compile("[\uac00-\ud7a3]+")
 POOLINGS: tuple[Pooling, ...] = ("none", "mean", "cls", "last", "rank")  # by llama.cpp's numbers
 
 
@@ -145,7 +146,6 @@ class LlamaEmbedder:
         """
         self._bindings = bindings = native.bindings()
         self._file = file
-        native.set_verbose(config.verbose)
         self.config = config = replace(config, n_threads=config.n_threads or cpus.available())
         self._model = gguf_model.load(bindings, file, config, progress)
         try:
@@ -174,6 +174,8 @@ class LlamaEmbedder:
         self._memory = bindings.llama_get_memory(self._context)
         self._batch = native.Batch(bindings, int(bindings.llama_n_batch(self._context)), MOST_TEXTS)
         self._packed = min(PACKED_TOKENS, max(64, OUTPUT_BYTES // self._output_bytes))
+        if self._memory:  # the KV cells hold a batch as a whole
+            self._packed = min(self._packed, int(bindings.llama_n_ctx(self._context)))
         self._abort = native.Abort(bindings, self._context)
         self._change = threading.Condition()
         self._jobs: deque[Job] = deque()  # with texts that are not taken; under the condition
@@ -247,8 +249,14 @@ class LlamaEmbedder:
         native.trim_heap()
 
     def _decomposed(self, text: str) -> str:
-        """Decompose what llama.cpp decomposes, but completely: of a Korean syllable it keeps only the first letter."""
-        return unicodedata.normalize("NFD", text) if self._decomposes else text
+        """Decompose Korean syllables: llama.cpp's own decomposition keeps only the first letter of each.
+
+        The whole text must not go through `unicodedata`: it sorts combining marks in quadratic time, under the
+        interpreter lock.
+        """
+        if not self._decomposes:
+            return text
+        return _SYLLABLES.sub(lambda match: unicodedata.normalize("NFD", match[0]), text)
 
     def _end(self, job: Job) -> None:
         """Forget a job that is done or whose client has left. A decode call without any other job is aborted."""
@@ -270,6 +278,12 @@ class LlamaEmbedder:
         n_limit = min(config.n_ctx, trained) if trained > 0 else config.n_ctx
         details = gguf_model.metadata(bindings, self._model)
         pooling = details.get(f"{details.get('general.architecture')}.pooling_type")
+        if pooling is not None and pooling not in map(str, range(len(POOLINGS))):  # llama.cpp asserts
+            raise InvalidRequest(
+                f"The model '{self._file.name}' has the unknown pooling type {pooling[:20]}; 0 to {len(POOLINGS) - 1} "
+                "are known.",
+                param="model_path",
+            )
         if pooling in (str(POOLINGS.index("last")), str(POOLINGS.index("rank"))):
             context = self._new_context(config, config.n_batch)
             if bindings.llama_get_memory(context) and bindings.llama_get_causal_attn(context):

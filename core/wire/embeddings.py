@@ -38,7 +38,6 @@ class EmbeddingRequest(UnsupportedFields, kw_only=True):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
-    user: Any = None
 
     def __post_init__(self) -> None:
         check_unsupported(self)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,34 @@ def test_a_causal_model_reads_a_long_text_in_slices(load: Callable[..., LlamaEmb
     assert whole.stats()["decode_calls"] == 1
     assert sliced.stats()["decode_calls"] == 7
     assert all(cosine(*pair) > 0.9999 for pair in zip(expected, vectors, strict=True))
+
+
+def test_a_small_context_bounds_what_is_packed(load: Callable[..., LlamaEmbedder]) -> None:
+    """The KV cells hold 256 tokens, so 20 texts of 42 tokens take several batches."""
+    engine = load("llama-last", n_ctx=64)
+
+    assert len(embed(engine, *["x" * 40] * 20)) == 20
+    assert engine.stats()["decode_calls"] > 2
+
+
+def test_an_unknown_pooling_type_is_refused(tmp_path: Path, load: Callable[..., LlamaEmbedder]) -> None:
+    """llama.cpp would end the process."""
+    from tests import tiny_models
+
+    path = tmp_path / "strange.gguf"
+    tiny_models.bert(path, pooling=SimpleNamespace(value=9))  # type: ignore[arg-type]
+
+    with pytest.raises(InvalidRequest, match="unknown pooling type 9"):
+        LlamaEmbedder(ModelFile("strange", path, path.stat().st_size, str(path), "file"), EngineConfig(n_threads=1))
+
+
+def test_korean_is_decomposed_in_linear_time(load: Callable[..., LlamaEmbedder]) -> None:
+    """A million combining marks, which `unicodedata` would sort for minutes, pass."""
+    engine = load("bert")
+
+    assert engine._decomposed("a각b\u0301\u0316") == "a\u1100\u1161\u11a8b\u0301\u0316"
+    assert engine.encode("a" + "\u0301\u0316" * 500_000)[:2] == engine.encode("a")[:2]
+    assert load("llama-last")._decomposed("각") == "각"
 
 
 def test_an_encoder_has_room_for_its_longest_text(load: Callable[..., LlamaEmbedder]) -> None:

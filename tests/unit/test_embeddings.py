@@ -180,7 +180,28 @@ def test_the_tokens_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     status, answer = post(serving(), "/v1/embeddings", {"input": ["abc", "def", "g"]})
 
     assert (status, answer["error"]["param"]) == (400, "input")
-    assert "13 tokens; a request may have at most 10" in answer["error"]["message"]
+    assert "more than 10 tokens, the most of one request" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {"input": ["a", "x" * 10_000]}, "input[1]"),
+        ("/v1/rerank", {"query": "x" * 10_000, "documents": ["a"]}, "query"),
+        ("/v1/rerank", {"query": "a", "documents": ["x" * 10_000]}, "documents[0]"),
+    ],
+)
+def test_a_text_that_cannot_fit_is_not_tokenized(path: str, body: Any, param: str) -> None:
+    """Tokenizing megabytes takes seconds."""
+    embedder = ScriptedEmbedder(pooling="rank" if "rerank" in path else "mean")
+    fake = serving(embedder)
+    embedder.encode = lambda text: [1] if text == "a" else pytest.fail("tokenized")  # type: ignore[method-assign]
+    embedder.encode_pair = lambda *_: pytest.fail("tokenized")  # type: ignore[method-assign]
+
+    status, answer = post(fake, path, body)
+
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert "10000 characters" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
