@@ -32,11 +32,12 @@ CASES = 5000 if EXAMPLES else 500
 @pytest.fixture
 def address(tiny: MakeModel, tmp_path: Path) -> Iterator[str]:
     """Serve a tiny model. /load finds the repository of the document's example, and nothing else."""
-    path = tiny("control")
+    path = tiny("infill")
     with HubDouble({"org/repo": Repo({"file.gguf": path.read_bytes()})}) as hub:
         settings = Settings(
             models_dir=tmp_path,
             model_path=str(path),
+            embedding_model_path=str(tiny("bert")),
             n_ctx=512,
             n_threads=1,
             max_tokens=16,
@@ -58,7 +59,7 @@ def test_every_answer_is_one_that_the_document_describes(address: str, tmp_path:
         options = ["--phases=examples,coverage,fuzzing,stateful", f"--max-examples={EXAMPLES}"]
     else:
         # An operation without a body has fewer cases than asked for. Each case of /reload loads a model.
-        examples = math.ceil(CASES / 0.85 / len(OPERATIONS))
+        examples = math.ceil(CASES / 0.95 / len(OPERATIONS))
         options = ["--phases=examples,fuzzing", f"--max-examples={examples}", "--seed=1", "--no-shrink"]
         options.append("--exclude-path=/reload")
     command = [
