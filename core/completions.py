@@ -12,7 +12,7 @@ from msgspec import UNSET
 from core import session as sessions
 from core.chat import fingerprint, new_id
 from core.engine.grammar import json_schema
-from core.engine.interface import Delta, Engine, GenerationRequest
+from core.engine.interface import Delta, Engine, GenerationRequest, TokenLogprob
 from core.engine.prompt import infill, text
 from core.errors import ContextOverflow, InvalidRequest
 from core.service import Service
@@ -68,6 +68,7 @@ def _generation_requests(
             top_logprobs=(request.logprobs or 0) if needs_logprobs else None,
             tenant=tenant,
             deadline=ends,
+            score_prompt=bool(request.echo) and request.logprobs is not None,
         )
         for tokens in [_prompt_tokens(engine, prompt, request.suffix) for prompt in request.prompts]
     )
@@ -138,14 +139,21 @@ async def _chunks(
     head = wire.Head(new_id("cmpl"), int(time.time()), session.card.name, fingerprint(session))
     no_usage = None if with_usage else UNSET
     echoes = _echoes(session, request) if request.echo else [""] * len(session.requests)
+    first_tokens = [_first_token(session.engine, generation.prompt) for generation in session.requests]
+    prompts: dict[int, tuple[TokenLogprob, ...]] = {}  # by the place of the prompt, if it is scored
     offsets: dict[int, Offsets] = {}
     async for delta in deltas:
         # 1) The prompt, once a choice.
-        echo = echoes[delta.index // request.candidates]
+        place = delta.index // request.candidates
         if delta.index not in offsets:
+            echo = echoes[place]
             offsets[delta.index] = Offsets(len(echo))
-            if echo:
-                logprobs = None if request.logprobs is None else wire.Logprobs([], [], [], [])
+            if request.echo:
+                logprobs = None
+                if request.logprobs is not None:
+                    # The first sequence of a request begins before its forks.
+                    scored = prompts.setdefault(place, (first_tokens[place], *delta.prompt_logprobs))
+                    logprobs = wire.echoed(scored, echo)
                 yield head.chunk([Choice(delta.index, echo, logprobs)], no_usage)
         # 2) The text, with the tokens that begin in it, and why the choice ended.
         answer, tokens = ("", ()) if request.max_tokens == 0 else (delta.text, delta.logprobs)
@@ -158,6 +166,15 @@ async def _chunks(
     if with_usage:
         generated = 0 if request.max_tokens == 0 else session.completion_tokens
         yield head.chunk([], fields.usage(session.prompt_tokens, generated, session.cached_tokens))
+
+
+def _first_token(engine: Engine, prompt: tuple[int, ...]) -> TokenLogprob:
+    """Return the first token of a prompt, which has no logprob."""
+    return TokenLogprob(
+        engine.token_pieces(prompt[:1], special=True)[0],
+        0.0,
+        control=engine.token_pieces(prompt[:1], special=False) == [b""],
+    )
 
 
 def _echoes(session: Session, request: CompletionRequest) -> list[str]:

@@ -124,6 +124,8 @@ class Cache:
         """Return the slot with the longest prefix of `sequence` that its tenant may use, and the prefix's length."""
         tenant, tokens = sequence.request.tenant, sequence.tokens
         source, shared = None, 0
+        if sequence.scoring:  # it needs logits of the prompt, and the cache holds keys and values only
+            return source, shared
         for slot in (*self.slots, self.template_slot):
             if slot.tokens and (slot.tenant == tenant or slot is self.template_slot):
                 length = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from core.engine.interface import Delta, GenerationRequest, Timings
+from core.engine.interface import Delta, GenerationRequest, Timings, TokenLogprob
 from core.metrics import token_intervals
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class Sequence:
         "n_prompt",
         "output",
         "parent",
+        "prompt_logprobs",
         "reasoning_tokens",
         "request",
         "sampler",
@@ -183,6 +184,8 @@ class Sequence:
         self.matcher = matcher  # of the request's grammar, then of each call's; None: no constraint
         self.call_matcher = call_matcher  # copied for each call that the model opens
         self.parent = parent
+        # One for each token but the first, until they are sent with the first delta. The forks share their parent's.
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.reasoning_tokens = 0
         self.whole_calls = 0
         self.tokens = list(request.prompt)
@@ -191,6 +194,16 @@ class Sequence:
         self.slot: Slot | None = None
         self.admission = 0  # its number among all admissions; the highest is the youngest
         self.admitted_once = False  # also while preempted: it does not count as queued
+
+    @property
+    def scoring(self) -> bool:
+        """Whether logits of the prompt's tokens are still to be computed, which takes a prefill without a cache."""
+        return (
+            self.request.score_prompt
+            and self.parent is None
+            and self.produced == 0
+            and len(self.prompt_logprobs) < self.n_prompt - 1
+        )
 
     @property
     def produced(self) -> int:

@@ -153,6 +153,7 @@ class GenerationRequest:
     tenant: str = ""
     deadline: float | None = None
     output: OutputFormat | None = None
+    score_prompt: bool = False  # compute the logprobs of the prompt's tokens, too; needs `top_logprobs`
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,8 @@ class Delta:
 
     `tokens` counts sampled and forced tokens, without the end-of-turn token. Over a sequence they add up to
     `completion_tokens`; `reasoning_tokens` of them are reasoning. The last delta of a sequence has a `finish_reason`,
-    for "length" its `cause`, and `stop` if a stop string of the request ended it.
+    for "length" its `cause`, and `stop` if a stop string of the request ended it. The first delta of a request with
+    `score_prompt` has the logprobs of all prompt tokens but the first, which nothing predicts.
     """
 
     index: int  # which of the n sequences
@@ -182,6 +184,7 @@ class Delta:
     cause: Cause | None = None
     stop: str | None = None
     reasoning_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:

@@ -224,6 +224,11 @@ class TokenStep:
         sequence.matcher = matcher
         return []
 
+    def score(self, sequence: Sequence, row: int, token: int) -> TokenLogprob:
+        """Return the logprob of a prompt's `token`, from the logits of the token before it."""
+        logprobs = log_softmax(logits_of(self._bindings, self._context, row, self._vocabulary.n_tokens))
+        return self._entry(logprobs, token, sequence.request.top_logprobs or 0)
+
     def _limit(self, sequence: Sequence) -> tuple[int, Cause]:
         """Return how many tokens the sequence may still gain, and which limit that is."""
         room, max_tokens = self._n_limit - len(sequence.tokens), sequence.request.max_tokens

@@ -23,6 +23,7 @@ class Running:
     prefilling: bool
     repeatable: bool = False  # the same request should give the same text
     growth: int = 0  # the most tokens it may still gain
+    scoring: bool = False  # the logits of all its tokens are needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,12 @@ class Rows:
     sample: bool
 
 
-def fill(running: Sequence[Running], size: int, prefill: int) -> list[Rows]:
+def fill(running: Sequence[Running], size: int, prefill: int, outputs: int) -> list[Rows]:
     """Distribute a batch of `size` tokens over the running sequences, which are in the order of their admission.
 
     Decoding sequences come first, each with at least one token. Prefilling sequences share the rest. While another
-    sequence decodes they get at most `prefill` tokens, because its next token waits for the whole batch.
+    sequence decodes they get at most `prefill` tokens, because its next token waits for the whole batch. At most
+    `outputs` tokens have logits: one of each sequence, and more of the prompts that are scored.
     """
     rows: list[Rows] = []
     room = size
@@ -61,9 +63,13 @@ def fill(running: Sequence[Running], size: int, prefill: int) -> list[Rows]:
     # 2) Prefill in the remaining room.
     if decoding:
         room = min(room, prefill)
+    spare = outputs - len(running)
     for index, sequence in enumerate(running):
         if sequence.prefilling:
             count = min(sequence.pending, room)
+            if sequence.scoring:
+                count = min(count, 1 + spare)
+                spare -= max(0, count - 1)
             if sequence.repeatable and 1 < sequence.pending <= count:
                 # Decode the last token alone, as happens when all tokens before it are cached. Another batch shape
                 # adds up floats in another order, and a near tie could fall the other way.

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.engine import native, schedule
@@ -142,7 +142,8 @@ class BatchRows(NamedTuple):
 
     sequence: Sequence
     n_tokens: int
-    output: int | None  # index of the logits to sample from; None: the sequence has more tokens to decode first
+    last: int  # index of the last one in the batch
+    sample: bool  # draw the next token from the last one's logits; otherwise there are more tokens to decode first
 
 
 class Worker:
@@ -173,6 +174,7 @@ class Worker:
         self._n_limit = n_limit
         self._n_cells = n_cells
         self._max_queue = max_queue
+        self._n_outputs = n_parallel + 1  # as the context was made with
         self._cache = Cache(bindings, context, n_parallel, trimmable=trimmable, window=window)
         self._batch = native.Batch(bindings, n_batch, n_parallel + 1)
         self._abort = native.Abort(bindings, context)
@@ -300,6 +302,7 @@ class Worker:
             sequence.prefilling,
             sequence.sampler.repeatable,
             sequence.growth(self._n_limit),
+            sequence.scoring,
         )
 
     # In the engine thread: one step
@@ -316,13 +319,13 @@ class Worker:
         # 3) Sample, or handle what went wrong.
         if code == 0:
             self._pace.note(self._batch.length, elapsed)
-            for sequence, n_tokens, output in batch_rows:
-                slot = sequence.slot
+            for rows in batch_rows:
+                sequence, slot = rows.sequence, rows.sequence.slot
                 assert slot is not None
                 start = len(slot.tokens)
-                slot.tokens.extend(sequence.tokens[start : start + n_tokens])
-                if output is not None:
-                    self._advance(sequence, output)
+                slot.tokens.extend(sequence.tokens[start : start + rows.n_tokens])
+                if rows.sample or sequence.scoring:
+                    self._advance(rows, start)
         elif code == 2:  # aborted: part of the batch may be in the KV cells
             self.counters.aborted += 1
             self._trim(batch_rows)
@@ -339,13 +342,14 @@ class Worker:
         batch.clear()
         running = [self._describe(sequence) for sequence in self._running]
         batch_rows: list[BatchRows] = []
-        for rows in schedule.fill(running, batch.size, self._pace.slice(batch.size)):
+        for rows in schedule.fill(running, batch.size, self._pace.slice(batch.size), self._n_outputs):
             sequence = self._running[rows.index]
             slot = sequence.slot
             assert slot is not None
             start = len(slot.tokens)
-            output = batch.add(slot.id, sequence.tokens[start : start + rows.count], start, logits=rows.sample)
-            batch_rows.append(BatchRows(sequence, rows.count, output if rows.sample else None))
+            tokens = sequence.tokens[start : start + rows.count]
+            last = batch.add(slot.id, tokens, start, logits=rows.sample, every=sequence.scoring)
+            batch_rows.append(BatchRows(sequence, rows.count, last, rows.sample))
         return batch_rows
 
     def _compute(self, streams: set[GenerationStream]) -> int:
@@ -358,10 +362,27 @@ class Worker:
             logger.error("llama_decode returned %s for %s tokens: %s", code, self._batch.length, "; ".join(reasons))
         return code
 
-    def _advance(self, sequence: Sequence, output: int) -> None:
-        """Sample the sequence's next token, and end the sequence if it is complete. An exception ends only this one."""
+    def _score(self, rows: BatchRows, start: int) -> None:
+        """Record the logprobs of the prompt tokens that follow the rows, which begin at position `start`."""
+        sequence = rows.sequence
+        for index, position in enumerate(range(start + 1, start + 1 + rows.n_tokens)):
+            # After a preemption, the first ones have been recorded before.
+            if position == len(sequence.prompt_logprobs) + 1 and position < sequence.n_prompt:
+                row = rows.last - rows.n_tokens + 1 + index
+                sequence.prompt_logprobs.append(self._step.score(sequence, row, sequence.tokens[position]))
+
+    def _advance(self, rows: BatchRows, start: int) -> None:
+        """Sample the sequence's next token, and end the sequence if it is complete. An exception ends only this one.
+
+        `rows` have been decoded and begin at position `start`.
+        """
+        sequence = rows.sequence
         try:
-            delta = self._step.advance(sequence, output)
+            if sequence.scoring:
+                self._score(rows, start)
+            if not rows.sample:
+                return
+            delta = self._step.advance(sequence, rows.last)
         except ApiError as error:
             self._fail(sequence, error)
             return
@@ -372,6 +393,9 @@ class Worker:
         sequence.reasoning_tokens += delta.reasoning_tokens
         self.counters.completion_tokens += delta.tokens
         sequence.stream.note_step(sequence.index)
+        if sequence.prompt_logprobs:
+            delta = replace(delta, prompt_logprobs=tuple(sequence.prompt_logprobs))
+            sequence.prompt_logprobs = []
         self._out.append((sequence.stream, delta))
         if delta.finish_reason is not None:
             self._retire(sequence)

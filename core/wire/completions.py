@@ -74,8 +74,6 @@ class CompletionRequest(UnsupportedFields, kw_only=True):
             raise InvalidRequest(
                 "'best_of' above 'n' does not work with 'stream': the best are known at the end.", param="best_of"
             )
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("'echo' with 'logprobs' is not supported; leave one of them out.", param="echo")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
 
@@ -180,6 +178,19 @@ class Offsets:
             token, offset = self._waiting.popleft()
             _append(released, token, token.logprob, offset)
         return released
+
+
+def echoed(tokens: Sequence[TokenLogprob], echo: str) -> Logprobs:
+    """Return the logprobs of a prompt, whose first token has none. Their texts end where `echo` ends."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    lengths = [len(decode(b"" if token.control else token.token)) for token in tokens]
+    logprobs = Logprobs([], [], [], [])
+    position = min(0, len(echo) - sum(lengths))  # a vocabulary may put a space in front, which is not in the echo
+    for token, length in zip(tokens, lengths, strict=True):
+        _append(logprobs, token, token.logprob, max(0, position))
+        position += length
+    logprobs.token_logprobs[0] = logprobs.top_logprobs[0] = None
+    return logprobs
 
 
 def _append(logprobs: Logprobs, token: TokenLogprob, logprob: float, offset: int) -> None:

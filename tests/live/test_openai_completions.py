@@ -91,3 +91,28 @@ def test_a_prompt_that_is_too_long_is_a_bad_request(client: OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="word " * 9000)
 
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_is_scored(client: OpenAI) -> None:
+    """As evaluation tools do it: the likelier continuation has the higher sum of logprobs."""
+
+    def score(continuation: str) -> float:
+        prompt = "The capital of France is"
+        answer = client.completions.create(
+            model=MODEL, prompt=prompt + continuation, max_tokens=0, echo=True, logprobs=1
+        )
+        choice = answer.choices[0]
+        assert choice.text == prompt + continuation
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.text_offset is not None
+        assert choice.logprobs.token_logprobs[0] is None
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 0
+        return sum(
+            logprob
+            for logprob, offset in zip(choice.logprobs.token_logprobs, choice.logprobs.text_offset, strict=True)
+            if offset >= len(prompt)
+        )
+
+    assert score(" Paris.") > score(" Banana.") + 3

@@ -307,6 +307,75 @@ def test_best_of_does_not_show_logprobs_that_were_not_asked_for(tiny_engine: Loa
     assert [choice["logprobs"] for choice in body["choices"]] == [None]
 
 
+@pytest.mark.parametrize("kind", ["control", "gemma", "lfm2", "mamba"])
+def test_the_echo_has_the_logprobs_of_the_prompt(kind: str, tiny_engine: LoadTiny) -> None:
+    """Those of each token are what the model says after the tokens before it, on every kind of memory."""
+    engine = tiny_engine(kind)
+    prompt = [40 + 7 * index % 200 for index in range(23)]
+    _, body = post(engine, prompt=prompt, max_tokens=2, temperature=0, logprobs=3, echo=True)
+
+    logprobs = body["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(prompt) + body["usage"]["completion_tokens"]
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    for length in range(1, len(prompt)):
+        _, alone = post(engine, prompt=prompt[:length], max_tokens=1, temperature=0, logprobs=3)
+        top = alone["choices"][0]["logprobs"]["top_logprobs"][0]
+        scored = dict(logprobs["top_logprobs"][length])
+        assert scored[logprobs["tokens"][length]] == logprobs["token_logprobs"][length]
+        assert {token: scored[token] for token in top if token in scored} == pytest.approx(top, abs=0.02)
+
+
+def test_prompts_are_scored_together(tiny_engine: LoadTiny) -> None:
+    """More prompts than slots, two choices each: the same logprobs as alone, streamed and not, in the echo's place."""
+    engine = tiny_engine("control", n_parallel=4)
+    prompts = [f"{letter * 9} é <|im_end|> {letter}" for letter in "abcdef"]
+    body = {"prompt": prompts, "max_tokens": 3, "temperature": 0, "logprobs": 1, "echo": True, "n": 2}
+    _, whole = post(engine, **body)
+    _, chunks = post(engine, **body, stream=True)
+    streamed = folded(chunks)
+
+    for choice in whole["choices"]:
+        prompt = prompts[choice["index"] // 2]
+        _, alone = post(engine, **{**body, "prompt": prompt, "n": 1})
+        logprobs = choice["logprobs"]
+        n_prompt = alone["usage"]["prompt_tokens"]
+        assert choice["text"].startswith(prompt)
+        assert logprobs["text_offset"][:n_prompt] == alone["choices"][0]["logprobs"]["text_offset"][:n_prompt]
+        assert logprobs["token_logprobs"][1:n_prompt] == pytest.approx(
+            alone["choices"][0]["logprobs"]["token_logprobs"][1:n_prompt], abs=0.02
+        )
+        assert streamed[choice["index"]]["text"] == choice["text"]
+        assert streamed[choice["index"]]["logprobs"]["tokens"] == logprobs["tokens"]
+        assert streamed[choice["index"]]["logprobs"]["text_offset"] == logprobs["text_offset"]
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert token.startswith(("bytes:", "<|")) or choice["text"][offset:].startswith(token)
+
+
+def test_a_scored_prompt_is_not_taken_from_the_cache(tiny_engine: LoadTiny) -> None:
+    """The cache has no logits. Later requests reuse what the scored one left."""
+    engine = tiny_engine("control")
+    body = {"prompt": "the same prompt", "max_tokens": 0}
+    post(engine, **body)
+    _, scored = post(engine, **body, logprobs=1, echo=True)
+    _, again = post(engine, **body)
+
+    assert scored["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert len(scored["choices"][0]["logprobs"]["tokens"]) == scored["usage"]["prompt_tokens"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 10
+
+
+def test_offsets_of_an_echo_begin_with_its_text(tiny_engine: LoadTiny) -> None:
+    """BOS has no text, and the space that the vocabulary puts in front is not in the echo."""
+    _, body = post(tiny_engine("spaced"), prompt="Hi x", max_tokens=1, logprobs=0, echo=True)
+    choice = body["choices"][0]
+
+    offsets = dict(zip(choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"], strict=True))
+    assert choice["logprobs"]["tokens"][0] == "<s>"
+    assert choice["text"].startswith("Hi x")
+    assert [offsets[place] for place in range(4)] == ["H", "i", " ", "x"]
+
+
 def test_logprobs_0_are_those_of_the_chosen_tokens(tiny_engine: LoadTiny) -> None:
     engine = tiny_engine("control")
     _, none = post(engine, prompt="abc", max_tokens=4, temperature=0, logprobs=0)

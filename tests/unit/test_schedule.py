@@ -21,6 +21,20 @@ running_lists = st.lists(
 )
 
 
+@given(st.lists(st.sampled_from(["decode", "prefill", "score"]), min_size=1, max_size=4), st.integers(1, 300))
+def test_prompts_that_are_scored_share_the_logits(kinds: list[str], pending: int) -> None:
+    """Each scored token needs logits, each other sequence one; together no more than the context has room for."""
+    running = [
+        DECODING if kind == "decode" else Running(pending, prefilling=True, scoring=kind == "score") for kind in kinds
+    ]
+    rows = fill(running, 256, 256, 5)
+
+    logits = [row.count if running[row.index].scoring else int(row.sample) for row in rows]
+    assert sum(logits) <= 5
+    if kinds == ["score"]:
+        assert rows == [Rows(0, min(5, pending), sample=pending <= 5)]
+
+
 def prefill_of(pending: int, **fields: bool) -> Running:
     return Running(pending, prefilling=True, growth=1000, **fields)
 
@@ -28,7 +42,7 @@ def prefill_of(pending: int, **fields: bool) -> Running:
 @given(running_lists, st.integers(8, 512), st.integers(1, 512))
 def test_a_batch_stays_within_its_limits(running: list[Running], size: int, prefill: int) -> None:
     """It stays within its size and the prefill budget, holds each sequence once and is never empty."""
-    rows = fill(running, size, prefill)
+    rows = fill(running, size, prefill, len(running))
 
     assert rows
     assert sum(row.count for row in rows) <= size
@@ -44,30 +58,30 @@ def test_every_decoding_sequence_is_in_every_batch(running: list[Running], size:
     """Neither a long prompt nor the forced tokens of another sequence delay its next token."""
     decoding = {index for index, sequence in enumerate(running) if not sequence.prefilling}
 
-    assert decoding <= {row.index for row in fill(running, size, prefill)}
+    assert decoding <= {row.index for row in fill(running, size, prefill, len(running))}
 
 
 def test_a_prompt_alone_fills_the_batch() -> None:
-    assert fill([prefill_of(1000)], 256, 20) == [Rows(0, 256, sample=False)]
+    assert fill([prefill_of(1000)], 256, 20, 9) == [Rows(0, 256, sample=False)]
 
 
 def test_prompts_share_the_prefill_budget() -> None:
     """This applies while a sequence decodes. Prompts are prefilled in the order of admission."""
-    rows = fill([prefill_of(12), prefill_of(500), DECODING], 256, 20)
+    rows = fill([prefill_of(12), prefill_of(500), DECODING], 256, 20, 9)
 
     assert rows == [Rows(2, 1, sample=True), Rows(0, 12, sample=True), Rows(1, 8, sample=False)]
 
 
 def test_forced_tokens_leave_room_for_the_others() -> None:
     """A long constant of a schema is decoded over several steps."""
-    rows = fill([Running(100, prefilling=False), DECODING, DECODING], 8, 20)
+    rows = fill([Running(100, prefilling=False), DECODING, DECODING], 8, 20, 9)
 
     assert rows == [Rows(0, 6, sample=False), Rows(1, 1, sample=True), Rows(2, 1, sample=True)]
 
 
 def test_the_last_token_of_a_repeatable_prompt_has_its_own_batch() -> None:
-    assert fill([prefill_of(30, repeatable=True)], 256, 20) == [Rows(0, 29, sample=False)]
-    assert fill([prefill_of(1, repeatable=True)], 256, 20) == [Rows(0, 1, sample=True)]
+    assert fill([prefill_of(30, repeatable=True)], 256, 20, 9) == [Rows(0, 29, sample=False)]
+    assert fill([prefill_of(1, repeatable=True)], 256, 20, 9) == [Rows(0, 1, sample=True)]
 
 
 def test_sequences_are_admitted_in_order() -> None:
@@ -148,7 +162,7 @@ def test_all_prompts_are_prefilled_in_order(prompts: list[int], prefill: int) ->
     pending, done = list(prompts), []
     for _ in range(sum(prompts) + len(prompts)):
         running = [prefill_of(count) if count else DECODING for count in pending]
-        for row in fill([*running, DECODING], 256, prefill):
+        for row in fill([*running, DECODING], 256, prefill, 9):
             if row.index < len(pending) and running[row.index].prefilling:
                 pending[row.index] -= row.count
                 if not pending[row.index]:

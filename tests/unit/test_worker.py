@@ -234,8 +234,8 @@ def test_a_preempted_sequence_is_prefilled_within_the_budget(
     steps: list[tuple[list[schedule.Running], list[schedule.Rows]]] = []
     real = schedule.fill
 
-    def recorded(running: Any, size: int, prefill: int) -> list[schedule.Rows]:
-        rows = real(running, size, 20)  # as on a slow machine
+    def recorded(running: Any, size: int, prefill: int, outputs: int) -> list[schedule.Rows]:
+        rows = real(running, size, 20, outputs)  # as on a slow machine
         steps.append((running, rows))
         return rows
 
