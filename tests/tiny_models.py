@@ -127,6 +127,14 @@ def llama_last(path: Path) -> None:
     _llama(writer, bytes_only, None)
 
 
+def llama_bidirectional(path: Path) -> None:
+    """An embedding model of an architecture that usually generates: its tokens see the tokens behind them."""
+    writer = Writer(path, "llama", layers=1)
+    writer.gguf.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.gguf.add_causal_attention(False)
+    _llama(writer, bytes_only, None)
+
+
 def llada(path: Path) -> None:
     """A diffusion model: it generates the whole answer at once and has no KV cache."""
     _llama(Writer(path, "llada", layers=1), bytes_only, None)
@@ -297,6 +305,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "bert-cls": lambda path: bert(path, gguf.PoolingType.CLS),
     "bert-rank": lambda path: bert(path, gguf.PoolingType.RANK),  # scores a pair of texts
     "llama-last": llama_last,
+    "llama-bidirectional": llama_bidirectional,
     "t5": t5,
     "llada": llada,
 }

@@ -198,16 +198,19 @@ def test_the_policys_description_is_not_too_long() -> None:
     assert len(re.sub(r"\$\{(\w+)\}", lambda match: "x" * widths[match[1]], text)) <= 1000
 
 
-def test_a_model_in_s3_may_be_read() -> None:
-    """The policy derives bucket and key from ModelPath=s3://..., without a bucket parameter."""
+@pytest.mark.parametrize(
+    ("parameter", "condition"), [("ModelPath", "IsS3Model"), ("EmbeddingModelPath", "IsS3EmbeddingModel")]
+)
+def test_a_model_in_s3_may_be_read(parameter: str, condition: str) -> None:
+    """The policy derives bucket and key from the parameter's s3://..., without a bucket parameter."""
     statements = RESOURCES["FunctionPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    allowed = [entry["Fn::If"][1] for entry in statements if entry.get("Fn::If", [""])[0] == "IsS3Model"]
+    allowed = [entry["Fn::If"][1] for entry in statements if entry.get("Fn::If", [""])[0] == condition]
     assert [entry["Action"] for entry in allowed] == ["s3:GetObject", "s3:ListBucket"]
     keys, bucket = (entry["Resource"]["Fn::Sub"] for entry in allowed)
 
     def value(path: str, tree: Any) -> str:
         if isinstance(tree, str):
-            return tree.replace("${ModelPath}", path)
+            return tree.replace(f"${{{parameter}}}", path)
         if "Fn::Sub" in tree:
             return value(path, tree["Fn::Sub"])
         number, parts = tree["Fn::Select"]
@@ -215,7 +218,7 @@ def test_a_model_in_s3_may_be_read() -> None:
         return value(path, text).split(separator)[int(number)]
 
     def is_s3(path: str) -> bool:
-        scheme, expected = TEMPLATE["Conditions"]["IsS3Model"]["Fn::Equals"]
+        scheme, expected = TEMPLATE["Conditions"][condition]["Fn::Equals"]
         return value(path, scheme) == expected
 
     assert [is_s3(path) for path in ("s3://b/k.gguf", "hf://o/r/f.gguf", "", "/opt/s3/x")] == [

@@ -65,7 +65,8 @@ def cosine(one: Vector, other: Vector) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling"), [("bert", "mean"), ("bert-cls", "cls"), ("llama-last", "last"), ("llama", "none")]
+    ("kind", "pooling"),
+    [("bert", "mean"), ("llama-bidirectional", "mean"), ("bert-cls", "cls"), ("llama-last", "last"), ("llama", "none")],
 )
 def test_the_pooling_is_the_models_own(kind: str, pooling: str, load: Callable[..., LlamaEmbedder]) -> None:
     engine = load(kind)
@@ -74,7 +75,7 @@ def test_the_pooling_is_the_models_own(kind: str, pooling: str, load: Callable[.
     assert engine.n_dimensions == 32
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert-cls", "llama-last"])
+@pytest.mark.parametrize("kind", ["bert", "bert-cls", "llama-bidirectional", "llama-last"])
 def test_texts_of_one_batch_do_not_see_each_other(kind: str, load: Callable[..., LlamaEmbedder]) -> None:
     """Each text has the vector that it has alone."""
     engine = load(kind)

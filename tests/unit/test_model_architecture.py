@@ -30,7 +30,10 @@ def test_the_header_check_refuses_models_that_cannot_generate(
     assert reason in str(refused.value)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("bert", "embedding"), ("t5", "encoder"), ("llada", "diffusion")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("bert", "embedding"), ("llama-bidirectional", "embedding"), ("t5", "encoder"), ("llada", "diffusion")],
+)
 def test_the_engine_refuses_models_that_cannot_generate(
     kind: str, reason: str, tiny_engine: Callable[..., Llama]
 ) -> None:

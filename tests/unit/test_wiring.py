@@ -8,6 +8,7 @@ import pytest
 
 from adapters.wiring import build, sources
 from core.engine import native
+from core.errors import InvalidRequest
 from core.host import config_of
 from core.settings import Settings
 
@@ -82,3 +83,17 @@ def test_an_unencrypted_token_logs_a_warning(
     sources(Settings(hf_endpoint=endpoint, hf_token=token))
 
     assert ("HF_TOKEN is sent unencrypted" in caplog.text) == warned
+
+
+def test_an_embedding_model_has_a_host_of_its_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    """It may be outside MODELS_DIR, and an encoder. Without the setting there is nothing: no store, no host."""
+    assert build(Settings(models_dir=tmp_path)).embedder is None
+
+    service = build(Settings(models_dir=tmp_path, embedded_model="off", embedding_model_path=str(tiny("bert"))))
+
+    assert service.embedder is not None
+    state = service.embedder.state()
+    assert (state.status, state.model, state.error) == ("available", "bert", None)
+    assert service.host.state().model is None
+    with pytest.raises(InvalidRequest, match="outside MODELS_DIR"):
+        service.store.locate(str(tiny("bert")))
