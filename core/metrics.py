@@ -10,8 +10,8 @@ import asyncio
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from core.errors import ApiError
 
@@ -73,8 +73,7 @@ def token_intervals() -> Histogram:
     return Histogram(_TOKEN_S)
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedRequest:
+class FinishedRequest(NamedTuple):
     """The measurements of one request. `finish_reason` is "abort" if its client left before the end.
 
     `cached_tokens` are the prompt tokens that needed no prefill, `completion_tokens` those of all choices. Times are in
@@ -95,8 +94,7 @@ class FinishedRequest:
     token_intervals: Histogram
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """The current state of an engine. `kv_usage` is the share of its KV cells that running sequences use."""
 
     model: str
@@ -105,18 +103,14 @@ class Load:
     kv_usage: float
 
 
-def _empty_histograms() -> dict[str, Histogram]:
-    return {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
-
-
-@dataclass(slots=True)
 class _Series:
     """The counters and histograms of one model."""
 
-    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTERS, 0))
-    success: dict[str, int] = field(default_factory=dict)  # by finish reason
-    failure: dict[str, int] = field(default_factory=dict)  # by error code
-    histograms: dict[str, Histogram] = field(default_factory=_empty_histograms)
+    def __init__(self) -> None:
+        self.counters = dict.fromkeys(_COUNTERS, 0)
+        self.success: dict[str, int] = {}  # by finish reason
+        self.failure: dict[str, int] = {}  # by error code
+        self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
 
 
 def error_code(error: BaseException) -> str:
