@@ -13,6 +13,7 @@ from adapters.huggingface.source import Hub
 from core.downloads import Downloads
 from core.host import Host
 from core.loader import load_embedder, load_llama
+from core.response_store import ResponseStore
 from core.selection import select_embedding
 from core.service import Service
 from core.settings import Settings
@@ -53,7 +54,8 @@ def build(settings: Settings, timeline: Timeline | None = None, *, on_lambda: bo
 
     store = new_store(_allowed(settings), generates=True)
     host = Host(settings, store, timeline, load_llama)
-    service = Service(settings, store, host, timeline, Downloads(store))
+    responses = ResponseStore(settings.responses_store)
+    service = Service(settings, store, host, timeline, Downloads(store), responses=responses)
     if settings.embedding_model_path is None:
         return service
     embedding_store = new_store(_local(settings.embedding_model_path), generates=False)

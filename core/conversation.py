@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from core import session as sessions
+from core import truncation
 from core.engine.grammar import json_schema
 from core.engine.interface import Engine, GenerationRequest, Sampling
 from core.engine.prompt import templates
@@ -63,7 +64,8 @@ class Conversation:
 
     A message is a dict with `role` and `content` (a string), and optionally `name`, `reasoning_content`, `tool_calls`
     (each `{"id", "type": "function", "function": {"name", "arguments"}}`, the arguments an object) and `tool_call_id`.
-    `schema` constrains the content, `schema_field` is its name in error messages.
+    `schema` constrains the content, `schema_field` is its name in error messages. With `truncate`, the oldest turns
+    are dropped if the prompt does not fit.
     """
 
     messages: templates.Messages
@@ -78,6 +80,7 @@ class Conversation:
     n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    truncate: bool = False
 
 
 async def check(service: Service, model: str | None, conversation: Conversation) -> None:
@@ -106,7 +109,15 @@ def builder(
     """Return the function that translates the conversation for an engine. It blocks: call it in a worker thread."""
     # Without a limit, a small model that repeats itself fills the context and slows down every other request.
     max_tokens = conversation.max_tokens or service.settings.max_tokens or None
-    return lambda engine: _generation_request(engine, conversation, max_tokens, tenant, ends)
+
+    def build(engine: Engine, messages: templates.Messages) -> GenerationRequest:
+        return _generation_request(engine, replace(conversation, messages=messages), max_tokens, tenant, ends)
+
+    if conversation.truncate:
+        return lambda engine: truncation.fitted(
+            conversation.messages, engine.card.n_ctx, lambda messages: build(engine, messages)
+        )
+    return lambda engine: build(engine, conversation.messages)
 
 
 def _generation_request(

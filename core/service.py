@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core.metrics import Metrics
+from core.response_store import ResponseStore
 
 if TYPE_CHECKING:
     from core.downloads import Downloads
@@ -26,6 +27,7 @@ class Service:
     downloads: Downloads
     metrics: Metrics = field(default_factory=Metrics)
     embedder: Host[Embedder] | None = None  # with EMBEDDING_MODEL_PATH
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     async def close(self, grace: float) -> None:
         """Close the hosts: wait up to `grace` seconds for running requests, then cancel them and free the engines."""

@@ -102,6 +102,15 @@ def number(least: float, most: float) -> Parser[float]:
     return Parser(f"{least:g} to {most:g}", parse)
 
 
+@parser("bytes, such as `67108864` or `64MB`")
+def size(value: str) -> int:
+    match = re.fullmatch(r"(\d{1,15})\s*([kKmMgG]?)(i?)[bB]?", value)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError("must be a number of bytes, such as 67108864 or 64MB")
+    factor: int = (1024 if match[3] else 1000) ** " kmg".index(match[2].lower() or " ")
+    return int(match[1]) * factor
+
+
 def choice(*allowed: str) -> Parser[str]:
     """One of `allowed`, in upper or lower case."""
 
@@ -308,6 +317,13 @@ class Settings:
         "0",
         "Maximum duration of a request in seconds. A longer answer ends with `finish_reason: length`. 0 sets no limit.",
         number(0, 86400),
+    )
+    responses_store: int = setting(
+        "RESPONSES_STORE",
+        "0",
+        "Memory for the responses of `/v1/responses` that can be fetched and continued with `previous_response_id`. "
+        "The oldest ones are dropped, and a restart drops all of them. 0 stores none.",
+        size,
     )
     reload_grace_s: float = setting(
         "RELOAD_GRACE_S",

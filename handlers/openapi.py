@@ -190,7 +190,9 @@ def _operation(route: Route, operation: Operation, schemas: Schemas, responses: 
         "responses": {"200": _answer(operation, schemas), **_errors(route, operation, schemas, responses)},
     }
     if operation.parameters:
-        described["parameters"] = [_parameter(parameter, operation.path or "") for parameter in operation.parameters]
+        described["parameters"] = [
+            _parameter(parameter, operation.path or route.path) for parameter in operation.parameters
+        ]
     if operation.request is not None:
         content: dict[str, Any] = {"schema": schemas.references[operation.request]}
         if operation.example is not None:

@@ -16,6 +16,7 @@ from core.errors import (
     DeadlineExceeded,
     ModelNotFound,
     ModelUnavailable,
+    NotFound,
     NotSupported,
 )
 
@@ -96,6 +97,68 @@ _RERANK = Operation(
     answer="core.wire.rerank:Ranking",
     errors=GENERATION,
     example={"query": "What is a river?", "documents": ["A river is flowing water.", "Bread needs flour."]},
+)
+
+_RESPONSES = Operation(
+    summary="Answer a conversation of items. OpenAI's Responses.",
+    request="core.wire.responses.request:ResponsesRequest",
+    answer="core.wire.responses.answer:Response",
+    events=tuple(
+        f"core.wire.responses.events:{name}"
+        for name in (
+            "ResponseEvent",
+            "ItemEvent",
+            "PartEvent",
+            "TextDelta",
+            "TextDone",
+            "ReasoningDelta",
+            "ReasoningDone",
+            "CallDelta",
+            "ArgumentsDone",
+            "CustomInputDone",
+            "ErrorEvent",
+        )
+    ),
+    errors=GENERATION,
+    example={"input": "Say hello.", "max_output_tokens": 32},
+    named_events=True,
+    done="",
+)
+
+_RESPONSES_INPUT_TOKENS = Operation(
+    summary="Return the number of prompt tokens that a response would have.",
+    request="core.wire.responses.request:ResponsesRequest",
+    answer="core.wire.tokens:InputTokens",
+    errors=(ModelNotFound, ModelUnavailable),
+    example={"input": "Say hello."},
+)
+
+_RESPONSE_ID = Parameter("id", {"type": "string", "minLength": 1}, "The id of a stored response.")
+
+_GET_RESPONSE = Operation(
+    summary="Return a stored response. Needs RESPONSES_STORE.",
+    answer="core.wire.responses.answer:Response",
+    parameters=(_RESPONSE_ID,),
+    errors=(NotFound,),
+)
+
+_DELETE_RESPONSE = Operation(
+    summary="Delete a stored response.",
+    answer="core.wire.responses.answer:Deleted",
+    parameters=(_RESPONSE_ID,),
+    errors=(NotFound,),
+)
+
+_INPUT_ITEMS = Operation(
+    summary="List the items of the conversation before a stored response.",
+    answer="core.wire.responses.answer:ItemList",
+    parameters=(
+        _RESPONSE_ID,
+        Parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100}, "The most items; 20 by default."),
+        Parameter("order", {"enum": ["asc", "desc"]}, "The latest item first (desc, the default) or last."),
+        Parameter("after", {"type": "string"}, "The id of the last item of the page before."),
+    ),
+    errors=(NotFound,),
 )
 
 # One entry for each route of `handlers.routes`: "METHOD path". A test fails for a route without an entry.
@@ -218,6 +281,16 @@ OPERATIONS: Mapping[str, Operation] = {
         error="core.wire.messages:ErrorEnvelope",
         example={"messages": [{"role": "user", "content": "Say hello."}]},
     ),
+    "POST /v1/responses": _RESPONSES,
+    "POST /responses": _RESPONSES,
+    "POST /v1/responses/input_tokens": _RESPONSES_INPUT_TOKENS,
+    "POST /responses/input_tokens": _RESPONSES_INPUT_TOKENS,
+    "GET /v1/responses/{id}": _GET_RESPONSE,
+    "GET /responses/{id}": _GET_RESPONSE,
+    "DELETE /v1/responses/{id}": _DELETE_RESPONSE,
+    "DELETE /responses/{id}": _DELETE_RESPONSE,
+    "GET /v1/responses/{id}/input_items": _INPUT_ITEMS,
+    "GET /responses/{id}/input_items": _INPUT_ITEMS,
     "GET /openapi.json": Operation(
         summary="Return this document. OpenAPI 3.1.",
     ),

@@ -16,7 +16,7 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path` matches exactly, or, if it ends in "/", everything below it."""
+    """`path` matches exactly, or, if it ends in "/", everything below it. `{id}` matches one segment."""
 
     method: str
     path: str
@@ -53,6 +53,16 @@ ROUTES = (
     Route("POST", "/rerank", "handlers.embeddings:post_rerank", "user"),
     Route("POST", "/v1/messages", "handlers.messages:post_messages", "user"),
     Route("POST", "/v1/messages/count_tokens", "handlers.messages:post_count_tokens", "user"),
+    Route("POST", "/v1/responses", "handlers.responses:post_responses", "user"),
+    Route("POST", "/responses", "handlers.responses:post_responses", "user"),
+    Route("POST", "/v1/responses/input_tokens", "handlers.responses:post_input_tokens", "user"),
+    Route("POST", "/responses/input_tokens", "handlers.responses:post_input_tokens", "user"),
+    Route("GET", "/v1/responses/{id}", "handlers.responses:get_response", "user"),
+    Route("GET", "/responses/{id}", "handlers.responses:get_response", "user"),
+    Route("DELETE", "/v1/responses/{id}", "handlers.responses:delete_response", "user"),
+    Route("DELETE", "/responses/{id}", "handlers.responses:delete_response", "user"),
+    Route("GET", "/v1/responses/{id}/input_items", "handlers.responses:get_input_items", "user"),
+    Route("GET", "/responses/{id}/input_items", "handlers.responses:get_input_items", "user"),
     Route("GET", "/openapi.json", "handlers.openapi:get_openapi", "open"),
     Route("GET", "/docs", "handlers.docs:get_docs", "open"),
 )
@@ -87,4 +97,8 @@ def allowed(path: str) -> tuple[str, ...]:
 def _matches(pattern: str, path: str) -> bool:
     if pattern.endswith("/"):
         return path.startswith(pattern) and len(path) > len(pattern)
+    if "{" in pattern:
+        before, _, after = pattern.partition("{id}")
+        middle = path.removeprefix(before).removesuffix(after)
+        return path.startswith(before) and path.endswith(after) and middle != "" and "/" not in middle
     return path == pattern or path == pattern + "/"

@@ -32,6 +32,7 @@ from core.errors import ApiError, Busy, ContextOverflow, InvalidRequest, ModelNo
 from core.host import HostState
 from core.loader import Loading
 from core.metrics import token_intervals
+from core.response_store import ResponseStore
 from core.selection import Selection
 from core.service import Service
 from core.settings import Settings
@@ -381,5 +382,14 @@ def fake_service(
     store = store or FakeStore()
     parsed = Settings(**{"local_admin": True, **settings})
     embeddings = None if embedder is None else FakeHost(embedder)  # type: ignore[arg-type]
-    service = Service(parsed, store, host, Timeline(), Downloads(store), embedder=embeddings)  # type: ignore[arg-type]
+    responses = ResponseStore(parsed.responses_store)
+    service = Service(
+        parsed,
+        store,  # type: ignore[arg-type]
+        host,  # type: ignore[arg-type]
+        Timeline(),
+        Downloads(store),  # type: ignore[arg-type]
+        responses=responses,
+        embedder=embeddings,  # type: ignore[arg-type]
+    )
     return FakeService(service, host, store, engine)

@@ -165,7 +165,8 @@ def test_the_table_of_routes_matches_the_code() -> None:
     rows = re.findall(r"^\| \[`(\w+) ([^`]+)`\]\(\S+\) \| .+ \| (\w+) \|$", API, re.MULTILINE)
     routes = {(route.method, route.path, route.access) for route in ROUTES}
 
-    documented = {(method, path.removesuffix("{id}"), access) for method, path, access in rows}
+    whole_rest = {"/v1/models/{id}": "/v1/models/"}  # an id with slashes is the rest of the path
+    documented = {(method, whole_rest.get(path, path), access) for method, path, access in rows}
     handlers = {(route.method, route.path): route.handler for route in ROUTES}
     aliases = {
         (method, path, access)

@@ -51,6 +51,10 @@ def message(**fields: Any) -> Call:
     return post("/v1/messages", {"model": "fake-1b", "max_tokens": 90, "messages": MESSAGES, **fields})
 
 
+def responses(**fields: Any) -> Call:
+    return post("/v1/responses", {"model": "fake-1b", "input": "Hällo, 東京 🎉", **fields})
+
+
 CALLS = {
     "health": Call("GET", "/health", headers={}),
     "health head": Call("HEAD", "/health"),
@@ -95,6 +99,17 @@ CALLS = {
     "infill, no suffix": post("/infill", {"input_prefix": "a"}),
     "input tokens": post("/v1/chat/completions/input_tokens", {"messages": MESSAGES}),
     "input tokens, no messages": post("/chat/completions/input_tokens", {}),
+    "responses": responses(),
+    "responses, streamed": responses(stream=True),
+    "responses, cut": responses(stream=True, max_output_tokens=2),
+    "responses, empty input": responses(input=[], max_output_tokens=1),
+    "responses, no input": responses(input=None),
+    "responses, too long": responses(input="x" * 600, stream=True),
+    "responses, no store": responses(previous_response_id="resp_1"),
+    "responses input tokens": post("/v1/responses/input_tokens", {"input": "Hällo"}),
+    "no such response": Call("GET", "/v1/responses/resp_1"),
+    "delete no such response": Call("DELETE", "/v1/responses/resp_1"),
+    "no such input items": Call("GET", "/v1/responses/resp_1/input_items?limit=2"),
     "tokenize": post("/tokenize", {"content": "Hällo, 東京 🎉", "with_pieces": True}),
     "tokenize, messages": post("/tokenize", {"messages": MESSAGES, "return_token_strs": True}),
     "tokenize, nothing": post("/tokenize", {}),
@@ -176,7 +191,8 @@ async def by_lambda(mode: str) -> Any:
 
 def comparable(answer: Answer) -> tuple[Any, ...]:
     """Return status, body and the service's own headers, without values that change each time."""
-    body = re.sub(rb'("(?:id|request_id|created|uptime_s)":\s*)("[^"]*"|[\d.]+)', rb"\1null", answer.body)
+    varying = b"id|item_id|request_id|created|created_at|completed_at|uptime_s"
+    body = re.sub(rb'("(?:' + varying + rb')":\s*)("[^"]*"|[\d.]+)', rb"\1null", answer.body)
     names = ("content-type", "retry-after", "allow", "www-authenticate")
     return answer.status, body.decode(), {name: answer.headers[name] for name in names if name in answer.headers}
 
