@@ -357,7 +357,7 @@ class SequenceParser:
             yield from source.accept("```")
 
     def _member(self, draft: _Draft) -> Reading[None]:
-        """Read one key of a call and its value."""
+        """Read one key of a call and its value. An id that only counts calls is no id: the next turn has it, too."""
         source, family = self._source, self._family
         arguments_keys = (family.arguments_key, "arguments", "parameters")
         if draft.bare:
@@ -380,7 +380,7 @@ class SequenceParser:
             draft.arguments = []
             yield from self._object_arguments(self._argue if self._call_open else draft.arguments.append)
             self._arguments_whole = True
-        elif key == family.id_key and (yield from source.symbol()) == '"':
+        elif key == family.id_key and family.id_length and (yield from source.symbol()) == '"':
             draft.id = literals.text_of((yield from self._json_string()))
         else:
             yield from literals.value(source, literals.JSON, _drop)
