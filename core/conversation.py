@@ -13,7 +13,8 @@ from typing import Any, Literal
 from core import session as sessions
 from core import truncation
 from core.engine.grammar import json_schema
-from core.engine.interface import Engine, GenerationRequest, Sampling
+from core.engine.interface import Engine, GenerationRequest, OutputFormat, Sampling
+from core.engine.output.dialect import dialect_of
 from core.engine.prompt import templates
 from core.errors import InvalidRequest
 from core.service import Service
@@ -64,12 +65,13 @@ class Conversation:
 
     A message is a dict with `role` and `content` (a string), and optionally `name`, `reasoning_content`, `tool_calls`
     (each `{"id", "type": "function", "function": {"name", "arguments"}}`, the arguments an object) and `tool_call_id`.
-    `schema` constrains the content, `schema_field` is its name in error messages. With `truncate`, the oldest turns
-    are dropped if the prompt does not fit.
+    `schema` constrains the content, `schema_field` is its name in error messages. `tools_field` is the name of the
+    i-th tool's parameters. With `truncate`, the oldest turns are dropped if the prompt does not fit.
     """
 
     messages: templates.Messages
     tools: tuple[Tool, ...] = ()
+    tools_field: str = "tools[{}].function.parameters"
     tool_choice: ToolChoice = ToolChoice()
     parallel: bool = True
     schema: dict[str, Any] | None = None
@@ -91,6 +93,10 @@ async def check(service: Service, model: str | None, conversation: Conversation)
         raise InvalidRequest(f"'n' must be from 1 to {n_max} (N_PARALLEL), got {conversation.n}.", param="n")
     if conversation.schema is not None:
         await asyncio.to_thread(json_schema.grammar, conversation.schema, conversation.schema_field)
+    if conversation.tools:
+        from core.engine.grammar import tool_schema
+
+        await asyncio.to_thread(tool_schema.check, conversation.tools, conversation.tools_field)
 
 
 async def begin(
@@ -130,12 +136,50 @@ def _generation_request(
             f"'logit_bias' keys must be token ids from 0 to {engine.card.n_vocab - 1}, got '{beyond[0]}'.",
             param="logit_bias",
         )
-    grammar = None
-    if conversation.schema is not None:
-        grammar = json_schema.grammar(conversation.schema, conversation.schema_field)
-        engine.check_grammar(grammar)
+    # 1) The prompt. Tools that must not be called are not shown.
+    choice, reasoning = conversation.tool_choice, conversation.reasoning
+    tools = () if choice.mode == "none" else conversation.tools
+    constrained = conversation.schema is not None or (bool(tools) and choice.mode == "required")
+    dialect = dialect_of(engine)
+    prompt = templates.build(
+        engine,
+        conversation.messages,
+        [_shown(tool) for tool in tools],
+        family=dialect.family,
+        variables=_variables(reasoning),
+        close_reasoning=reasoning.enabled is False or (constrained and not reasoning.enabled),
+    )
+    # 2) The answer's grammar and format.
+    if not tools and conversation.schema is None and dialect.think is None:
+        return _request(engine, conversation, prompt, max_tokens, tenant, ends)
+    from core.engine.output import format as output  # most of a chat's code is for what a plain one does not need
+
+    answer = output.Answer(
+        tools=tools,
+        mode="required" if choice.mode == "required" else "auto",
+        parallel=conversation.parallel,
+        names=choice.names,
+        schema=conversation.schema,
+        field=conversation.tools_field,
+        schema_field=conversation.schema_field,
+        reasoning_budget=reasoning.budget,
+    )
+    grammar, form = output.plan(engine, dialect, answer, reasoning_open=prompt.reasoning)
+    return _request(engine, conversation, prompt, max_tokens, tenant, ends, grammar, form)
+
+
+def _request(
+    engine: Engine,
+    conversation: Conversation,
+    prompt: templates.Prompt,
+    max_tokens: int | None,
+    tenant: str,
+    ends: float | None,
+    grammar: str | None = None,
+    form: OutputFormat | None = None,
+) -> GenerationRequest:
     return GenerationRequest(
-        prompt=templates.prompt(engine, conversation.messages),
+        prompt=prompt.tokens,
         sampling=conversation.sampling,
         max_tokens=max_tokens,
         n=conversation.n,
@@ -144,4 +188,21 @@ def _generation_request(
         top_logprobs=conversation.top_logprobs,
         tenant=tenant,
         deadline=ends,
+        output=form,
     )
+
+
+def _shown(tool: Tool) -> dict[str, Any]:
+    """Return a tool as templates expect it."""
+    function = {"name": tool.name, "description": tool.description or "", "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": function}
+
+
+def _variables(reasoning: ReasoningOptions) -> dict[str, Any]:
+    """Return the template's variables. Templates have two names for the switch, and three levels of effort."""
+    variables: dict[str, Any] = {}
+    if reasoning.enabled is not None:
+        variables |= {"enable_thinking": reasoning.enabled, "thinking": reasoning.enabled}
+    if reasoning.effort not in (None, "none"):
+        variables["reasoning_effort"] = {"minimal": "low", "xhigh": "high"}.get(reasoning.effort, reasoning.effort)
+    return {**variables, **reasoning.variables}

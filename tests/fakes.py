@@ -97,6 +97,9 @@ class ScriptedEngine:
     def token_pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
         return [bytes([token]) for token in tokens]
 
+    def is_end(self, token: int) -> bool:
+        return False
+
     def control_names(self, text: str) -> list[int]:
         return []
 

@@ -324,6 +324,10 @@ class Engine(LoadedEngine, Protocol):
         """
         ...
 
+    def is_end(self, token: int) -> bool:
+        """Return whether a token ends the answer (end of sequence, of turn, of message)."""
+        ...
+
     def control_names(self, text: str) -> list[int]:
         """Return where names of control tokens begin in `text`, in rising order. The first call for a model blocks."""
         ...

@@ -104,6 +104,9 @@ class Llama:
     def token_pieces(self, tokens: Collection[int], *, special: bool) -> list[bytes]:
         return self._vocabulary.pieces(tokens, special=special)
 
+    def is_end(self, token: int) -> bool:
+        return self._vocabulary.is_end(token)
+
     def control_names(self, text: str) -> list[int]:
         if len(text) < 2:  # as in the warm-up, which must not wait until the names have been read
             return []

@@ -358,7 +358,7 @@ def test_unsupported_fields_pass_with_neutral_values() -> None:
 
 
 def test_all_roles_and_kinds_of_content_are_rendered() -> None:
-    """The developer role becomes system, parts are joined, null is empty and tool messages stay."""
+    """The developer role becomes system, parts are joined and null is empty. Calls and results are text in ChatML."""
     fake = fake_service()
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -378,10 +378,10 @@ def test_all_roles_and_kinds_of_content_are_rendered() -> None:
     assert bytes(fake.engine.requests[0].prompt).decode() == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\none\ntwo<|im_end|>\n"
-        '<|im_start|>assistant\n{"name": "add", "arguments": {"a": 1}}<|im_end|>\n'
-        "<|im_start|>tool\n3<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n<|im_end|>\n"
-        "<|im_start|>tool\n4<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 

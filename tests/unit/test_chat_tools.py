@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from core.engine.interface import Arguments, Call, CallEnd, Reasoning, Text
-from tests.fakes import ScriptedEngine, fake_service
+from tests.fakes import CARD, FakeService, ScriptedEngine, fake_service
 from tests.unit.test_chat import events, post
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -17,13 +18,18 @@ FUNCTION = {"name": "weather"}
 CALL = (Call("weather"), Arguments('{"city": '), Arguments('"Oslo"}'), CallEnd())
 
 
+def service(pieces: Any = None) -> FakeService:
+    """An engine of bytes has room for the text that lists the tools."""
+    return fake_service(ScriptedEngine(pieces=pieces, card=replace(CARD, n_ctx=4096)))
+
+
 def tool(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "weather", **fields}}
 
 
 def test_a_call_is_in_the_message() -> None:
     """The arguments are JSON text, content is null, and the finish reason says that tools are to be run."""
-    status, body = post(fake_service(ScriptedEngine(pieces=CALL)), tools=[WEATHER])
+    status, body = post(service(CALL), tools=[WEATHER])
 
     choice = body["choices"][0]
     assert status == 200
@@ -37,7 +43,7 @@ def test_a_call_is_in_the_message() -> None:
 def test_a_streamed_call_has_openais_order() -> None:
     """The first delta of a call has its index, id, type and name; the next ones only index and arguments."""
     pieces = (Text("Let me look."), *CALL, Call("time"), Arguments("{}"), CallEnd())
-    _, body = post(fake_service(ScriptedEngine(pieces=pieces)), tools=[WEATHER, TIME], stream=True)
+    _, body = post(service(pieces), tools=[WEATHER, TIME], stream=True)
 
     chunks = [event for event in events(body) if event != "data: [DONE]"]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -59,7 +65,7 @@ def test_a_streamed_call_has_openais_order() -> None:
 
 def test_a_cut_call_ends_with_length() -> None:
     """An agent must not run a call whose arguments are incomplete."""
-    status, body = post(fake_service(ScriptedEngine(pieces=CALL)), tools=[WEATHER], max_tokens=2)
+    status, body = post(service(CALL), tools=[WEATHER], max_tokens=2)
 
     choice = body["choices"][0]
     assert (status, choice["finish_reason"]) == (200, "length")
@@ -68,7 +74,7 @@ def test_a_cut_call_ends_with_length() -> None:
 
 def test_functions_are_answered_with_function_call() -> None:
     """A client that sends `functions` reads `function_call`."""
-    _, body = post(fake_service(ScriptedEngine(pieces=CALL)), functions=[FUNCTION])
+    _, body = post(service(CALL), functions=[FUNCTION])
 
     choice = body["choices"][0]
     assert choice["finish_reason"] == "function_call"
@@ -79,7 +85,7 @@ def test_functions_are_answered_with_function_call() -> None:
 def test_reasoning_has_a_field_and_a_count_of_its_own() -> None:
     """What the model thinks is not content."""
     pieces = (Reasoning("Hm, "), Reasoning("Oslo."), Text("It rains."))
-    _, body = post(fake_service(ScriptedEngine(pieces=pieces)))
+    _, body = post(service(pieces))
 
     message = body["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm, Oslo.", "It rains.")
@@ -120,7 +126,7 @@ def test_the_roles_of_all_choices_come_first_and_in_order() -> None:
 )
 def test_what_clients_send_is_accepted(fields: dict[str, Any]) -> None:
     """Fields in all the forms that OpenAI's clients and agents use."""
-    status, body = post(fake_service(), **fields)
+    status, body = post(service(), **fields)
 
     assert status == 200, body
 
@@ -160,7 +166,7 @@ def test_what_clients_send_is_accepted(fields: dict[str, Any]) -> None:
 )
 def test_a_bad_tool_is_a_400_that_names_it(fields: dict[str, Any], param: str, words: str) -> None:
     """The message says what was given or what is allowed."""
-    status, body = post(fake_service(), **fields)
+    status, body = post(service(), **fields)
 
     assert status == 400
     assert body["error"]["param"] == param

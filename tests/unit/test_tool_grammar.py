@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.engine.grammar import tools as grammars
-from core.engine.grammar.tools import Markers
+from core.engine.output.dialect import NO_MARKERS, Markers
 from core.engine.output.families import FAMILIES, Family
 from core.errors import InvalidRequest
 
@@ -34,7 +34,6 @@ WEATHER = Function(
 NOW = Function("now")
 BY_NAME = {family.name: family for family in FAMILIES}
 FIRST_MARKER = 257
-NO_MARKERS = Markers()
 
 
 def tokens_of(text: str, markers: Markers) -> list[int]:

@@ -12,11 +12,14 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from core.engine.grammar import json_schema
+from core.engine.output import tagged
+from core.engine.output.families import Form
+from core.engine.output.literals import literal_of
 from core.errors import InvalidRequest
 
 logger = logging.getLogger("slm.tools")
@@ -58,12 +61,12 @@ class Tool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One parameter. `schema` is the JSON text of its schema; `text` is set if its value is always a string."""
+    """One parameter. `schema` is the JSON text of its schema. `words` are alternatives, for a value that is no JSON."""
 
     key: str
     schema: str
     required: bool
-    text: Words | None = None
+    words: tuple[Words, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +121,17 @@ def call(tool: Tool, field: str, name_key: str, arguments_key: str) -> str:
     return _text({**whole, "$defs": {"tool": _moved(schema)}})
 
 
-def members(tool: Tool, field: str, *, raw: bool) -> Members:
-    """Return a tool's parameters one by one, for forms that do not write the arguments as a JSON object.
+def members(tool: Tool, field: str, form: Form) -> Members:
+    """Return a tool's parameters one by one, for the forms "tagged", "python" and "braces".
 
-    `raw` says that the form writes strings without JSON's quotes. Raises InvalidRequest as `arguments` does.
+    Raises InvalidRequest as `arguments` does.
     """
-    prepared = _resolve(tool, field, "raw" if raw else "members").members
+    prepared = _resolve(tool, field, form).members
     assert prepared is not None
     return prepared
 
 
-def _resolve(tool: Tool, field: str, part: _Part) -> _Prepared:
+def _resolve(tool: Tool, field: str, form: Form) -> _Prepared:
     # 1) Size and depth, before anything walks the schema.
     if json_schema.depth_beyond(dict(tool.parameters), json_schema.MAX_DEPTH):
         problem: str | None = f"its parameters may be nested at most {json_schema.MAX_DEPTH} deep."
@@ -136,14 +139,11 @@ def _resolve(tool: Tool, field: str, part: _Part) -> _Prepared:
         problem = f"its parameters have {len(text)} bytes as JSON; at most {MAX_BYTES} are allowed."
     # 2) Keywords.
     else:
-        prepared = _prepare(tool.name, text.decode(), tool.strict, part)
+        prepared = _prepare(tool.name, text.decode(), tool.strict, form)
         if prepared.problem is None:
             return prepared
         problem = prepared.problem
     raise InvalidRequest(f"'{field}': tool '{tool.name}': {problem}", param=field)
-
-
-_Part = Literal["object", "members", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class _Prepared:
 
 
 @functools.lru_cache(maxsize=512)
-def _prepare(name: str, text: str, strict: bool, part: _Part) -> _Prepared:
+def _prepare(name: str, text: str, strict: bool, form: Form) -> _Prepared:
     """Prepare one tool. Takes some milliseconds, mostly in llguidance."""
     root = _root(msgspec.json.decode(text))
     if strict:
@@ -166,9 +166,9 @@ def _prepare(name: str, text: str, strict: bool, part: _Part) -> _Prepared:
         if dropped:
             logger.info("The grammar of tool %r leaves out: %s", name[:64], ", ".join(dropped)[:500])
     schema = _text(root)
-    if part == "object":
+    if form not in ("tagged", "python", "braces"):
         return _Prepared(schema)
-    split, unsplit = _split(root, raw=part == "raw")
+    split, unsplit = _split(root, form)
     if unsplit and strict:
         return _Prepared(problem=f"{unsplit[0]} cannot be enforced in the form in which this model calls tools.")
     if unsplit:
@@ -312,15 +312,16 @@ def _is_pointer(reference: str) -> bool:
     return reference == "#" or reference.startswith("#/")
 
 
-def _split(root: dict[str, Any], *, raw: bool) -> tuple[Members, list[str]]:
+def _split(root: dict[str, Any], form: Form) -> tuple[Members, list[str]]:
     """Return the parameters of an object one by one, and what of its schema this does not enforce."""
     properties, required, unsplit = _properties(root)
-    # 1) Parameters that the schema names.
+    # 1) Parameters that the schema names. The parser knows the types of those at its top.
+    named_by_root = root.get("properties") or {}
     named = []
     for key, schema in properties.items():
         if schema is False:
             continue
-        words, unfit = _words(root, schema) if raw else (None, None)
+        words, unfit = _words(root, key, form) if key in named_by_root else ((), None)
         if unfit is not None:
             unsplit.append(f"'{unfit}' of parameter '{key[:60]}'")
         named.append(Member(key, _text(_alone(root, schema)), key in required, words))
@@ -363,23 +364,53 @@ def _target(root: Mapping[str, Any], reference: str) -> Any:
     return place
 
 
-def _words(root: Mapping[str, Any], schema: Any) -> tuple[Words | None, str | None]:
-    """Return what a parameter's string may be, or None if its value may be something else than a string.
+def _words(root: dict[str, Any], key: str, form: Form) -> tuple[tuple[Words, ...], str | None]:
+    """Return what a parameter's text may be, where the form writes it without JSON's quotes. Empty: it is JSON.
 
-    The second value is the keyword that cannot be enforced without JSON's quotes.
+    In tags, the parser takes text for a value of another type if the schema allows that type, else for a string. The
+    second value is the keyword that cannot be enforced there.
     """
-    for _ in range(json_schema.MAX_DEPTH):
-        if not isinstance(schema, dict) or "$ref" not in schema:
-            break
-        schema = _target(root, schema["$ref"])
-    if not isinstance(schema, dict) or any(keyword in schema for keyword in _COMPOSING):
-        return None, None
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if values is not None:
-        texts = values and all(isinstance(value, str) for value in values)
-        return (Words(tuple(values)) if texts else None), None
-    if schema.get("type") != "string":
-        return None, None
+    allowed = tagged.types(root, key)
+    if "string" not in allowed or form == "python" or (form == "braces" and len(allowed) > 1):
+        return (), None
+    words: list[Words] = []
+    unfit = None
+    for schema in _leaves(root, root["properties"][key], json_schema.MAX_DEPTH):
+        types = _listed(schema.get("type", []))
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if values is not None:
+            strings = [each for each in values if isinstance(each, str) and (len(allowed) == 1 or not _is_json(each))]
+            words.append(Words((*strings, *(json.dumps(each) for each in values if not isinstance(each, str)))))
+            continue
+        if "string" in types:
+            text, keyword = _text_words(schema)
+            words.append(text)
+            unfit = unfit or keyword
+        words += [Words(("null",))] if "null" in types else []
+        words += [Words(("true", "false"))] if "boolean" in types else []
+        composed = [keyword for keyword in _COMPOSING if keyword in schema]
+        unfit = unfit or (composed[0] if composed else None)
+    return tuple(words) or (Words(),), unfit
+
+
+def _leaves(root: Mapping[str, Any], schema: Any, depth: int) -> Iterator[dict[str, Any]]:
+    """Yield the alternatives of a schema, with references followed."""
+    if not isinstance(schema, dict) or not depth:
+        return
+    if "$ref" in schema:
+        yield from _leaves(root, _target(root, schema["$ref"]), depth - 1)
+        return
+    alternatives = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if len(schema.get("allOf", ())) == 1:
+        alternatives += schema["allOf"]
+    if not alternatives or "type" in schema or "enum" in schema:
+        yield schema
+    else:
+        for alternative in alternatives:
+            yield from _leaves(root, alternative, depth - 1)
+
+
+def _text_words(schema: Mapping[str, Any]) -> tuple[Words, str | None]:
     patterns: list[str] = []
     unfit = None
     if "pattern" in schema:
@@ -387,12 +418,16 @@ def _words(root: Mapping[str, Any], schema: Any) -> tuple[Words | None, str | No
         unfit = "pattern" if pattern is None else None
         patterns += [] if pattern is None else [pattern]
     if "format" in schema:
-        unfit = unfit if schema["format"] in _FORMATS else "format"
-        patterns += [_FORMATS[schema["format"]]] if schema["format"] in _FORMATS else []
-    longest = schema.get("maxLength")
-    return Words(
-        None, int(schema.get("minLength", 0)), None if longest is None else int(longest), tuple(patterns)
-    ), unfit
+        pattern = _FORMATS.get(schema["format"])
+        unfit = "format" if pattern is None else unfit
+        patterns += [] if pattern is None else [pattern]
+    longest = int(schema["maxLength"]) if "maxLength" in schema else None
+    return Words(None, int(schema.get("minLength", 0)), longest, tuple(patterns)), unfit
+
+
+def _is_json(text: str) -> bool:
+    """Return whether the parser might take a text for another value than a string."""
+    return literal_of(text) is not None
 
 
 def _whole(pattern: str) -> str | None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from core.engine.grammar import json_schema, tool_schema
 from core.engine.grammar.tool_schema import Member, Tool, Words
+from core.engine.output.dialect import NO_MARKERS, Markers
 from core.engine.output.families import Family, Form
 from core.errors import InvalidRequest
 
@@ -26,6 +26,8 @@ _KEY = {
     "braces": re.compile(r"[^\s{}\[\]:,=<>\"'()|]+"),
 }
 
+_FINAL = "<|channel|>final<|message|>"  # harmony's header of an answer
+
 
 class _Rule(str):
     """A piece of grammar, where a plain `str` is text of the call."""
@@ -35,21 +37,13 @@ class _Marker(str):
     """Text of the family: names of tokens in it are those tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Markers:
-    """The family's markers that are single tokens of the vocabulary. `ends` are those that end an answer."""
-
-    tokens: tuple[tuple[str, int], ...] = ()
-    ends: frozenset[str] = frozenset()
-
-
 def required(
     family: Family,
     tools: Sequence[Tool],
     *,
     parallel: bool = True,
     names: Iterable[str] | None = None,
-    markers: Markers = Markers(),
+    markers: Markers = NO_MARKERS,
     field: str = FIELD,
 ) -> str:
     """Return the grammar of an answer that is one call, or with `parallel` one or several.
@@ -67,12 +61,13 @@ def call(
     *,
     parallel: bool = True,
     names: Iterable[str] | None = None,
-    markers: Markers = Markers(),
+    markers: Markers = NO_MARKERS,
     field: str = FIELD,
 ) -> str:
     """Return the grammar from directly after an opener to the end of the call, or of the list of calls."""
     grammar = _Grammar(family, tools, names, markers, field)
-    return grammar.text(grammar.inner(parallel))
+    # A call may lack its opener: then it has no closer either.
+    return grammar.text(grammar.inner(parallel, bare=family.bare))
 
 
 def either(
@@ -82,14 +77,19 @@ def either(
     *,
     parallel: bool = True,
     names: Iterable[str] | None = None,
-    markers: Markers = Markers(),
+    markers: Markers = NO_MARKERS,
     field: str = FIELD,
 ) -> str:
     """Return the grammar of an answer that is either calls or JSON of a schema. The schema has been checked."""
     # llguidance chooses between text and JSON at the first character: a call that begins with a brace is JSON, too.
     grammar = _Grammar(family, tools, names, markers, field, whole=not family.opener)
-    answer = json.dumps({**schema, "x-guidance": json_schema.OPTIONS}, ensure_ascii=False)
-    return grammar.text(_Rule(f"{grammar.calls(parallel)} | {grammar.rule('answer', [_json(answer)])}"))
+    return grammar.text(_Rule(f"{grammar.calls(parallel)} | {grammar.answer(schema)}"))
+
+
+def answer(family: Family, schema: dict[str, Any], *, markers: Markers = NO_MARKERS) -> str:
+    """Return the grammar of an answer that is JSON of a schema, in the family's channel for answers."""
+    grammar = _Grammar(family, (), None, markers, FIELD)
+    return grammar.text(grammar.answer(schema))
 
 
 class _Grammar:
@@ -126,6 +126,11 @@ class _Grammar:
         self._lines.append(f"{name}: {self._sequence(parts)}")
         return _Rule(name)
 
+    def answer(self, schema: dict[str, Any]) -> _Rule:
+        """Return a rule for an answer in JSON."""
+        text = json.dumps({**schema, "x-guidance": json_schema.OPTIONS}, ensure_ascii=False)
+        return self.rule("answer", [_Marker(_FINAL if self._family.channels else ""), _json(text)])
+
     def calls(self, parallel: bool) -> _Rule:
         """Return a rule for whole calls, from the opener on."""
         family = self._family
@@ -134,13 +139,15 @@ class _Grammar:
         more = [_Rule(f"({self._sequence([_Marker(family.separator), call])})*")] if several else []
         return self.rule("calls", [_Marker(family.section), call, *more, *self._closing(family.section_closer)])
 
-    def inner(self, parallel: bool) -> _Rule:
+    def inner(self, parallel: bool, *, bare: bool = False) -> _Rule:
         """Return a rule for what follows the opener, up to the end of the closer."""
         family = self._family
         one = _Rule("one")
         self._lines.append("one: " + " | ".join(self._tool(*item) for item in self._tools))
         if family.form not in ("array", "python"):
-            return self.rule("inner", [one, *self._closing(family.closer)])
+            closer = self._closing(family.closer)
+            optional = [_Rule(f"({self._sequence(closer)})?")] if bare and family.closer else closer
+            return self.rule("inner", [one, *optional])
         more = [_Rule(f"({self._sequence([', ', one])})*")] if parallel and family.several else []
         return self.rule("inner", ["[", one, *more, "]", *self._closing(family.closer)])
 
@@ -181,7 +188,7 @@ class _Grammar:
     def _members(self, tool: Tool, field: str) -> tuple[list[Member], str | None]:
         """Return the parameters that can be written in the family's form, and the schema of further ones."""
         form: Form = self._family.form
-        members = tool_schema.members(tool, field, raw=form != "python")
+        members = tool_schema.members(tool, field, form)
         named = []
         for member in members.named:
             if _KEY[form].fullmatch(member.key):
@@ -239,21 +246,21 @@ class _Grammar:
     def _value(self, suffix: str, member: Member) -> list[str]:
         """Return the parts of a value: text between the family's quotes, or JSON."""
         quote = self._family.quote
-        if member.text is None or not quote:
+        if not member.words or not quote:
             return [_json(member.schema)]
         if quote not in self._tokens:
             return [quote, *self._raw(suffix, member, quote)]
-        self._lines.append(f"WORDS_{suffix.upper()}: {_terminal(member.text)}")
+        self._lines.append(f"WORDS_{suffix.upper()}: {_terminal(member.words)}")
         return [_Marker(quote), _Rule(f"WORDS_{suffix.upper()}"), _Marker(quote)]
 
     def _raw(self, suffix: str, member: Member, end: str) -> list[str]:
         """Return the parts of a value and the text that ends it. A string is raw text, up to the first such end."""
-        if member.text is None:
+        if not member.words:
             return [_json(member.schema), end]
         ending = json.dumps(end)
         self._lines += [
             f"words_{suffix}[lazy]: WORDS_{suffix}",
-            f"WORDS_{suffix}: ({_terminal(member.text, without=ending)}) {ending}",
+            f"WORDS_{suffix}: ({_terminal(member.words, without=ending)}) {ending}",
         ]
         return [_Rule(f"words_{suffix}")]
 
@@ -300,16 +307,18 @@ def _json(schema: str) -> _Rule:
     return _Rule(f"%json {schema}")
 
 
-def _terminal(words: Words, without: str | None = None) -> str:
-    """Return the terminal of a string's text, which does not contain the literal `without`."""
-    if words.values is not None:
-        text = "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in words.values) + ")"
-    else:
-        text = f"/(?s:.{{{words.shortest},{'' if words.longest is None else words.longest}}})/"
-        if not words.shortest and words.longest is None:
-            text = "/(?s:.*)/"
-        for pattern in words.patterns:
-            text += f" & /{pattern}/"
+def _terminal(words: Sequence[Words], without: str | None = None) -> str:
+    """Return the terminal of a value's text, which does not contain the literal `without`."""
+    text = " | ".join(dict.fromkeys(map(_alternative, words)))
     if without is None or text == "/(?s:.*)/":  # a lazy rule ends at the first `without` anyway
         return text
-    return f"{text} & ~(/(?s:.*)/ {without} /(?s:.*)/)"
+    return f"({text}) & ~(/(?s:.*)/ {without} /(?s:.*)/)"
+
+
+def _alternative(words: Words) -> str:
+    if words.values is not None:
+        return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in words.values) + ")"
+    if not (words.shortest or words.patterns) and words.longest is None:
+        return "/(?s:.*)/"
+    length = f"/(?s:.{{{words.shortest},{'' if words.longest is None else words.longest}}})/"
+    return "(" + " & ".join((length, *(f"/{pattern}/" for pattern in words.patterns))) + ")"

@@ -95,7 +95,7 @@ def build(
     text = _render(card, messages, marked_tools, marked_variables, family)
     # 4) See whether the template has opened the reasoning.
     reasoning = _open_reasoning(text, family, guard)
-    if reasoning and close_reasoning and family.think is not None:
+    if reasoning and close_reasoning:
         text = f"{text.rstrip()}\n\n{family.think.closer.strip()}\n\n"
         reasoning = False
     # 5) Tokenize part by part.
@@ -129,7 +129,7 @@ def _check_length(
 
 def _open_reasoning(text: str, family: Family, guard: Guard) -> bool:
     """Return whether the template's output ends with the opener of reasoning."""
-    if family.think is None or family.channels:
+    if family.channels:
         return False
     opener, end = family.think.opener.strip(), text.rstrip()
     return end.endswith(opener) and not guard.is_marked(end, len(end) - len(opener))
@@ -167,11 +167,9 @@ def _render(card: ModelCard, messages: Messages, tools: list[Any], variables: Ma
     leading = _without_later_systems(messages)
     if leading != messages and not shows_later_systems(source, card.bos, card.eos):
         messages = leading
-    calls = bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
     problem: Exception | None = None
     # 1) Tools and calls as the template shows them, then as text.
-    for shows in (capabilities(source, card.bos, card.eos), Capabilities()) if calls else (Capabilities(),):
-        shown, listed = tool_texts.adapt(messages, tools, shows, family)
+    for shown, listed in _shown(card, source, messages, tools, family):
         # 2) System messages as they are, then as part of a user's message.
         for attempt in _alternatives(shown):
             try:
@@ -187,6 +185,17 @@ def _render(card: ModelCard, messages: Messages, tools: list[Any], variables: Ma
         raise InvalidRequest(f"The model's chat template refuses these messages: {problem}", param="messages")
     assert isinstance(problem, sandbox.Broken | sandbox.Runaway)
     raise _failure(card, source, problem) from problem
+
+
+def _shown(
+    card: ModelCard, source: str, messages: Messages, tools: list[Any], family: Family
+) -> Iterator[tuple[Messages, dict[str, Any]]]:
+    """Yield what a template may be able to show, and the variables with which it lists the tools."""
+    if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        yield messages, {}
+        return
+    yield tool_texts.adapt(messages, tools, capabilities(source, card.bos, card.eos), family)
+    yield tool_texts.adapt(messages, tools, Capabilities(), family)
 
 
 def _variables(card: ModelCard, messages: Messages, others: Mapping[str, Any]) -> dict[str, Any]:

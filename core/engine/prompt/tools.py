@@ -53,10 +53,9 @@ def instructions(tools: Sequence[Mapping[str, Any]], family: Family) -> str:
     lines = "\n".join(_json(tool["function"]) for tool in tools)
     example = calls_text([("function_name", {"parameter": "value"})], family)
     return (
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with these functions, one JSON object per line:\n<tools>\n{lines}\n</tools>\n\n"
-        f"To call a function, write its name and its arguments in this form:\n{example}\n\n"
-        "The result of the call follows in the next message. If no function is needed, answer in plain text."
+        f"# Tools\n\nYou may call functions. One JSON object a line describes each:\n<tools>\n{lines}\n</tools>\n\n"
+        f"To call a function, write:\n{example}\n\n"
+        "Its result follows in the next message. If no function is needed, answer in plain text."
     )
 
 
