@@ -149,7 +149,10 @@ def _generation_request(
         variables=_variables(reasoning),
         close_reasoning=reasoning.enabled is False or (constrained and not reasoning.enabled),
     )
-    # 2) The answer's grammar and format.
+    # 2) The answer's grammar and format. Reasoning must leave room for an answer that the grammar demands.
+    budget = reasoning.budget
+    if budget is None and constrained and prompt.reasoning and max_tokens is not None:
+        budget = max_tokens // 2
     if not tools and conversation.schema is None and dialect.think is None:
         return _request(engine, conversation, prompt, max_tokens, tenant, ends)
     from core.engine.output import format as output  # most of a chat's code is for what a plain one does not need
@@ -162,7 +165,7 @@ def _generation_request(
         schema=conversation.schema,
         field=conversation.tools_field,
         schema_field=conversation.schema_field,
-        reasoning_budget=reasoning.budget,
+        reasoning_budget=budget,
     )
     grammar, form = output.plan(engine, dialect, answer, reasoning_open=prompt.reasoning)
     return _request(engine, conversation, prompt, max_tokens, tenant, ends, grammar, form)

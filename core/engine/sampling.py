@@ -161,10 +161,10 @@ class TokenStep:
         events = output.push(gained)
         if output.parser is not None:
             events += self._follow_call(sequence)
-        # 4) End on a stop string, a complete grammar or call, or the limit.
+        # 4) End on a stop string, a repeated call, a complete grammar or call, or the limit.
         reasoning_tokens = len(gained) if reasoning else 0
         sequence.whole_calls += sum(isinstance(event, CallEnd) for event in events)
-        if output.stop is not None or (len(drawn) <= limit and self._complete(sequence)):
+        if output.stop is not None or output.repeated or (len(drawn) <= limit and self._complete(sequence)):
             return self._end(sequence, [*events, *output.finish(cut=False)], len(gained), entries, reasoning_tokens)
         if len(drawn) >= limit:
             events += output.finish(cut=True)

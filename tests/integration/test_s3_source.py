@@ -170,10 +170,12 @@ def test_a_model_in_memory_is_not_read_again(memory_store, proxy, reference):
 
 def test_a_model_that_did_not_arrive_is_not_shared(memory_store, proxy):
     """It is downloaded again, and its bytes are freed."""
-    proxy.plan(Status(403), times=200, matching=r"bytes=6291456-")
+    proxy.plan(Stall(after=0, seconds=60), times=20, matching=r"bytes=6291456-")
     model = memory_store.open(REFERENCE)
+    model.arrival.cancel()
     with pytest.raises(ModelUnavailable):
         model.arrival.wait()
+    proxy.heal()
     again = memory_store.open(REFERENCE)
 
     assert again.path != model.path

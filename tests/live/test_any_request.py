@@ -63,7 +63,8 @@ messages = st.lists(
     )
     | st.fixed_dictionaries({"role": st.just("assistant")}, optional={"content": words | st.none(), "refusal": words})
     | st.builds(lambda name: {"role": "assistant", "content": None, "tool_calls": [call(name)]}, words)
-    | st.fixed_dictionaries({"role": st.sampled_from(["tool", "function"]), "content": words, "name": words}),
+    | st.fixed_dictionaries({"role": st.just("function"), "content": words, "name": words})
+    | st.fixed_dictionaries({"role": st.just("tool"), "content": words, "tool_call_id": words}),
     min_size=1,
     max_size=3,
 )
@@ -75,6 +76,11 @@ schemas = st.sampled_from(
         {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}},
         {"type": "string", "pattern": "^[a-f]{1,8}$"},
     ]
+)
+tools = st.builds(
+    lambda name, schema: {"type": "function", "function": {"name": name, "parameters": schema}},
+    st.from_regex(r"[a-zA-Z0-9_-]{1,8}", fullmatch=True),
+    st.sampled_from([None, {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}]),
 )
 formats = st.sampled_from([{"type": "text"}, {"type": "json_object"}]) | st.builds(
     lambda schema: {"type": "json_schema", "json_schema": {"name": "any", "schema": schema, "strict": True}}, schemas
@@ -104,8 +110,11 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "response_format": formats,
     "user": words,
     "metadata": st.dictionaries(words, words, max_size=2),
-    "tools": st.just([]),
+    "tools": st.lists(tools, max_size=2, unique_by=lambda tool: tool["function"]["name"]),
     "tool_choice": st.sampled_from(["none", "auto"]),
+    "parallel_tool_calls": st.booleans(),
+    "reasoning_effort": st.sampled_from(["none", "low", "high"]),
+    "chat_template_kwargs": st.dictionaries(words, anything, max_size=2),
     "whatever": anything,
 }
 good_chat = st.fixed_dictionaries(
@@ -144,8 +153,11 @@ WRONG_CHAT: dict[str, st.SearchStrategy[Any]] = {
         lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}},
         st.sampled_from([{"not": {}}, {"type": "x"}, {"$ref": "http://x/"}, {"pattern": "("}, {"enum": []}, 1]),
     ),
-    "tools": st.just([{"type": "function", "function": {"name": "f"}}]),
-    "tool_choice": st.sampled_from(["required", {"type": "function"}, 1]),
+    "tools": st.sampled_from(
+        [[{"type": "function"}], [{"type": "x"}], [{"type": "function", "function": {"name": ""}}]]
+    )
+    | st.just([{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]),
+    "tool_choice": st.sampled_from([{"type": "function"}, {"type": "x"}, "any", 1]),
     "model": st.sampled_from(["gpt-4o", "", "../x", "SmolLM2", 1]),
 }
 WRONG_EXTRACT: dict[str, st.SearchStrategy[Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from typing import TYPE_CHECKING
 
-from core.engine.interface import Event, Parser, Piece, Text
+from core.engine.interface import Arguments, Call, CallEnd, Event, Parser, Piece, Text
 
 if TYPE_CHECKING:
     from core.engine.interface import GenerationRequest
@@ -77,6 +77,9 @@ class OutputReader:
         self._content = TextStream(request.stop)
         self._characters = TextStream()  # decodes what a parser reads
         self.parser: Parser | None = None if request.output is None else request.output.parser()
+        self.repeated = False  # a call was made a second time
+        self._calls: set[str] = set()  # calls that were made
+        self._call = ""  # name and arguments of the call that is being read
 
     @property
     def stop(self) -> str | None:
@@ -115,6 +118,8 @@ class OutputReader:
 
     def _filter(self, events: list[Event]) -> list[Event]:
         """Pass text through the search for stop strings. After one, nothing passes."""
+        for event in events:
+            self._note_call(event)
         if not self._content.stops:
             return events
         passed: list[Event] = []
@@ -126,6 +131,17 @@ class OutputReader:
             else:  # what was held back is older than this event
                 passed += [*_text(self._content.finish()), event]
         return passed
+
+    def _note_call(self, event: Event) -> None:
+        """Notice a call that repeats an earlier one: a small model that may go on calling often does not stop."""
+        match event:
+            case Call(name):
+                self._call = name
+            case Arguments(text):
+                self._call += text
+            case CallEnd():
+                self.repeated = self.repeated or self._call in self._calls
+                self._calls.add(self._call)
 
 
 def _text(text: str) -> list[Event]:
