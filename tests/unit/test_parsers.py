@@ -423,6 +423,22 @@ def test_values_nested_too_deeply_are_no_arguments(opener):
     assert isinstance(said[-1], Text)
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 390, "-1e999", "1_0", ".5", "nan", "-inf", "1e400", "+"])
+@pytest.mark.parametrize("family", ["hermes", "lfm2", "qwen coder", "gemma 4"])
+def test_odd_numbers_are_numbers_or_no_arguments(family, number):
+    start, end = {
+        "hermes": (["<tool_call>", '{"name": "get_weather", "arguments": {"days": '], "}}"),
+        "lfm2": (["<|tool_call_start|>", "[get_weather(days="], ")]"),
+        "qwen coder": (["<tool_call>", "<function=get_weather><parameter=days>"], "</parameter></function>"),
+        "gemma 4": (["<|tool_call>", "call:get_weather{days:"], "}"),
+    }[family]
+    _, said = opened(family, *start, number + end)
+    if CallEnd() in said:
+        json.loads(said[1].text)
+    else:
+        assert said[-1] == Text(number + end)
+
+
 @pytest.mark.parametrize("name", ["note", "plan"])
 def test_time_grows_with_the_text_alone(name):
     """The work per character does not depend on how much came before: counted in calls of Python functions."""

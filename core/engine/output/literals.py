@@ -18,7 +18,7 @@ MAX_DEPTH = 128
 _CONTAINERS = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # opener: its closer, and in JSON
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 _JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-_LONGEST_SCALAR = 400  # the longest float in decimal digits is shorter
+_LONGEST_NUMBER = 400  # no float has as many digits, and readers refuse integers of thousands
 
 _WORD = re.compile(r"[A-Za-z0-9_+.\-]+")
 _BARE_KEY = re.compile(r"[^\s:,{}\[\]\"\ud800-\udfff]+")
@@ -93,7 +93,11 @@ def scalar(source: Source, dialect: Dialect, out: Out) -> Reading[None]:
     if not _WORD.match(char):
         raise Mismatch
     word = yield from source.word(_WORD)
-    out(_json_scalar(word))
+    json_text = _json_scalar(word)
+    if json_text is None:
+        source.put_back(word)
+        raise Mismatch(word)
+    out(json_text)
 
 
 def string(source: Source, out: Out, *, python: bool = False) -> Reading[None]:
@@ -181,20 +185,20 @@ def _escape_sequence(source: Source, out: Out, *, python: bool) -> Reading[None]
     out("\\\\" if known is None else known)
 
 
-def _json_scalar(word: str) -> str:
+def _json_scalar(word: str) -> str | None:
     if word in _WORDS:
         return _WORDS[word]
+    if len(word) > _LONGEST_NUMBER:
+        return None
     if _JSON_NUMBER.fullmatch(word):
         return word
-    if len(word) <= _LONGEST_SCALAR and re.match(r"[-+.0-9]", word):
-        for number in _NUMBERS:
-            try:
-                read = number(word)
-            except ValueError:
-                continue
-            if math.isfinite(read):
-                return repr(read)
-    raise Mismatch
+    for number in _NUMBERS if re.match(r"[-+.0-9]", word) else ():
+        try:
+            read = number(word)
+        except ValueError:
+            continue
+        return repr(read) if isinstance(read, int) or math.isfinite(read) else None
+    return None
 
 
 _NUMBERS: tuple[Callable[[str], int | float], ...] = (lambda word: int(word, 0), float)

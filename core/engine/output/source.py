@@ -108,6 +108,12 @@ class Source:
             self._record.append(text)
         return text
 
+    def put_back(self, text: str) -> None:
+        """Undo that `text` was taken."""
+        self.text, self.place = text + self.text[self.place :], 0
+        if self._record is not None:
+            self._record = ["".join(self._record).removesuffix(text)]
+
     def rest(self) -> str:
         """Take all that has been added."""
         return self.take(len(self.text) - self.place)
