@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from core.errors import ModelUnavailable
 from handlers import generate
 from handlers.dispatch import dispatch
 from handlers.http import Request
-from tests.fakes import FakeService, ScriptedEngine, fake_service
+from tests.fakes import CARD, FakeService, ScriptedEngine, fake_service
 from tests.unit.test_chat import read
 
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
@@ -61,7 +62,8 @@ def respond(engine: ScriptedEngine, **fields: Any) -> tuple[int, Any]:
 
 
 def pieces(*items: str | Event) -> ScriptedEngine:
-    return ScriptedEngine(pieces=items)
+    """Return an engine with room for tools: it has a token for each byte of the prompt."""
+    return ScriptedEngine(pieces=items, card=replace(CARD, n_ctx=8192))
 
 
 def events(stream: str) -> list[Any]:
