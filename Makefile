@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev rie ## run the tests in two processes; WORKERS=4 fo
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 fuzz: $(VENV)/.installed-dev ## send at least 5,000 requests made from /openapi.json to a local server
-	FUZZ_EXAMPLES=20 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
+	FUZZ_EXAMPLES=10 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
 
 check: lint test ## run what CI runs: lint, then test
 

@@ -42,6 +42,7 @@ def address(tiny: MakeModel, tmp_path: Path) -> Iterator[str]:
             n_threads=1,
             max_tokens=16,
             request_timeout_s=2,
+            responses_store=1 << 20,
             reload_grace_s=1,
             hf_endpoint=hub.url,
             api_keys=keys("use"),
