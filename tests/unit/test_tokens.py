@@ -50,6 +50,22 @@ def test_input_tokens_are_the_usage_of_the_real_chat(messages: list[str], tiny_e
     assert listed["max_model_len"] == engine.card.n_ctx
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("choice", ["none", "auto", "required"])
+def test_tools_count_as_they_do_in_the_chat(choice: str, tiny_engine: LoadTiny) -> None:
+    """They are part of the prompt."""
+    engine = tiny_engine("control")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL], "tool_choice": choice, "max_tokens": 1}
+
+    _, counted = post(engine, "/v1/chat/completions/input_tokens", body)
+    _, real = post(engine, "/v1/chat/completions", body)
+    _, listed = post(engine, "/tokenize", body)
+
+    assert counted["input_tokens"] == real["usage"]["prompt_tokens"] == listed["count"]
+
+
 def test_counting_does_not_wait_for_a_slot() -> None:
     """All slots and the queue are taken, and the count comes."""
     engine = ScriptedEngine()
