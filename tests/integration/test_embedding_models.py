@@ -17,6 +17,7 @@ from openai import AsyncOpenAI, OpenAI
 from adapters.wiring import build
 from core.service import Service
 from core.settings import Settings
+from tests.integration.hub_double import HubDouble, Repo
 from tests.serving import serving
 
 Serve = Callable[..., tuple[str, Service]]
@@ -192,6 +193,51 @@ def test_without_an_embedding_model_the_client_learns_the_setting(serve: Serve) 
         pytest.raises(openai.NotFoundError, match="EMBEDDING_MODEL_PATH"),
     ):
         client.embeddings.create(model="llama", input="a")
+
+
+@pytest.mark.parametrize("target", ["disk", "memory"])
+def test_a_model_is_downloaded_by_its_first_request(target: Any, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    """A second start with it on the disk needs no hub."""
+    with HubDouble({"org/repo": Repo({"bert.gguf": tiny("bert").read_bytes()})}) as hub:
+        settings = Settings(
+            models_dir=tmp_path,
+            model_path=str(tiny("llama")),
+            embedding_model_path="hf://org/repo/bert.gguf",
+            hf_endpoint=hub.url,
+            model_target=target,
+            n_threads=1,
+        )
+        with serving(build(settings)) as address:
+            before = httpx.get(f"{address}/health").json()["embeddings"]
+            status, answer = post(address, "/v1/embeddings", {"input": "a", "model": "bert"})
+            after = httpx.get(f"{address}/health").json()["embeddings"]
+
+    assert (status, before["status"], after["status"]) == (200, "unloaded", "ready"), answer
+    assert (tmp_path / "bert.gguf").exists() == (target == "disk")
+    if target == "disk":
+        with serving(build(settings)) as address:
+            assert post(address, "/v1/embeddings", {"input": "a"})[1]["data"] == answer["data"]
+
+
+def test_a_downloaded_encoder_does_not_become_the_chat_model(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    """It is in MODELS_DIR and was checked when it was published. Whoever reloads with it keeps the chat model."""
+    with HubDouble({"org/repo": Repo({"bert.gguf": tiny("bert").read_bytes()})}) as hub:
+        settings = Settings(
+            models_dir=tmp_path,
+            model_path=str(tiny("llama")),
+            embedding_model_path="hf://org/repo/bert.gguf",
+            hf_endpoint=hub.url,
+            local_admin=True,
+            n_threads=1,
+        )
+        with serving(build(settings)) as address:
+            assert post(address, "/v1/embeddings", {"input": "a"})[0] == 200
+            status, answer = post(address, "/reload", {"model_path": "bert.gguf"})
+            chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+            assert (status, answer["error"]["param"]) == (400, "model_path")
+            assert "EMBEDDING_MODEL_PATH" in answer["error"]["message"]
+            assert post(address, "/v1/chat/completions", chat)[0] == 200
 
 
 def test_a_missing_file_is_a_503_that_names_the_setting(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
