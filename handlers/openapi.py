@@ -218,6 +218,9 @@ def _answer(operation: Operation, schemas: Schemas) -> dict[str, Any]:
         schema = schemas.references[operation.answer]
     else:
         schema = {"type": "object" if operation.media_type == "application/json" else "string"}
+    if operation.selector is not None:
+        selected = {"type": "object", "description": f"The fields that `{operation.selector}` names."}
+        schema = {"anyOf": [schema, selected]}
     content: dict[str, Any] = {operation.media_type: {"schema": schema}}
     if operation.events:
         content["text/event-stream"] = {"schema": _event(operation, schemas)}

@@ -53,6 +53,7 @@ class Operation:
     path: str | None = None
     parameters: tuple[Parameter, ...] = ()
     media_type: str = "application/json"  # of the answer
+    selector: str | None = None  # the request's field that selects fields of the answer
     named_events: bool = False  # each event of a stream has a line `event: TYPE`
     done: Literal["[DONE]", ""] = "[DONE]"  # the data of a stream's last event, if it is not JSON
 
@@ -229,6 +230,7 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Fill the gap between two texts, for code editors. llama-server's route.",
         request="core.wire.infill:InfillRequest",
         answer="core.wire.infill:Infill",
+        selector="response_fields",
         events=("core.wire.infill:Infill",),
         errors=(*GENERATION, NotSupported),
         example={"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16},

@@ -75,7 +75,7 @@ def speaks_anthropic(path: str) -> bool:
 
 def find(method: str, path: str) -> Route:
     """Return the route; HEAD uses the route of GET. Raises NotFound or MethodNotAllowed, which list what exists."""
-    matches = [route for route in ROUTES if _matches(route.path, path)]
+    matches = _at(path)
     if not matches:
         routes = ", ".join(f"{route.method} {route.path}" for route in ROUTES if not route.path.endswith("/"))
         raise NotFound(f"There is no route {path[:200]!r}. Routes: {routes}.")
@@ -88,10 +88,16 @@ def find(method: str, path: str) -> Route:
 
 def allowed(path: str) -> tuple[str, ...]:
     """Return the methods of `path` except OPTIONS, or nothing if no route has that path."""
-    methods = [route.method for route in ROUTES if _matches(route.path, path)]
+    methods = [route.method for route in _at(path)]
     if "GET" in methods:
         methods.insert(methods.index("GET") + 1, "HEAD")
     return tuple(dict.fromkeys(methods))
+
+
+def _at(path: str) -> list[Route]:
+    """Return the routes at `path`. One that names the path exactly excludes those with a parameter."""
+    matches = [route for route in ROUTES if _matches(route.path, path)]
+    return [route for route in matches if route.path == path.rstrip("/")] or matches
 
 
 def _matches(pattern: str, path: str) -> bool:

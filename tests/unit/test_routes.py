@@ -42,6 +42,14 @@ def test_other_paths_are_not_found(path: str) -> None:
         routes.find("GET", path)
 
 
+def test_an_exact_path_excludes_one_with_a_parameter() -> None:
+    """`input_tokens` is no id of a response."""
+    assert routes.allowed("/v1/responses/input_tokens") == ("POST",)
+    assert routes.allowed("/v1/responses/resp_1") == ("GET", "HEAD", "DELETE")
+    with pytest.raises(MethodNotAllowed):
+        routes.find("GET", "/v1/responses/input_tokens/")
+
+
 def test_a_wrong_method_lists_the_allowed_ones() -> None:
     """They are for the message and the Allow header."""
     with pytest.raises(MethodNotAllowed) as caught:

@@ -55,14 +55,14 @@ class ChannelParser(SequenceParser):
         except Mismatch:
             self.calling = False
             self._space, text = "", source.recorded()
-            self._say(text)
+            self._add_text(text)
             return "final", None
         except EndOfText:
             self.calling = False
             source.rest()
             text = source.recorded()
             if not self._cut and not text.lstrip().startswith((self._start, self._channel, self._message)):
-                self._say(text)
+                self._add_text(text)
                 self._flush()
             raise
 
@@ -101,7 +101,7 @@ class ChannelParser(SequenceParser):
         source = self._source
         self._call(tool)
         try:
-            yield from self._object_arguments(self._argue)
+            yield from self._object_arguments(self._add_arguments)
             self._end_call()
             source.recorded()
             yield from source.spaces()
@@ -113,10 +113,10 @@ class ChannelParser(SequenceParser):
     def _text(self, ends: Targets) -> Reading[str]:
         """Read text up to and with the end of its message. Return that."""
         try:
-            return (yield from self._source.until(ends, self._say))
+            return (yield from self._source.until(ends, self._add_text))
         except EndOfText:
             if not self._cut:
-                self._say(self._source.rest())
+                self._add_text(self._source.rest())
             if not self._after_call:
                 self._flush()
             raise

@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
-from typing import Protocol as Structure
 
 from core.engine.interface import Arguments, Call, CallEnd, Event, Piece, Reasoning, Text
 from core.engine.output import literals, tagged
@@ -20,16 +19,6 @@ from core.engine.output.source import SPACE, EndOfText, Mismatch, Out, Reading, 
 _NAME = re.compile(r"[^\s\[\]<>{}()\"'`=,:;|\ud800-\udfff]+")
 _IDENTIFIER = re.compile(r"\w+")
 _ID = re.compile(r"[^\s\[{<\ud800-\udfff]+")
-
-
-class Tool(Structure):
-    """A tool that may be called. `parameters` is the JSON Schema of its arguments."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -46,8 +35,8 @@ class _Draft:
 class SequenceParser:
     """The parser of one sequence. It is one reader, which each piece resumes.
 
-    Text is said at once, except for white space, which is dropped before a call. What is read since a call's opener is
-    recorded: it is said, too, if it proves to be no call.
+    Text is emitted at once, except for white space, which is dropped before a call. The source records what is read
+    after a call's opener: if it is no call, it becomes text.
     """
 
     def __init__(
@@ -60,9 +49,9 @@ class SequenceParser:
         self.calling = False
         self.overrun = ""
         self._events: list[Event] = []
-        self._space = ""  # white space that is said if text follows
-        self._begun = False  # whether text was said
-        self._thought = False  # whether reasoning was said
+        self._space = ""  # white space that is emitted if text follows
+        self._begun = False  # whether text was emitted since the turn, its reasoning or its last call began
+        self._thought = False  # whether reasoning was emitted
         self._after_call = False
         self._call_open = False  # a Call without its CallEnd
         self._arguments_whole = False
@@ -108,25 +97,25 @@ class SequenceParser:
         events, self._events = self._events, []
         return events
 
-    def _say(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         """Add text. White space at its end waits for what follows, which may be a call."""
         text = self._space + text
-        said = text.rstrip(SPACE) if self._tools else text
-        self._space = text[len(said) :]
-        if said:
+        ready = text.rstrip(SPACE) if self._tools else text
+        self._space = text[len(ready) :]
+        if ready:
             self._begun, self._after_call = True, False
-            self._add(Text, self._source.plain(said))
+            self._add(Text, self._source.plain(ready))
 
-    def _think(self, text: str) -> None:
+    def _add_reasoning(self, text: str) -> None:
         """Add reasoning, without white space around it."""
         text = self._space + text if self._thought else text.lstrip(SPACE)
-        said = text.rstrip(SPACE)
-        self._space = text[len(said) :]
-        if said:
+        ready = text.rstrip(SPACE)
+        self._space = text[len(ready) :]
+        if ready:
             self._thought = True
-            self._add(Reasoning, self._source.plain(said))
+            self._add(Reasoning, self._source.plain(ready))
 
-    def _argue(self, text: str) -> None:
+    def _add_arguments(self, text: str) -> None:
         if text:
             self._add(Arguments, text)
 
@@ -177,11 +166,11 @@ class SequenceParser:
                     return self._think_opener
                 if self._family.bare and self._tools and (yield from source.ahead(1)) in "{`":
                     return ""
-            return (yield from source.until(self._targets, self._say))
+            return (yield from source.until(self._targets, self._add_text))
         except EndOfText:
             rest = source.rest()
-            if not (self._cut and rest):  # at a cut, what may begin a marker is not said
-                self._say(rest)
+            if not (self._cut and rest):  # at a cut, what may begin a marker is dropped
+                self._add_text(rest)
             if not self._after_call:
                 self._flush()
             raise
@@ -195,10 +184,10 @@ class SequenceParser:
         """Read reasoning up to and with its closer. Return that."""
         self.reasoning, self._space = True, "\n\n" if self._thought else ""
         try:
-            closer = yield from self._source.until(closers, self._think)
+            closer = yield from self._source.until(closers, self._add_reasoning)
         except EndOfText:
             if not self._cut:
-                self._think(self._source.rest())
+                self._add_reasoning(self._source.rest())
             raise
         self.reasoning, self._space, self._begun = False, "", False
         yield from self._source.spaces()
@@ -207,7 +196,7 @@ class SequenceParser:
     # Calls.
 
     def _attempt(self, opener: str) -> Reading[None]:
-        """Read calls after their opener. If it is no call, say what was read."""
+        """Read calls after their opener. If it is no call, emit what was read as text."""
         source = self._source
         source.record(self._space + opener)
         self._space = ""
@@ -219,7 +208,7 @@ class SequenceParser:
             yield from self._calls(opener)
             yield from self._close(opener)
         except Mismatch:
-            self._say(source.recorded())
+            self._add_text(source.recorded())
         except EndOfText:
             self._give_up(opener)
             raise
@@ -227,14 +216,14 @@ class SequenceParser:
             self.calling = self._call_open = False
 
     def _give_up(self, opener: str) -> None:
-        """The sequence has ended inside a call: end what is whole, say what never was a call."""
+        """The sequence has ended inside a call. End a whole one; what has no name yet becomes text."""
         source = self._source
         if self._call_open:
             if self._arguments_whole and not self._cut:
                 self._end_call()
         elif source.recording and (not self._cut or opener == ""):
             source.rest()
-            self._say(source.recorded())
+            self._add_text(source.recorded())
             if not self._after_call:
                 self._flush()
 
@@ -351,7 +340,7 @@ class SequenceParser:
         if not self._call_open:
             self._call(draft.name, draft.id)
         if draft.arguments is None:
-            self._argue("{}")
+            self._add_arguments("{}")
         self._end_call()
         if draft.fenced:
             yield from source.accept("```")
@@ -372,18 +361,18 @@ class SequenceParser:
             draft.name = yield from self._choice(self._tools)
             if not draft.bare:
                 self._call(draft.name, draft.id)
-                self._argue("".join(draft.arguments or ()))
+                self._add_arguments("".join(draft.arguments or ()))
                 self._arguments_whole = draft.arguments is not None
         elif key in arguments_keys and draft.arguments is None:
             if draft.bare and draft.name is not None:
                 self._call(draft.name)
             draft.arguments = []
-            yield from self._object_arguments(self._argue if self._call_open else draft.arguments.append)
+            yield from self._object_arguments(self._add_arguments if self._call_open else draft.arguments.append)
             self._arguments_whole = True
         elif key == family.id_key and family.id_length and (yield from source.symbol()) == '"':
             draft.id = literals.text_of((yield from self._json_string()))
         else:
-            yield from literals.value(source, literals.JSON, _drop)
+            yield from literals.value(source, literals.JSON, _ignore)
 
     def _json_string(self) -> Reading[str]:
         parts: list[str] = []
@@ -411,7 +400,7 @@ class SequenceParser:
         for part in source.encode(self._family.middle).split():
             yield from source.expect(part)
         self._call(name, call_id)
-        yield from self._object_arguments(self._argue)
+        yield from self._object_arguments(self._add_arguments)
         self._end_call()
 
     def _tagged_call(self, opener: str) -> Reading[None]:
@@ -423,7 +412,7 @@ class SequenceParser:
         if opener in self._heads:
             self._constrain(f"{opener}{name}>")
         self._call(name)
-        yield from tagged.arguments(source, self._tools[name], self._argue, end=self._closer_parts[0])
+        yield from tagged.arguments(source, self._tools[name], self._add_arguments, end=self._closer_parts[0])
         self._end_call()
 
     def _python_calls(self) -> Reading[None]:
@@ -454,12 +443,12 @@ class SequenceParser:
             yield from source.expect("=")
             if not begun:
                 self._call(name)
-            self._argue(f"{', ' if begun else '{'}{json.dumps(key, ensure_ascii=False)}: ")
+            self._add_arguments(f"{', ' if begun else '{'}{json.dumps(key, ensure_ascii=False)}: ")
             begun = True
-            yield from literals.value(source, literals.PYTHON, self._argue)
+            yield from literals.value(source, literals.PYTHON, self._add_arguments)
         if not begun:
             self._call(name)
-        self._argue("}" if begun else "{}")
+        self._add_arguments("}" if begun else "{}")
         self._end_call()
 
     def _braces_call(self) -> Reading[None]:
@@ -468,9 +457,9 @@ class SequenceParser:
         if (yield from source.ahead(1)) != "{":
             raise Mismatch
         self._call(name)
-        yield from literals.value(source, self._dialect, self._argue)
+        yield from literals.value(source, self._dialect, self._add_arguments)
         self._end_call()
 
 
-def _drop(text: str) -> None:
-    """Take the value of a key that says nothing."""
+def _ignore(text: str) -> None:
+    """Ignore the value of a key that is not used."""
