@@ -6,7 +6,10 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from core.store import gguf
 from tests import gguf_files as files
@@ -42,12 +45,39 @@ for path in sys.argv[1:]:
     llama.llama_model_free(model)
 """
 
+# Load each file as an embedding model, and embed texts and a pair.
+EMBED = """
+import logging, pathlib, sys
+from core.engine.embedding import LlamaEmbedder
+from core.engine.interface import EngineConfig
+from core.errors import ApiError
+from core.store.model_file import ModelFile
 
-def load(paths: list[Path]) -> tuple[int, str]:
+logging.disable(logging.CRITICAL)
+for name in sys.argv[1:]:
+    print(name, flush=True)
+    path = pathlib.Path(name)
+    file = ModelFile(path.stem, path, path.stat().st_size, name, "file")
+    try:
+        engine = LlamaEmbedder(file, EngineConfig(n_ctx=512, n_threads=1))
+    except ApiError:
+        continue
+    texts = [engine.encode("a b, hello!"), engine.encode_pair("a", "b c"), engine.encode("x" * 30)]
+    fitting = [text for text in texts if 0 < len(text) <= engine.card.n_ctx]
+    try:
+        engine.embed(fitting).exception(60)
+    except ApiError:
+        pass
+    engine.close()
+"""
+
+
+def load(paths: list[Path], script: str = LOAD) -> tuple[int, str]:
     """Load files in a process. Return its exit status and the last file that it began."""
     # Without GGML_NO_BACKTRACE an assertion starts a debugger, which takes seconds.
     result = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, paths)],
+        [sys.executable, "-c", script, *map(str, paths)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
@@ -56,10 +86,9 @@ def load(paths: list[Path]) -> tuple[int, str]:
     return result.returncode, result.stdout.split()[-1] if result.stdout else ""
 
 
-def survivors(count: int, seed: int) -> list[bytes]:
+def survivors(content: bytes, count: int, seed: int) -> list[bytes]:
     """Return models with flipped header bits that pass the check. Half of the flips may be in the vocabulary."""
     draw = random.Random(seed)
-    content = files.tiny_model()
     end = gguf.parse_header(lambda at, length: content[at : at + length], len(content)).data_offset
     vocabulary = content.index(b"tokenizer.ggml.tokens")
     passed: list[bytes] = []
@@ -78,11 +107,27 @@ def survivors(count: int, seed: int) -> list[bytes]:
 
 def test_files_that_pass_the_check_do_not_crash_llama_cpp(tmp_path: Path) -> None:
     """llama.cpp refuses or runs each of a thousand models with flipped bits."""
-    paths = [files.write(tmp_path, f"{index}.gguf", each) for index, each in enumerate(survivors(1000, seed=7))]
+    paths = [
+        files.write(tmp_path, f"{index}.gguf", each)
+        for index, each in enumerate(survivors(files.tiny_model(), 1000, seed=7))
+    ]
     for begin in range(0, len(paths), 250):
         status, last = load(paths[begin : begin + 250])
 
         assert status == 0, f"{last} ended the process ({status}): {survivor_diff(Path(last))}"
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert-rank"])
+def test_embedding_models_that_pass_the_check_do_not_crash_llama_cpp(
+    kind: str, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    """The engine refuses or runs each of a hundred encoders with flipped bits."""
+    content = tiny(kind).read_bytes()
+    paths = [files.write(tmp_path, f"{index}.gguf", each) for index, each in enumerate(survivors(content, 100, seed=7))]
+
+    status, last = load(paths, EMBED)
+
+    assert (status, last) == (0, str(paths[-1]))
 
 
 def test_a_file_that_the_check_refuses_crashes_llama_cpp(tmp_path: Path) -> None:
