@@ -44,6 +44,14 @@ class ToolChoice:
     mode: Literal["none", "auto", "required"] = "auto"
     names: tuple[str, ...] | None = None
 
+    @property
+    def single(self) -> bool:
+        """Whether exactly one call of one tool is demanded, as OpenAI defines a choice that names a function.
+
+        Clients that use such a call as a structured output read only the first one, or join the arguments of all.
+        """
+        return self.mode == "required" and self.names is not None and len(self.names) == 1
+
 
 @dataclass(frozen=True, slots=True)
 class ReasoningOptions:
@@ -160,7 +168,7 @@ def _generation_request(
     answer = output.Answer(
         tools=tools,
         mode="required" if choice.mode == "required" else "auto",
-        parallel=conversation.parallel,
+        parallel=conversation.parallel and not choice.single,
         names=choice.names,
         schema=conversation.schema,
         field=conversation.tools_field,

@@ -63,6 +63,20 @@ def test_a_streamed_call_has_openais_order() -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize(
+    ("choice", "single"),
+    [("required", False), ({"type": "function", "function": {"name": "time"}}, True)],
+)
+def test_a_named_function_is_called_once(choice: Any, single: bool) -> None:
+    """Clients that use it as a structured output read one call."""
+    engine = ScriptedEngine(pieces=CALL, card=replace(CARD, n_ctx=4096))
+    post(fake_service(engine), tools=[WEATHER, TIME], tool_choice=choice)
+
+    output = engine.requests[0].output
+    assert output is not None
+    assert output.end_after_call == single
+
+
 def test_a_cut_call_ends_with_length() -> None:
     """An agent must not run a call whose arguments are incomplete."""
     status, body = post(service(CALL), tools=[WEATHER], max_tokens=2)
