@@ -260,6 +260,7 @@ def conversation(request: ChatRequest) -> Conversation:
     return Conversation(
         messages=template_messages(request.messages),
         tools=tools(request),
+        tools_field="functions[{}].parameters" if request.legacy else "tools[{}].function.parameters",
         tool_choice=tool_choice(request),
         parallel=request.parallel_tool_calls is not False and not request.legacy,
         reasoning=ReasoningOptions(enabled, request.reasoning_effort, None, options),

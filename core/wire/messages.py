@@ -169,6 +169,7 @@ def conversation(request: CountRequest) -> Conversation:
     neutral = Conversation(
         messages=_template_messages(request),
         tools=tools(request),
+        tools_field="tools[{}].input_schema",
         tool_choice=tool_choice(request),
         parallel=not (choice and choice.disable_parallel_tool_use),
         schema=output.format.schema if output and output.format else None,

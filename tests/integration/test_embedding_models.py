@@ -144,7 +144,8 @@ def test_the_model_is_loaded_by_its_first_request(serve: Serve) -> None:
 
     assert ids == ["llama", "bert-cls", "embed"]
     assert (before["status"], before.get("engine")) == ("available", None)
-    assert (after["status"], after["engine"]["texts"], after["leases"]) == ("ready", 1, 0)
+    assert (after["status"], after["leases"]) == ("ready", 0)
+    assert after["engine"]["texts"] in (1, 2)  # the second is that of the warm-up, which may not be computed yet
     assert (report["pooling"], report["dimensions"], report["n_ctx"]) == ("cls", 32, 256)
 
 

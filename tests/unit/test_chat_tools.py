@@ -154,6 +154,25 @@ def test_what_clients_send_is_accepted(fields: dict[str, Any]) -> None:
         ({"tools": [tool(name="a" * 65)]}, "tools[0].function.name", "1 to 64"),
         ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters", "'array'"),
         ({"tools": [tool(parameters=5)]}, "tools[0].function.parameters", "object"),
+        (
+            {
+                "tools": [
+                    WEATHER,
+                    tool(name="f", strict=True, parameters={"type": "object", "properties": {"a": {"not": {}}}}),
+                ]
+            },
+            "tools[1].function.parameters",
+            "'not'",
+        ),
+        (
+            {
+                "functions": [
+                    {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+                ]
+            },
+            "functions[0].parameters",
+            "'not'",
+        ),
         ({"tools": [WEATHER, WEATHER]}, "tools", "two tools"),
         ({"tools": [tool(name=f"t{i}") for i in range(129)]}, "tools", "at most 128"),
         ({"tools": [WEATHER], "functions": [FUNCTION]}, "functions", "not both"),

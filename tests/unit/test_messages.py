@@ -255,6 +255,16 @@ def test_an_error_after_the_status_is_an_event() -> None:
         ),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "'tool_choice.name'"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, 400, "invalid_request_error", "'weather'"),
+        (
+            {
+                "tools": [
+                    {"name": "f", "strict": True, "input_schema": {"type": "object", "properties": {"a": {"not": {}}}}}
+                ]
+            },
+            400,
+            "invalid_request_error",
+            "'not'",
+        ),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "no tools"),
         ({"temperature": 1.5}, 400, "invalid_request_error", "from 0 to 1"),
         ({"model": "claude-9"}, 404, "not_found_error", "'claude-9'"),

