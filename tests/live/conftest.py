@@ -32,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "MODELS_DIR": str(folder / "models"),
         "LOG_FORMAT": "text",
         "LOCAL_ADMIN": "true",
+        "RESPONSES_STORE": "1MB",
         "N_THREADS": "1",  # threads spin at barriers: two test processes with one for each CPU stall each other
     }
     log = (folder / "log").open("w+")
