@@ -41,7 +41,7 @@ def test_a_tool_is_called(make_model: MakeModel, calls: Calls, streamed: bool) -
         return calls.get_weather(city)
 
     async def go() -> tuple[object, list[str]]:
-        settings = ModelSettings(temperature=0, max_tokens=64, tool_choice="required")
+        settings = ModelSettings(temperature=0, max_tokens=256, tool_choice="required", parallel_tool_calls=False)
         agent = Agent("a", instructions="Be brief.", model=make_model(), tools=[get_weather], model_settings=settings)
         return await run(agent, QUESTION, streamed)
 
