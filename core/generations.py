@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from core.engine.interface import Delta, Engine, Generation, GenerationRequest, Timings
 from core.errors import Busy

@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
+from msgspec import structs
+
 from core import background
 from core.engine.interface import EngineConfig, LoadedEngine
 from core.errors import ApiError, Busy, ModelUnavailable
@@ -306,7 +308,9 @@ class Host(Generic[E]):
                 self._served.fail(error)
                 raise error
             if file.in_memory and self._settings.repack == "auto" and not self._room_for(file, config):
-                config = replace(config, repack=False)  # a repacked copy of the weights does not fit into memory too
+                config = structs.replace(
+                    config, repack=False
+                )  # a repacked copy of the weights does not fit into memory too
             try:
                 loaded = self._loader.load(file, selection.reference, config)
             except Exception:

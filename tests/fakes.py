@@ -7,9 +7,11 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from core.downloads import Downloads
 from core.engine.interface import (

@@ -15,8 +15,10 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec.structs import replace
 
 from core.engine import cpus, gguf_model, native
 from core.engine.interface import EngineConfig, Pooling, Vector

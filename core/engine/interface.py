@@ -9,8 +9,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from msgspec import Struct
 
 from core.errors import ApiError
 from core.metrics import Histogram
@@ -22,8 +23,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 Cause = Literal["max_tokens", "context", "deadline", "memory"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(Struct, frozen=True):
     """How llama.cpp's sampler chain draws the next token. Defaults are OpenAI's (temperature 1)."""
 
     temperature: float = 1.0  # 0: always the likeliest token
@@ -34,40 +34,35 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  # None: a random seed
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """The next part of the answer's content: whole characters."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True):
     """The next part of what the model thinks before it answers."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """A tool call begins. Its arguments and a CallEnd follow. `id` is the model's own, if it writes one."""
 
     name: str
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(Struct, frozen=True):
     """The next part of the call's arguments: a piece of the JSON text of an object."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnd:
+class CallEnd(Struct, frozen=True):
     """The call is complete. A call without this event was cut."""
 
 
@@ -113,8 +108,7 @@ class Parser(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFormat:
+class OutputFormat(Struct, frozen=True):
     """How a sequence's tokens become events. Without one, all of them are text.
 
     `parser` makes the parser of one sequence. `markers` are the texts of the tokens that it reads as markers.
@@ -131,8 +125,7 @@ class OutputFormat:
     closer: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class GenerationRequest(Struct, frozen=True):
     """A prompt and how to continue it.
 
     `max_tokens` None means until the context is full. `grammar` is an llguidance grammar (see `core.engine.grammar`).
@@ -156,8 +149,7 @@ class GenerationRequest:
     score_prompt: bool = False  # compute the logprobs of the prompt's tokens, too; needs `top_logprobs`
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Struct, frozen=True):
     """The natural logarithm of a token's probability, before any sampling setting. `top` holds the likeliest tokens."""
 
     token: bytes  # the name of a control token, else its bytes
@@ -166,8 +158,7 @@ class TokenLogprob:
     control: bool = False  # it adds nothing to the text
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """What one sequence gained in a step: events (perhaps none yet) and the number of tokens behind them.
 
     `tokens` counts sampled and forced tokens, without the end-of-turn token. Over a sequence they add up to
@@ -192,8 +183,7 @@ class Delta:
         return "".join([event.text for event in self.events if isinstance(event, Text)])
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Struct, frozen=True):
     """Where the time of a request went, in milliseconds."""
 
     queue_ms: float = 0.0  # from `generate` until a slot was free
@@ -237,8 +227,7 @@ class InfillTokens(NamedTuple):
     separator: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(Struct, frozen=True):
     """Describes a loaded model."""
 
     name: str  # as in requests
@@ -253,7 +242,7 @@ class ModelCard:
     chat_template: str | None  # Jinja source from the GGUF; None: use ChatML
     bos: str  # texts of the special tokens, "" where the model has none
     eos: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = {}
     infill: InfillTokens | None = None  # None: the vocabulary has none
 
     @property
@@ -264,8 +253,7 @@ class ModelCard:
         return "Shorten the prompt or raise N_CTX."
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(Struct, frozen=True):
     """How to load a model. `n_threads` 0 means as many as the process has CPUs."""
 
     n_ctx: int = 4096

@@ -8,8 +8,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from core.engine import cpus, gguf_model, native
 from core.engine.generation import GenerationStream, Sequence

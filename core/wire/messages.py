@@ -88,8 +88,14 @@ class CountRequest(Struct, kw_only=True):
     tool_choice: ToolChoiceSpec | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    thread: Any = None
 
     def __post_init__(self) -> None:
+        if self.thread is not None:
+            raise InvalidRequest(
+                "'thread' is not supported: this server keeps no conversations. Send all messages in each request.",
+                param="thread",
+            )
         for index, message in enumerate(self.messages):
             if isinstance(message.content, list):
                 for place, block in enumerate(message.content):

@@ -160,6 +160,8 @@ def test_a_passing_fault_is_retried(proxy, fd, fault, times):
     """No wrong byte remains."""
     if "Expired" in repr(fault):
         times = 1  # refused twice in a row is refused
+    if isinstance(fault, WrongBytes):
+        times = min(times, 2)  # one block may get all of them, and three in a row mean that the object is damaged
     proxy.plan(fault, times=times)
     download = transfer(PlainOrigin(proxy.url), fd, stall=0.3)
     download.start()

@@ -77,7 +77,7 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="session")
 def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Wire the service as in production, inside this process, and wait for its model."""
-    service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=1024, n_threads=1))
+    service = build(Settings(models_dir=tmp_path_factory.mktemp("models"), n_ctx=2048, n_threads=1))
     state = runner.run(service.host.wait_ready(READY_S))
     assert state.status == "ready", state
     yield service

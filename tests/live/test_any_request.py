@@ -229,7 +229,7 @@ def tiny_service(
             models_dir=folder,
             model_path=str(tiny("llama-49k")),
             model_aliases=(MODEL,),
-            n_ctx=1024,
+            n_ctx=2048,
             max_queue=4 * BATCH,  # `n` is at most 4: no batch is refused because the machine is slow
             n_threads=1,  # with a tiny model, a second thread only waits at barriers on a busy machine
             local_admin=True,

@@ -7,10 +7,11 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from core.engine.interface import EngineConfig, GenerationRequest, Sampling
 from core.engine.llama import Llama

@@ -1,9 +1,10 @@
 import asyncio
+import dataclasses
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from core.engine.interface import Delta, GenerationRequest, Sampling, Text, TokenLogprob
 from core.errors import ModelUnavailable
@@ -675,7 +676,7 @@ def test_the_engine_ends_before_the_platforms_deadline() -> None:
     fake = fake_service(deadline_margin_s=2.0)
 
     async def call() -> None:
-        await read(await dispatch(fake.service, replace(chat_request(), deadline=1e9)))
+        await read(await dispatch(fake.service, dataclasses.replace(chat_request(), deadline=1e9)))
 
     asyncio.run(call())
     assert fake.engine.requests[0].deadline == 1e9 - 2
@@ -689,7 +690,9 @@ def test_keys_do_not_share_prefixes() -> None:
 
     async def call(key: str) -> None:
         request = chat_request()
-        await read(await dispatch(fake.service, replace(request, headers={**request.headers, "x-api-key": key})))
+        await read(
+            await dispatch(fake.service, dataclasses.replace(request, headers={**request.headers, "x-api-key": key}))
+        )
 
     for key in ("one", "two"):
         asyncio.run(call(key))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from core.engine.interface import Arguments, Call, CallEnd, Reasoning, Text
 from tests.fakes import CARD, FakeService, ScriptedEngine, fake_service

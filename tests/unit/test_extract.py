@@ -1,9 +1,9 @@
 import asyncio
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from handlers.dispatch import dispatch
 from handlers.http import Request

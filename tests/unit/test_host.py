@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import core.host
 import core.lending
@@ -45,7 +46,7 @@ class Loader:
         self.loads.append(file.name)
         if file.name in self.broken:
             raise InvalidRequest(f"The model '{file.name}' cannot be loaded.")
-        engine = ScriptedEngine(card=replace(CARD, name=file.name, path=str(file.path)))
+        engine = ScriptedEngine(card=structs.replace(CARD, name=file.name, path=str(file.path)))
         engine.config = config
         self.engines.append(engine)
         return engine

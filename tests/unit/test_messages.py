@@ -265,6 +265,7 @@ def test_an_error_after_the_status_is_an_event() -> None:
             "invalid_request_error",
             "'not'",
         ),
+        ({"thread": {"type": "create"}}, 400, "invalid_request_error", "all messages"),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "no tools"),
         ({"temperature": 1.5}, 400, "invalid_request_error", "from 0 to 1"),
         ({"model": "claude-9"}, 404, "not_found_error", "'claude-9'"),

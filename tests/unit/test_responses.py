@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from openai.types.responses import Response as OpenAIResponse
 
 from core.engine.interface import Arguments, Call, CallEnd, Event, Reasoning

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
+from msgspec.structs import replace
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 

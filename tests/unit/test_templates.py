@@ -1,10 +1,10 @@
 import math
 import time
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from core.engine.prompt import sandbox as jinja
 from core.engine.prompt import templates
