@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from core import session as sessions
 from core import truncation
@@ -23,8 +25,7 @@ from core.session import Session
 Schema = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(Struct, frozen=True):
     """A function that the model may call. `parameters` is the JSON Schema of an object.
 
     With `strict`, every keyword of the schema is enforced or refused; without it, one that cannot be is left out of the
@@ -37,8 +38,7 @@ class Tool:
     strict: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
+class ToolChoice(Struct, frozen=True):
     """Whether the model calls a tool. `names` narrows which of the tools it may call; None allows all."""
 
     mode: Literal["none", "auto", "required"] = "auto"
@@ -53,8 +53,7 @@ class ToolChoice:
         return self.mode == "required" and self.names is not None and len(self.names) == 1
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningOptions:
+class ReasoningOptions(Struct, frozen=True):
     """The client's options for reasoning.
 
     `enabled` None leaves it to the template. `budget` is the most tokens of reasoning. `variables` reach the template
@@ -64,11 +63,10 @@ class ReasoningOptions:
     enabled: bool | None = None
     effort: str | None = None
     budget: int | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(Struct, frozen=True):
     """Messages as chat templates expect them, and how to answer the last one.
 
     A message is a dict with `role` and `content` (a string), and optionally `name`, `reasoning_content`, `tool_calls`

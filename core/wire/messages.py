@@ -6,11 +6,11 @@ Fields that are not listed here (`metadata`, `service_tier`, `cache_control`, `b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from core.conversation import Conversation, ReasoningOptions, Tool, ToolChoice
 from core.engine.interface import Arguments, Call, CallEnd, Delta, Event, Reasoning, Sampling, Text

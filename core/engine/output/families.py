@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 # How a call's name and arguments are written; J is JSON, NAME the tool's name.
 #   object   opener {"name": "NAME", "arguments": J} closer
@@ -21,8 +22,7 @@ from typing import Literal
 Form = Literal["object", "array", "named", "tagged", "python", "braces"]
 
 
-@dataclass(frozen=True, slots=True)
-class Think:
+class Think(Struct, frozen=True):
     """What encloses reasoning."""
 
     opener: str
@@ -32,8 +32,7 @@ class Think:
 THINK = Think("<think>", "</think>")  # most families, and what is trained from any of them
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """How one family writes calls.
 
     `signs`: the row applies if the chat template, or the vocabulary's markers, contain all of one of these groups.
