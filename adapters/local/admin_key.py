@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 
@@ -26,12 +25,12 @@ def admin_key(folder: Path) -> tuple[str, Path | None]:
             stored = _read(file)
             if stored is not None:
                 return stored, file
-            key = secrets.token_urlsafe(32)
+            key = _new_key()
             if _write(file, key):
                 return key, file
     except OSError:
         pass
-    return secrets.token_urlsafe(32), None
+    return _new_key(), None
 
 
 def _read(file: Path) -> str | None:
@@ -55,7 +54,7 @@ def _read(file: Path) -> str | None:
 
 def _write(file: Path, key: str) -> bool:
     """Create the file atomically, readable by this user only. Return False if it exists."""
-    temporary = file.with_name(f"{NAME}.{secrets.token_hex(8)}")
+    temporary = file.with_name(f"{NAME}.{os.urandom(8).hex()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as opened:
@@ -66,3 +65,9 @@ def _write(file: Path, key: str) -> bool:
     finally:
         temporary.unlink()
     return True
+
+
+def _new_key() -> str:
+    import secrets  # 6 ms, which a start with a stored key need not pay
+
+    return secrets.token_urlsafe(32)
