@@ -221,7 +221,7 @@ def test_a_model_is_downloaded_by_its_first_request(target: Any, tmp_path: Path,
 
 
 def test_a_downloaded_encoder_does_not_become_the_chat_model(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
-    """It is in MODELS_DIR and was checked when it was published. Whoever reloads with it keeps the chat model."""
+    """It is in MODELS_DIR and was checked when it was published. A reload with it keeps the chat model."""
     with HubDouble({"org/repo": Repo({"bert.gguf": tiny("bert").read_bytes()})}) as hub:
         settings = Settings(
             models_dir=tmp_path,
